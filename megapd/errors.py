@@ -1,0 +1,9 @@
+"""The error for what a user can put right: bad settings, missing or damaged files."""
+
+
+class UserError(ValueError):
+    """A mistake in the configuration or in the files it points to.
+
+    The message is one line that names the setting or the file, and the fix. The command line prints it without a
+    traceback and exits with code 2; every other exception is a fault of megapd and keeps its traceback.
+    """
