@@ -363,11 +363,13 @@ class Config(BaseSettings):
             missing = "teacher" if self.teacher is None else "schedule"
             raise ValueError(f"{missing}: teacher and schedule go together; give both (distillation) or neither (labels only)")
         if self.training.micro_batch is not None and self.training.global_batch % self.training.micro_batch:
-            raise ValueError(
-                f"training.micro_batch: {self.training.micro_batch} does not divide training.global_batch {self.training.global_batch}"
-            )
+            micro, total = self.training.micro_batch, self.training.global_batch
+            raise ValueError(f"training.micro_batch: {micro} does not divide training.global_batch {total}")
         if self.optimizer.kind == "adamw" and self.optimizer.momentum:
             raise ValueError("optimizer.momentum: AdamW has none; set optimizer.betas, or choose sgd")
+        if self.teacher is not None and self.teacher.signal == "argmax":
+            if self.loss.teacher_temperature > 0 or self.loss.divergence == "reverse_kl":
+                raise ValueError("teacher.signal: argmax is exact at loss.teacher_temperature 0 alone; set that, or choose auto")
         late = [s for s in self.trajectory.steps if s > self.training.steps]
         if late:
             raise ValueError(f"trajectory.steps: {late} lie beyond training.steps {self.training.steps}")
@@ -468,7 +470,10 @@ def _one_line(error: ValidationError, path: str | Path | None) -> str:
         # The location of a tagged union carries the tag as its second element; users do not write it.
         where = ".".join(str(p) for i, p in enumerate(problem["loc"]) if not (i == 1 and p in tags))
         message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
+        if problem["type"] == "union_tag_not_found":
+            field = problem["ctx"]["discriminator"].strip("'")
+            where, message = f"{where}.{field}", "missing; it says which settings the section has"
+        elif problem["type"] == "extra_forbidden":
             message = "unknown setting"
         elif problem["type"] not in ("value_error", "missing") and not isinstance(problem["input"], dict):
             message += f" (got {problem['input']!r})"

@@ -1,0 +1,7 @@
+"""`megapd prepare`: text of files or of a hub data set -> tokenizer -> packed blocks on disk."""
+
+from __future__ import annotations
+
+from megapd.corpus.prepare import prepare
+
+__all__ = ["prepare"]

@@ -1,0 +1,185 @@
+"""What a distillation loss is asked for, what it gives back, and the checks that every implementation shares."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd", "soft_cross_entropy"]
+
+# The reciprocal of a smaller temperature leaves the range of float32, and 0 * inf would turn the largest logit into NaN.
+MIN_TEMPERATURE = 1e-30
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The loss of a token: alpha * CE(label, p) + (1 - alpha) * t2 * D(p_T, p_S).
+
+    p_T and p_S are the softmax of the teacher's and the student's logits over their temperatures, p the softmax of the
+    student's logits at temperature 1, and t2 = student_temperature ** 2 if scale_t2 (Hinton et al., 2015), else 1.
+
+    divergence           forward_kl: KL(p_T || p_S); reverse_kl: KL(p_S || p_T); jsd: see beta; tvd: half the L1 distance;
+                         soft_cross_entropy: forward_kl plus the teacher's entropy, which changes no gradient
+    teacher_temperature  0 is the exact limit: one-hot at the largest logit, the lowest index on ties
+    student_temperature  above 0; it applies to the divergence alone
+    alpha                the labels' share, in [0, 1]
+    beta                 in (0, 1): JSD = beta * KL(p_T || m) + (1 - beta) * KL(p_S || m), m = beta * p_T + (1 - beta) * p_S.
+                         It vanishes towards 0 and 1 and does not become a KL there, so both ends are refused.
+    chunk_bytes          most bytes of full-precision logits alive at once; at least one row is always computed
+
+    Raises ValueError that names the field.
+    """
+
+    divergence: Divergence = "forward_kl"
+    teacher_temperature: float = 1.0
+    student_temperature: float = 1.0
+    alpha: float = 0.0
+    beta: float = 0.5
+    scale_t2: bool = False
+    chunk_bytes: int = 32 << 20
+
+    def __post_init__(self) -> None:
+        if self.divergence not in get_args(Divergence):
+            raise ValueError(f"divergence: {self.divergence!r} is not one of {', '.join(get_args(Divergence))}")
+        teacher, student = self.teacher_temperature, self.student_temperature
+        if not (teacher == 0.0 or MIN_TEMPERATURE <= teacher < math.inf):
+            raise ValueError(f"teacher_temperature: must be 0 (argmax) or at least {MIN_TEMPERATURE}, got {teacher}")
+        if not MIN_TEMPERATURE <= student < math.inf:
+            raise ValueError(f"student_temperature: must be at least {MIN_TEMPERATURE}, got {student}")
+        if not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"alpha: must lie in [0, 1], got {self.alpha}")
+        if not 0.0 < self.beta < 1.0:
+            raise ValueError(f"beta: must lie strictly between 0 and 1, got {self.beta}; for the ends choose a KL")
+        if self.chunk_bytes < 1:
+            raise ValueError(f"chunk_bytes: must be at least 1, got {self.chunk_bytes}")
+        if self.divergence == "reverse_kl" and teacher == 0.0:
+            raise ValueError("teacher_temperature: reverse_kl is infinite against an argmax teacher; raise it above 0")
+
+    @property
+    def t2(self) -> float:
+        """The factor of the divergence."""
+        return self.student_temperature**2 if self.scale_t2 else 1.0
+
+
+class LossResult(NamedTuple):
+    """Four scalars, float32 (float64 where an input is float64); sums run over the counted positions, w the token weights.
+
+    loss           differentiable: sum_i w_i * loss_i / denominator
+    divergence     detached: sum_i w_i * D_i, without (1 - alpha) and t2; 0 without a teacher
+    cross_entropy  detached: sum_i w_i * CE_i, without alpha; 0 without labels
+    correct        detached: sum_i w_i * [argmax of the student's logits = label], lowest index on ties; 0 without labels
+    """
+
+    loss: Tensor
+    divergence: Tensor
+    cross_entropy: Tensor
+    correct: Tensor
+
+
+class Targets(NamedTuple):
+    """Checked targets of N positions, each None where it was not given.
+
+    labels   [N] int64, 0 where not counted
+    ids      [N] int64, the teacher's argmax, 0 where not counted
+    counted  [N] bool; None: every position counts
+    weights  [N] of the accumulation type; 0 where not counted; None: all 1
+    denominator  0-dim of the accumulation type
+    """
+
+    labels: Tensor | None
+    ids: Tensor | None
+    counted: Tensor | None
+    weights: Tensor | None
+    denominator: Tensor
+
+
+def make_targets(
+    rows: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    options: LossOptions,
+    *,
+    teachers: int,
+    labels: Tensor | None,
+    teacher_ids: Tensor | None,
+    token_weights: Tensor | None,
+    ignore_index: int,
+    denominator: Tensor | float | None,
+) -> Targets:
+    """Check what comes with `rows` positions and bring it into the form that the implementations use, without a host sync.
+
+    `teachers` is the number of teacher forms given. Raises ValueError that names the argument.
+    """
+    if teachers > 1:
+        raise ValueError("teacher_logits, teacher_hidden, teacher_ids: give at most one form of the teacher")
+    if labels is None and teachers == 0:
+        raise ValueError("labels: needed where no teacher is given")
+    if labels is None and options.alpha > 0:
+        raise ValueError(f"labels: needed for alpha = {options.alpha}; give them or set alpha to 0")
+    if teacher_ids is not None and options.divergence == "reverse_kl":
+        raise ValueError("teacher_ids: reverse_kl is infinite against a one-hot teacher; choose another divergence")
+    for name, tensor in (("labels", labels), ("teacher_ids", teacher_ids), ("token_weights", token_weights)):
+        if tensor is None:
+            continue
+        if tensor.shape != (rows,):
+            raise ValueError(f"{name}: expected shape ({rows},), got {tuple(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: is on {tensor.device}, the student on {device}")
+        if name != "token_weights" and tensor.dtype != torch.int64:
+            raise ValueError(f"{name}: expected int64, got {tensor.dtype}")
+
+    counted = None if labels is None else labels != ignore_index
+    weights = None if token_weights is None else token_weights.detach().to(dtype)
+    if weights is not None:
+        # A weight of 0 masks like ignore_index: 0 * NaN of a padded position must not reach the sums.
+        heavy = weights != 0
+        counted = heavy if counted is None else counted & heavy
+        weights = weights.masked_fill(~counted, 0.0)
+    elif counted is not None:
+        weights = counted.to(dtype)
+    if counted is not None:
+        labels = None if labels is None else labels.masked_fill(~counted, 0)
+        teacher_ids = None if teacher_ids is None else teacher_ids.masked_fill(~counted, 0)
+
+    if denominator is None:
+        total = torch.full((), float(rows), dtype=dtype, device=device) if weights is None else weights.sum()
+    elif isinstance(denominator, Tensor):
+        if denominator.numel() != 1:
+            raise ValueError(f"denominator: expected one number, got shape {tuple(denominator.shape)}")
+        total = denominator.detach().to(device=device, dtype=dtype).reshape(())
+    else:
+        if not 0.0 <= denominator < math.inf:
+            raise ValueError(f"denominator: must be finite and not negative, got {denominator}")
+        total = torch.full((), float(denominator), dtype=dtype, device=device)
+    return Targets(labels, teacher_ids, counted, weights, total)
+
+
+def reciprocal_or_zero(denominator: Tensor) -> Tensor:
+    """1 / denominator, and 0 for 0: a batch in which nothing counts has loss 0 and gradients 0."""
+    return torch.where(denominator == 0, torch.zeros_like(denominator), denominator.reciprocal())
+
+
+def check_matrix(name: str, tensor: Tensor, rows: int | None, columns: int | None, device: torch.device) -> None:
+    """Raise ValueError unless `tensor` is a floating-point matrix of the shape (None: any) on `device`."""
+    if tensor.dim() != 2 or (rows is not None and tensor.shape[0] != rows) or (columns not in (None, tensor.shape[1])):
+        wanted = ", ".join("any" if n is None else str(n) for n in (rows, columns))
+        raise ValueError(f"{name}: expected shape [{wanted}], got {list(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point type, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: is on {tensor.device}, the student on {device}")
+
+
+def check_vocabulary(name: str, size: int, vocabulary: int) -> None:
+    """Raise ValueError where the teacher's vocabulary differs: padding it silently would give the padding probability."""
+    if size != vocabulary:
+        raise ValueError(f"{name}: the teacher has {size} classes, the student {vocabulary}; both need the same vocabulary")
+
+
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 where an input is, else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32

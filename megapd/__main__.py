@@ -1,0 +1,5 @@
+import sys
+
+from megapd.cli import main
+
+sys.exit(main())

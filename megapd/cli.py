@@ -1,0 +1,150 @@
+"""The command line: one thin function a verb.
+
+Exit codes: 0 done (or stopped on request, with a checkpoint); 1 the run diverged or the demo did not show its effect;
+2 a mistake in the settings or files, told in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from megapd import __version__
+from megapd.config import Config, Follow, dump, load
+from megapd.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    # The deepspeed launcher hands each rank its number on the command line as well as in LOCAL_RANK.
+    argv = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank=")]
+    arguments, overrides = _parser().parse_known_args(argv)
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        if overrides and not arguments.takes_overrides:
+            raise UserError(f"{overrides[0]!r}: `megapd {arguments.verb}` takes no settings")
+        arguments.overrides = overrides
+        return int(arguments.run(arguments))
+    except UserError as error:
+        if rank == 0:
+            print(f"megapd: error: {error}", file=sys.stderr)
+        return 2
+
+
+def train(arguments: argparse.Namespace) -> int:
+    config = _load(arguments)
+    if arguments.dry_run:
+        from megapd.training.report import dry_run
+
+        Console(soft_wrap=True).print(escape(dry_run(config)), highlight=False)
+        return 0
+    from megapd.training.loop import Diverged
+    from megapd.training.loop import train as loop
+    from megapd.training.run import start
+
+    run = start(config)
+    if run.writes:
+        _announce(config, run.start)
+    try:
+        loop(run)
+    except Diverged as error:
+        print(f"megapd: {error}", file=sys.stderr)
+        return 1
+    finally:
+        run.close()
+    return 0
+
+
+def prepare(arguments: argparse.Namespace) -> int:
+    from megapd.corpus import prepare as prepare_corpus
+
+    print(prepare_corpus(_load(arguments)))
+    return 0
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    from megapd.analysis.plots import plot_plan
+    from megapd.analysis.timeline import describe_plan
+    from megapd.training.run import open_trajectory, resolve_plan
+
+    config = _load(arguments)
+    if config.teacher is None:
+        raise UserError("teacher: this configuration has no teacher, so there is no schedule to plan")
+    resolved = resolve_plan(config, open_trajectory(config))
+    print(describe_plan(resolved))
+    if arguments.output is not None or not isinstance(config.schedule, Follow):
+        output = arguments.output or config.folder / "plots" / "plan.png"
+        plot_plan(resolved, output)
+        print(output)
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    from megapd.training.offline import evaluate_run
+
+    config = load(arguments.folder / "config.yaml", arguments.overrides)
+    for line in evaluate_run(config, arguments.folder):
+        print(line, flush=True)
+    return 0
+
+
+def plot(arguments: argparse.Namespace) -> int:
+    from megapd.analysis.plots import plot_runs
+
+    output = arguments.output or arguments.folders[0] / "plots" / "curves.png"
+    for written in plot_runs(arguments.folders, output):
+        print(written)
+    return 0
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    from megapd.demo import run_demo
+
+    return run_demo(arguments.folder)
+
+
+def _load(arguments: argparse.Namespace) -> Config:
+    return load(arguments.config, arguments.overrides)
+
+
+def _announce(config: Config, step: int) -> None:
+    console = Console(stderr=True, soft_wrap=True)
+    console.print(escape(dump(config).rstrip()), highlight=False)
+    if step >= config.training.steps:
+        console.print(f"{config.folder} is complete: {step} of {config.training.steps} steps", highlight=False)
+    elif step:
+        console.print(f"resuming {config.folder} at step {step}", highlight=False)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megapd", description="Progressive distillation pre-training on DeepSpeed.")
+    parser.add_argument("--version", action="version", version=f"megapd {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+
+    def verb(name: str, function: object, text: str, *, config: bool = False, overrides: bool = True) -> argparse.ArgumentParser:
+        # No abbreviations: --every would otherwise be taken for another option than the setting it names.
+        sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(run=function, takes_overrides=overrides)
+        if config:
+            sub.add_argument("config", type=Path, nargs="?", help="YAML file; settings follow as --section.key=value")
+        return sub
+
+    sub = verb("train", train, "train a teacher or a student", config=True)
+    sub.add_argument("--dry-run", action="store_true", help="print what would run, and train nothing")
+    verb("prepare", prepare, "build the corpus: tokenizer, packed blocks, held-out split", config=True)
+    sub = verb("plan", plan, "print and plot which checkpoint teaches when", config=True)
+    sub.add_argument("--output", type=Path, help="PNG of the timeline; default: plots/plan.png in the run's folder")
+    sub = verb("evaluate", evaluate, "held-out loss and accuracy of a run's checkpoints")
+    sub.add_argument("folder", type=Path, help="a run's folder: runs/NAME")
+    sub = verb("plot", plot, "loss and accuracy against steps, several runs overlaid", overrides=False)
+    sub.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="runs' folders")
+    sub.add_argument("--output", type=Path, help="PNG; the CSV behind it goes beside; default: plots/curves.png of the first run")
+    sub = verb("demo", demo, "sparse parity: progressive distillation against one-shot and labels", overrides=False)
+    sub.add_argument("--folder", type=Path, default=Path("runs/demo"))
+    return parser

@@ -1,0 +1,129 @@
+"""Files that exist whole or not at all, after a crash or a power cut too.
+
+Whatever is to last is written under a temporary name in the folder of its destination, flushed to the disk (fsync), renamed,
+and the rename itself flushed (fsync of the folder). A temporary name is `NAME.tmp-PID...`, so it never ends like the name it
+stands for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import itertools
+import os
+import shutil
+import sys
+from pathlib import Path
+
+TEMPORARY_INFIX = ".tmp-"
+
+_serial = itertools.count()  # two threads of one process may write the same path
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replace `path` by `data` (text as UTF-8): a reader sees the old content or the new. Makes the folder if it lacks."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}{TEMPORARY_INFIX}{os.getpid()}-{next(_serial)}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file that is already written and closed to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_folder(path: Path) -> None:
+    """Flush a folder's entries to the disk: what makes a rename or a new file in it last."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal sha256 of a file's content, read in 256 KiB pieces."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def temporary_folder(final: Path) -> Path:
+    """Where to build the folder that `commit_folder` renames to `final`: made afresh, beside it.
+
+    Leftovers for the same destination of processes that no longer run on this machine are removed.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for entry in list(final.parent.iterdir()):
+        owner = entry.name.rpartition("-")[2]
+        if entry.name.startswith(final.name + TEMPORARY_INFIX) and (owner == str(os.getpid()) or not _alive(owner)):
+            shutil.rmtree(entry)
+    temporary = final.with_name(f"{final.name}{TEMPORARY_INFIX}{os.getpid()}")
+    temporary.mkdir()
+    return temporary
+
+
+def commit_folder(temporary: Path, final: Path) -> None:
+    """Rename the folder `temporary` to `final`, both in one parent, with every file in it flushed first.
+
+    A folder that is at `final` already is exchanged for the new one in one step where the file system can (Linux renameat2), else
+    moved aside first, and removed afterwards. After a crash at any moment no folder named `final` is incomplete.
+    """
+    assert temporary.parent == final.parent, "a rename across folders is not covered by one fsync"
+    for folder, _, files in os.walk(temporary):
+        for name in files:
+            fsync_path(Path(folder, name))
+        fsync_folder(Path(folder))
+    if final.exists():
+        if not _exchange(temporary, final):
+            aside = final.with_name(f"{final.name}{TEMPORARY_INFIX}old-{os.getpid()}")
+            os.rename(final, aside)
+            os.rename(temporary, final)
+            temporary = aside
+        fsync_folder(final.parent)
+        shutil.rmtree(temporary)
+    else:
+        os.rename(temporary, final)
+    fsync_folder(final.parent)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two names atomically; False where the kernel, the C library or the file system cannot."""
+    if sys.platform != "linux":
+        return False
+    library = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(library, "renameat2"):  # glibc before 2.28
+        return False
+    at_fdcwd, rename_exchange = -100, 2
+    if library.renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), ctypes.c_uint(rename_exchange)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(b))
+
+
+def _alive(pid: str) -> bool:
+    if not pid.isdecimal():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

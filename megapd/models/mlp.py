@@ -1,0 +1,24 @@
+"""The student and teacher of sparse parity: one hidden ReLU layer over +-1 inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """One hidden layer that reads a whole row of bits.
+
+    dimension: bits a sample. width: hidden units. Parameters: linear.weight [width, dimension], linear.bias [width].
+    """
+
+    def __init__(self, dimension: int, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dimension, width)
+
+    def forward(self, ids: Tensor, segments: Tensor | None = None) -> Tensor:
+        """ids [B, L] of {0, 1}, L = dimension -> hidden [B, 1, width], one row a sample; segments must be None."""
+        assert segments is None, "a row of bits has no documents"
+        # DeepSpeed casts the weights (bf16, fp16); the inputs are integers, which only this layer turns into floats.
+        signs = (2 * ids - 1).to(self.linear.weight.dtype)
+        return torch.relu(self.linear(signs)).unsqueeze(1)

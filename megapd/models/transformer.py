@@ -1,0 +1,132 @@
+"""GPT and BERT bodies, weight-compatible with Hugging Face's GPT-2 and BERT.
+
+GPT (Radford et al. 2019): causal, layer norm before each sublayer and once at the end, GELU by its tanh formula.
+BERT (Devlin et al. 2018): bidirectional, layer norm after each sublayer and on the embeddings, exact GELU.
+
+There is no dropout. Pre-training sees each token once or a few times, where dropout only slows learning (GPT-3, PaLM
+and Llama train without), and a forward pass without random numbers is what makes a resumed run bitwise equal and an
+activation-checkpointed one identical.
+
+Shape suffixes: B samples, L tokens a sample, D hidden width, H heads, N labelled positions.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from megapd.config import TransformerModel
+
+LAYER_NORM_EPS = {"gpt": 1e-5, "bert": 1e-12}  # the published models' values
+TOKEN_TYPES = 2  # BERT's sentence A and B; packed documents are all of type 0, the second row only keeps the layout
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; qkv holds the three projections one below the other, each split into heads."""
+
+    def __init__(self, hidden: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.out = nn.Linear(hidden, hidden)
+
+    def forward(self, x_BLD: Tensor, mask_B1LL: Tensor | None) -> Tensor:
+        """mask: True where a query (row) may see a key (column); None: all it can see (causal: up to itself)."""
+        qkv_BL3HE = self.qkv(x_BLD).unflatten(-1, (3, self.heads, -1))
+        q_BHLE, k_BHLE, v_BHLE = qkv_BL3HE.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed_BHLE = F.scaled_dot_product_attention(
+            q_BHLE, k_BHLE, v_BHLE, attn_mask=mask_B1LL, is_causal=self.causal and mask_B1LL is None
+        )
+        return self.out(mixed_BHLE.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Attention, then a feed-forward layer, each with a residual; layer norm before (GPT) or after (BERT) each."""
+
+    def __init__(self, config: TransformerModel) -> None:
+        super().__init__()
+        gpt = config.kind == "gpt"
+        self.norm_first, self.compiled = gpt, config.compile
+        self.gelu: Literal["tanh", "none"] = "tanh" if gpt else "none"
+        self.attention = Attention(config.hidden, config.heads, causal=gpt)
+        self.attention_norm = nn.LayerNorm(config.hidden, eps=LAYER_NORM_EPS[config.kind])
+        self.up = nn.Linear(config.hidden, config.ffn_width)
+        self.down = nn.Linear(config.ffn_width, config.hidden)
+        self.ffn_norm = nn.LayerNorm(config.hidden, eps=LAYER_NORM_EPS[config.kind])
+
+    def forward(self, x_BLD: Tensor, mask_B1LL: Tensor | None) -> Tensor:
+        # Compiled below __call__: the block's own hooks (ZeRO-3's, if blocks are its leaves) stay outside the graph,
+        # and since parameters are inputs of the graph, all blocks share one compilation.
+        return (_compiled_layer if self.compiled else Block.layer)(self, x_BLD, mask_B1LL)
+
+    def layer(self, x_BLD: Tensor, mask_B1LL: Tensor | None) -> Tensor:
+        if self.norm_first:
+            x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), mask_B1LL)
+            return x_BLD + self._feed_forward(self.ffn_norm(x_BLD))
+        x_BLD = self.attention_norm(x_BLD + self.attention(x_BLD, mask_B1LL))
+        return self.ffn_norm(x_BLD + self._feed_forward(x_BLD))
+
+    def _feed_forward(self, x_BLD: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x_BLD), approximate=self.gelu))
+
+
+_compiled_layer = torch.compile(Block.layer)  # compiles at its first call, not here
+
+
+class Transformer(nn.Module):
+    """Embeddings and blocks: token ids to final hidden states.
+
+    vocab_size: rows of the token embedding. max_length: learned positions, the longest row it accepts.
+    """
+
+    def __init__(self, config: TransformerModel, vocab_size: int, max_length: int) -> None:
+        super().__init__()
+        self.causal, self.checkpointing = config.kind == "gpt", config.activation_checkpointing
+        self.tokens = nn.Embedding(vocab_size, config.hidden)
+        self.positions = nn.Embedding(max_length, config.hidden)
+        self.types = nn.Embedding(TOKEN_TYPES, config.hidden) if config.kind == "bert" else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.hidden, eps=LAYER_NORM_EPS[config.kind])  # GPT: after the blocks; BERT: before
+
+    def forward(self, ids_BL: Tensor, segments_BL: Tensor | None = None) -> Tensor:
+        """ids [B, L] int64, segments [B, L] int64 or None -> hidden states [B, L, D] in the weights' dtype.
+
+        Segments number the documents of a row: attention stays inside each, while positions run on through the row.
+        """
+        length = ids_BL.shape[1]
+        assert length <= self.positions.num_embeddings, f"{length} tokens, but {self.positions.num_embeddings} positions"
+        x_BLD = self.tokens(ids_BL) + self.positions(torch.arange(length, device=ids_BL.device))
+        if self.types is not None:
+            # One row that broadcasts: looked up for each token, its gradient would scatter B * L rows into one.
+            x_BLD = self.norm(x_BLD + self.types(ids_BL.new_zeros(1)))
+        mask_B1LL = None if segments_BL is None else document_mask(segments_BL, self.causal)
+        for block in self.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                # Without random numbers in the blocks there is no generator state to keep.
+                x_BLD = checkpoint(block, x_BLD, mask_B1LL, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BLD = block(x_BLD, mask_B1LL)
+        return self.norm(x_BLD) if self.types is None else x_BLD
+
+
+class MaskedTransform(nn.Module):
+    """What BERT's masked-token head does before its output layer: dense, exact GELU, layer norm."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(hidden, hidden)
+        self.norm = nn.LayerNorm(hidden, eps=LAYER_NORM_EPS["bert"])
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """[N, D] -> [N, D]; given the labelled positions alone, for nothing reads the others."""
+        return self.norm(F.gelu(self.dense(x_ND)))
+
+
+def document_mask(segments_BL: Tensor, causal: bool) -> Tensor:
+    """[B, 1, L, L] bool: True where query and key are of one document and, if causal, the key is not later."""
+    mask_BLL = segments_BL[:, :, None] == segments_BL[:, None, :]
+    return (mask_BLL.tril() if causal else mask_BLL).unsqueeze(1)

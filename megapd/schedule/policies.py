@@ -1,0 +1,226 @@
+"""Schedules as pure functions: which of the teacher's checkpoints teaches a student's step.
+
+Student steps count from 0: step s is the one that takes the student from s to s + 1 steps done. A checkpoint is named by the
+steps its teacher had done. With R = refresh, N = checkpoints, T = steps of the configuration, L the last checkpoint's step
+(arXiv 2410.05464, and the authors' code for `matched`):
+
+    one_shot    L, or the checkpoint named, for the whole run
+    equal       the checkpoint nearest to L * (i + 1) / N for s in [iT, (i + 1)T); L from NT on: (N, T)-progressive
+    matched     min((i + 1) * R * speed, L) for s in [iR, (i + 1)R)
+    explicit    the checkpoint of the range that s lies in
+    follow      as `matched`, for a teacher that is still training and will end at L = schedule.last
+
+What a schedule asks for must be there: a missing checkpoint is an error, never skipped. Only the run's own steps count: when
+training.steps ends before a schedule does, the rest is not used, need not exist, and the plan carries a warning.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import inf
+
+from megapd.config import Equal, Explicit, Follow, Matched, OneShot, Schedule
+from megapd.errors import UserError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule resolved for one run: the map from student step to the teacher's checkpoint.
+
+    policy      the schedule's policy
+    steps       student steps of the run
+    starts      increasing student steps, the first 0: where a checkpoint begins to teach
+    teachers    teacher step of each, the same length; neighbours differ
+    warnings    what a user may not have meant, one line each
+    """
+
+    policy: str
+    steps: int
+    starts: tuple[int, ...]
+    teachers: tuple[int, ...]
+    warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert len(self.starts) == len(self.teachers)
+        assert self.starts[0] == 0
+        assert self.starts[-1] < self.steps
+        assert all(a < b for a, b in zip(self.starts, self.starts[1:], strict=False))
+        assert all(a != b for a, b in zip(self.teachers, self.teachers[1:], strict=False))
+
+    def checkpoint_at(self, student_step: int) -> int:
+        """The teacher step that teaches student step `student_step`, 0 <= student_step < steps. O(log rotations)."""
+        assert 0 <= student_step < self.steps, f"student step {student_step} of a plan for {self.steps} steps"
+        return self.teachers[bisect_right(self.starts, student_step) - 1]
+
+    def rotations(self) -> list[tuple[int, int]]:
+        """(student step, teacher step) wherever another checkpoint begins to teach; the first is at student step 0."""
+        return list(zip(self.starts, self.teachers, strict=True))
+
+    def next_after(self, student_step: int) -> tuple[int, int] | None:
+        """The first rotation later than `student_step`, None if there is none. O(log rotations)."""
+        place = bisect_right(self.starts, student_step)
+        return (self.starts[place], self.teachers[place]) if place < len(self.starts) else None
+
+
+def build_plan(schedule: Schedule, *, available: Sequence[int] | None, steps: int) -> Plan:
+    """Resolve a schedule over the teacher steps `available` for a run of `steps` student steps.
+
+    `follow` needs nothing to be available yet, and takes None; what is given to it is checked. Raises UserError, naming the
+    setting, where the schedule asks for what the trajectory does not hold.
+    """
+    assert steps >= 1
+    there = tuple(sorted(set(available or ())))
+    if isinstance(schedule, Follow):
+        pieces, warnings = _follow(schedule, there, steps)
+    else:
+        if not there or there[-1] == 0:
+            holds = "only step 0, the random weights" if there else "no checkpoint"
+            raise UserError(f"teacher.trajectory: it holds {holds}; train the teacher further, or set its trajectory.every")
+        if isinstance(schedule, OneShot):
+            pieces, warnings = _one_shot(schedule, there), []
+        elif isinstance(schedule, Equal):
+            pieces, warnings = _equal(schedule, there, steps)
+        elif isinstance(schedule, Matched):
+            pieces, warnings = _matched(schedule, there, steps)
+        else:
+            pieces, warnings = _explicit(schedule, there, steps)
+    merged: list[tuple[int, int]] = []
+    for start, teacher in pieces:
+        if not merged or merged[-1][1] != teacher:
+            merged.append((start, teacher))
+    starts, teachers = zip(*merged, strict=True)
+    return Plan(schedule.policy, steps, starts, teachers, tuple(warnings))
+
+
+Pieces = list[tuple[int, int]]  # (student step, teacher step), the first at 0, all below the run's steps; neighbours may be equal
+
+
+def _one_shot(schedule: OneShot, there: tuple[int, ...]) -> Pieces:
+    if schedule.checkpoint is None:
+        return [(0, there[-1])]
+    _require(schedule.checkpoint, there, "schedule.checkpoint")
+    return [(0, schedule.checkpoint)]
+
+
+def _explicit(schedule: Explicit, there: tuple[int, ...], steps: int) -> tuple[Pieces, list[str]]:
+    pieces = []
+    for number, part in enumerate(schedule.ranges):
+        if part.start < steps:
+            _require(part.checkpoint, there, f"schedule.ranges.{number}.checkpoint")
+            pieces.append((part.start, part.checkpoint))
+    unused = len(schedule.ranges) - len(pieces)
+    if not unused:
+        return pieces, []
+    first = schedule.ranges[len(pieces)].start
+    return pieces, [
+        f"schedule.ranges: {unused} of them, from student step {first} on, never teach: the run ends at training.steps {steps}"
+    ]
+
+
+def _equal(schedule: Equal, there: tuple[int, ...], steps: int) -> tuple[Pieces, list[str]]:
+    count = schedule.checkpoints
+    trained = [step for step in there if step > 0]  # random weights teach nothing
+    if count > len(trained):
+        raise UserError(
+            f"schedule.checkpoints: {count} asked for, but the trajectory holds {len(trained)} after step 0; "
+            f"lower it, or write the teacher's trajectory more often"
+        )
+    chosen = equally_spaced(trained, count)
+    warnings = []
+    nearest = [min(trained, key=lambda step: (abs(step * count - trained[-1] * i), step)) for i in range(1, count + 1)]
+    if chosen != nearest:
+        warnings.append(
+            f"schedule.checkpoints: the trajectory is too uneven for {count} equal distances, "
+            f"several of which end nearest to one checkpoint; using {', '.join(map(str, chosen))}"
+        )
+    pieces = [(i * schedule.steps, step) for i, step in enumerate(chosen) if i * schedule.steps < steps]
+    if len(pieces) < count:
+        warnings.append(
+            f"schedule.steps: only {len(pieces)} of the {count} checkpoints teach, up to step {pieces[-1][1]}: the run ends at "
+            f"training.steps {steps}, but the final checkpoint, step {chosen[-1]}, begins at {(count - 1) * schedule.steps}"
+        )
+    return pieces, warnings
+
+
+def equally_spaced(steps: Sequence[int], count: int) -> list[int]:
+    """`count` distinct elements of the increasing positive `steps`, as near to last * i / count, i = 1..count, as they can be.
+
+    That is the nearest element to each target where those are distinct (of two equally near, the earlier), and else the
+    increasing choice with the smallest sum of distances. The last element is always chosen. O(count * len(steps)).
+    """
+    last, total = steps[-1], len(steps)
+    assert 1 <= count <= total
+    assert steps[0] > 0
+    # best[i][j]: the smallest sum of distances, times `count` to stay whole, of targets i.. to increasing elements of steps[j:].
+    best: list[list[float]] = [[inf] * (total + 1) for _ in range(count)] + [[0] * (total + 1)]
+
+    def take(i: int, j: int) -> float:
+        return best[i + 1][j + 1] + abs(steps[j] * count - last * (i + 1))
+
+    for i in reversed(range(count)):
+        for j in reversed(range(total)):
+            best[i][j] = min(best[i][j + 1], take(i, j))
+    chosen, j = [], 0
+    for i in range(count):
+        while take(i, j) != best[i][j]:
+            j += 1
+        chosen.append(steps[j])
+        j += 1
+    return chosen
+
+
+def _matched(schedule: Matched, there: tuple[int, ...], steps: int) -> tuple[Pieces, list[str]]:
+    pieces = _lockstep(schedule, there[-1], steps)
+    for _, teacher in pieces:
+        _require(teacher, there, "schedule.refresh, schedule.speed")
+    return pieces, _unreached(pieces, there[-1], steps)
+
+
+def _follow(schedule: Follow, there: tuple[int, ...], steps: int) -> tuple[Pieces, list[str]]:
+    pieces = _lockstep(schedule, schedule.last, steps)
+    for _, teacher in pieces:
+        # A teacher writes in order, so what lies before its newest checkpoint and is not there will never come.
+        if there and teacher < there[-1]:
+            _require(teacher, there, "schedule.refresh, schedule.speed")
+    return pieces, _unreached(pieces, schedule.last, steps)
+
+
+def _lockstep(schedule: Matched | Follow, last: int, steps: int) -> Pieces:
+    """(iR, min((i + 1) * R * speed, last)) until the last is reached or the run ends; exact in the decimal digits of `speed`."""
+    pace = schedule.refresh * Fraction(repr(schedule.speed))
+    pieces: Pieces = []
+    for start in range(0, steps, schedule.refresh):
+        wanted = min((len(pieces) + 1) * pace, Fraction(last))
+        if wanted.denominator != 1:
+            raise UserError(
+                f"schedule.speed: student step {start} would need the teacher's step {float(wanted):g}, which is not whole; "
+                f"choose schedule.refresh * schedule.speed whole, not {float(pace):g}"
+            )
+        pieces.append((start, int(wanted)))
+        if wanted == last:
+            break
+    return pieces
+
+
+def _unreached(pieces: Pieces, last: int, steps: int) -> list[str]:
+    reached = pieces[-1][1]
+    if reached >= last:
+        return []
+    return [
+        f"schedule.speed: the teacher's last checkpoint, step {last}, never teaches: "
+        f"the run ends at training.steps {steps}, taught by step {reached}"
+    ]
+
+
+def _require(step: int, there: tuple[int, ...], setting: str) -> None:
+    place = bisect_left(there, step)
+    if there[place : place + 1] != (step,):
+        around = [str(s) for s in there[max(0, place - 1) : place + 1]]
+        beyond = " (beyond its end)" if step > there[-1] else ""
+        raise UserError(
+            f"{setting}: it needs the teacher's checkpoint of step {step}, which the trajectory does not hold{beyond}; "
+            f"the nearest {'is' if len(around) == 1 else 'are'} {' and '.join(around)}"
+        )

@@ -1,0 +1,52 @@
+"""What a run's schedule resolved to, kept in the run's folder: a resumed run is taught as the first start decided."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megapd.errors import UserError
+from megapd.files import write_atomic
+from megapd.schedule.policies import Plan
+from megapd.trajectory import Checkpoint
+
+
+class ScheduleRecord:
+    """Rotations and the digests of the checkpoints that taught, in schedule.json.
+
+    A trajectory that grew or changed since the run began must not change what a resumed run learns.
+    """
+
+    def __init__(self, path: Path, plan: Plan, *, resumed: bool, writes: bool) -> None:
+        """Raises UserError if a resumed run's schedule no longer resolves to what was recorded."""
+        self._path, self._writes = path, writes
+        self._digests: dict[int, str] = {}
+        rotations = [list(rotation) for rotation in plan.rotations()]
+        if resumed and path.exists():
+            recorded = json.loads(path.read_text())
+            self._digests = {int(step): digest for step, digest in recorded["digests"].items()}
+            if recorded["rotations"] != rotations:
+                now, before = _first_difference(rotations, recorded["rotations"])
+                raise UserError(
+                    f"schedule: it resolves to {now} now, but this run began with {before} ({path}); the trajectory has changed: "
+                    f"restore it, or name its checkpoints with schedule.policy explicit"
+                )
+        self._rotations = rotations
+
+    def confirm(self, checkpoint: Checkpoint) -> None:
+        """Record the digest of a checkpoint that is about to teach; UserError if another one was recorded for its step."""
+        recorded = self._digests.setdefault(checkpoint.step, checkpoint.digest)
+        if recorded != checkpoint.digest:
+            raise UserError(
+                f"{checkpoint.path}: its digest is {checkpoint.digest}, but this run was taught by {recorded} at that step; "
+                f"restore the checkpoint, or start a run of another name"
+            )
+        if self._writes:
+            write_atomic(self._path, json.dumps({"rotations": self._rotations, "digests": self._digests}, indent=1))
+
+
+def _first_difference(now: list[list[int]], before: list[list[int]]) -> tuple[str, str]:
+    for a, b in zip([*now, None], [*before, None], strict=False):
+        if a != b:
+            return tuple("no rotation" if r is None else f"teacher step {r[1]} from student step {r[0]}" for r in (a, b))  # type: ignore[return-value]
+    raise AssertionError("called for equal lists")

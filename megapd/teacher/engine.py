@@ -1,0 +1,130 @@
+"""The teacher: one checkpoint of a trajectory held in memory, swapped in place at a rotation.
+
+This engine holds the whole model on every rank. Its weights are never trained: no gradient, no optimizer.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from megapd.batch import Batch
+from megapd.config import Model
+from megapd.errors import UserError
+from megapd.kernels import LossOptions
+from megapd.models import Learner, build_model
+from megapd.signal import Head, Kind, Signal
+from megapd.tasks import Task
+from megapd.trajectory import Checkpoint, Trajectory
+
+
+class Teacher:
+    """Answers batches with signals of the checkpoint it holds.
+
+    `prepare` reads and verifies a checkpoint on a thread, `rotate` copies it over the one in place: the step that
+    rotates waits for the copy alone if the checkpoint was prepared early enough.
+    """
+
+    def __init__(self, trajectory: Trajectory, task: Task, device: torch.device, dtype: torch.dtype, chunk_bytes: int) -> None:
+        self.trajectory = trajectory
+        self.device, self.dtype, self.chunk_bytes = device, dtype, chunk_bytes
+        self.held: Checkpoint | None = None
+        self._task = task
+        self._model: Learner | None = None
+        self._head: Head | None = None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="teacher-reader")
+        self._ahead: dict[int, Future[tuple[Checkpoint, dict[str, Tensor]]]] = {}
+
+    def prepare(self, step: int, timeout_seconds: float = 0.0) -> None:
+        """Start reading the checkpoint of teacher step `step`, waiting up to `timeout_seconds` for it to be written."""
+        if step not in self._ahead and (self.held is None or self.held.step != step):
+            self._ahead[step] = self._reader.submit(self._read, step, timeout_seconds)
+
+    def rotate(self, step: int, timeout_seconds: float = 0.0) -> Checkpoint:
+        """Hold the checkpoint of teacher step `step` from now on.
+
+        Raises UserError if it is missing, damaged, or of another vocabulary or architecture.
+        """
+        if self.held is not None and self.held.step == step:
+            return self.held
+        self.prepare(step, timeout_seconds)
+        checkpoint, tensors = self._ahead.pop(step).result()
+        if self._model is None:
+            self._model = self._build(checkpoint)
+        self._copy(checkpoint, tensors)
+        self.held = checkpoint
+        return checkpoint
+
+    @torch.no_grad()
+    def signal(self, batch: Batch, kind: Kind) -> Signal:
+        """The signal for the labelled positions of `batch`: values [N, V], [N, D] or [N] int64 as the kind says."""
+        assert self.held is not None and self._model is not None, "rotate() comes before signal()"
+        if kind == "dense":
+            values, head = self._model(batch, mode="logits"), None
+        else:
+            values, head = self._model(batch, mode="hidden"), self._head
+            if kind == "argmax":
+                values, head = self._argmax(values), None
+        return Signal(kind=kind, teacher=self.held.digest, samples=batch.digest, values=values, head=head)
+
+    def close(self) -> None:
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
+    def _read(self, step: int, timeout_seconds: float) -> tuple[Checkpoint, dict[str, Tensor]]:
+        if timeout_seconds > 0:
+            checkpoint = self.trajectory.wait_for(step, timeout_seconds)
+        else:
+            checkpoint = self.trajectory.checkpoint(step)
+        if checkpoint.vocabulary != self._task.vocabulary_digest:
+            raise UserError(
+                f"teacher.trajectory: {checkpoint.path} was trained on vocabulary {checkpoint.vocabulary[:12]}, but the student's "
+                f"task has {self._task.vocabulary_digest[:12]}; teacher and student need the same tokenizer or task parameters"
+            )
+        tensors = self.trajectory.load(step)
+        if self.device.type == "cuda":
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return checkpoint, tensors
+
+    def _build(self, checkpoint: Checkpoint) -> Learner:
+        try:
+            model_config = TypeAdapter[Model](Model).validate_python(checkpoint.config["model"])
+            shapes = checkpoint.config["shapes"]
+        except (KeyError, ValidationError) as error:
+            raise UserError(f"{checkpoint.path / 'meta.json'}: no usable model configuration: {' '.join(str(error).split())}") from error
+        if shapes["length"] < self._task.length:
+            raise UserError(
+                f"teacher.trajectory: the teacher was trained on {shapes['length']} tokens a sample, the student's have {self._task.length}"
+            )
+        options = LossOptions(chunk_bytes=self.chunk_bytes)
+        model = build_model(
+            model_config, vocab_size=shapes["vocab_size"], classes=shapes["classes"], length=shapes["length"], options=options, seed=0
+        )
+        return model.to(self.device, self.dtype).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def _copy(self, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
+        assert self._model is not None
+        own = dict(self._model.named_parameters())
+        if own.keys() != tensors.keys():
+            odd = sorted(own.keys() ^ tensors.keys())[:3]
+            raise UserError(f"{checkpoint.path}: its tensors are not those of the model in its meta.json, e.g. {', '.join(odd)}")
+        for name, parameter in own.items():
+            if parameter.shape != tensors[name].shape:
+                raise UserError(f"{checkpoint.path}: {name} has shape {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}")
+            parameter.copy_(tensors[name], non_blocking=True)
+        head = self._model.head
+        self._head = Head(head.weight.detach(), None if head.bias is None else head.bias.detach())
+
+    def _argmax(self, hidden: Tensor) -> Tensor:
+        """Class ids [N] int64; logits of at most chunk_bytes exist at once."""
+        assert self._head is not None
+        rows = max(1, self.chunk_bytes // (4 * self._head.weight.shape[0]))
+        ids = [torch.nn.functional.linear(part, *self._weights()).argmax(-1) for part in hidden.split(rows)]
+        return torch.cat(ids) if ids else hidden.new_empty(0, dtype=torch.int64)
+
+    def _weights(self) -> tuple[Tensor, Tensor | None]:
+        assert self._head is not None
+        return self._head.weight, self._head.bias

@@ -1,0 +1,117 @@
+"""Resumable checkpoints: atomic, verified, the last few kept.
+
+    checkpoints/.step_N.writing/   DeepSpeed writes here; every rank hashes and syncs its share of the files
+    checkpoints/step_N/            the same folder, renamed once manifest.json (names, sizes, sha256) is in it
+    checkpoints/latest             names the newest, for DeepSpeed's own tools
+
+A folder step_N is therefore always whole when its rename reached the disk; damage that came later shows in the manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megapd.errors import UserError
+from megapd.files import fsync_folder, fsync_path, sha256_file, write_atomic
+from megapd.training.engine import Engine, World
+
+MANIFEST = "manifest.json"
+log = logging.getLogger(__name__)
+
+
+class CheckpointStore:
+    """The checkpoints of one run's folder. Every method is collective: all ranks call it together."""
+
+    def __init__(self, folder: Path, world: World, keep: int) -> None:
+        self.folder, self.world, self.keep = folder, world, keep
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, oldest first."""
+        return sorted(int(path.name.removeprefix("step_")) for path in self.folder.glob("step_*") if path.name[5:].isdigit())
+
+    def save(self, engine: Engine, step: int, state: dict[str, Any]) -> Path:
+        """Write the checkpoint of `step` student steps; when it returns, the checkpoint is on disk."""
+        writing, final = self.folder / f".step_{step}.writing", self.folder / f"step_{step}"
+        if self.world.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left_over in self.folder.glob(".step_*"):
+                shutil.rmtree(left_over)
+        self.world.barrier()
+        engine.save(self.folder, writing.name, {"step": step, **state})
+        self.world.barrier()
+        entries = self._over_files(writing, sorted(p for p in writing.rglob("*") if p.is_file()), sync=True)
+        if self.world.rank == 0:
+            manifest = {"step": step, "layout": _layout(engine), "files": entries}
+            write_atomic(writing / MANIFEST, json.dumps(manifest, indent=1))
+            for folder in [writing, *(p for p in writing.rglob("*") if p.is_dir())]:
+                fsync_folder(folder)
+            if final.exists():  # a resumed run that came by again after a fallback
+                shutil.rmtree(final)
+            writing.rename(final)
+            fsync_folder(self.folder)
+            write_atomic(self.folder / "latest", final.name)
+            for old in self.steps()[: -self.keep]:
+                shutil.rmtree(self.folder / f"step_{old}")
+        self.world.barrier()
+        return final
+
+    def restore(self, engine: Engine) -> dict[str, Any] | None:
+        """Load the newest checkpoint that is whole; None if there is none to load.
+
+        A damaged one is reported and the one before is tried. Raises UserError if all are damaged, or if the newest whole one
+        was written by another number of ranks, ZeRO stage or precision.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            tag = f"step_{step}"
+            problem = self._problem(self.folder / tag)
+            if problem is not None:
+                if self.world.rank == 0:
+                    log.warning("checkpoint %s is damaged (%s); falling back to the one before", self.folder / tag, problem)
+                continue
+            manifest = json.loads((self.folder / tag / MANIFEST).read_text())
+            _check_layout(self.folder / tag, manifest["layout"], _layout(engine))
+            return engine.load(self.folder, tag)
+        if steps:
+            raise UserError(f"{self.folder}: all of its {len(steps)} checkpoints are damaged; move the folder away to start again")
+        return None
+
+    def _problem(self, folder: Path) -> str | None:
+        """What is wrong with a checkpoint, as all ranks see it, or None."""
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text())
+            expected: dict[str, dict[str, Any]] = manifest["files"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problems = [f"{MANIFEST}: {error}"]
+            expected = {}
+        else:
+            missing = [name for name in expected if not (folder / name).is_file()]
+            problems = [f"{name} is missing" for name in missing]
+        if not any(self.world.gather(problems)):
+            found = self._over_files(folder, [folder / name for name in sorted(expected)], sync=False)
+            problems = [f"{name} has changed" for name in sorted(expected) if found[name] != expected[name]]
+        return next((p for rank in self.world.gather(problems) for p in rank), None)
+
+    def _over_files(self, folder: Path, files: list[Path], *, sync: bool) -> dict[str, dict[str, Any]]:
+        """Size and sha256 of each file, the hashing (and the fsync) shared among the ranks."""
+        mine = {}
+        for path in files[self.world.rank :: self.world.size]:
+            if sync:
+                fsync_path(path)
+            mine[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        return {name: entry for part in self.world.gather(mine) for name, entry in part.items()}
+
+
+def _layout(engine: Engine) -> dict[str, Any]:
+    training = engine.config.training
+    return {"ranks": engine.world.size, "training.zero_stage": training.zero_stage, "training.precision": training.precision}
+
+
+def _check_layout(folder: Path, written: dict[str, Any], now: dict[str, Any]) -> None:
+    for key, value in written.items():
+        if now.get(key) != value:
+            raise UserError(f"{folder} was written with {key} {value}, this run has {now.get(key)}: resume with {key} {value}")

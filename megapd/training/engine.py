@@ -1,0 +1,245 @@
+"""The student's world and its DeepSpeed engine: the only importer of deepspeed in this package."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megapd.batch import Batch
+from megapd.config import Config
+from megapd.errors import UserError
+from megapd.models import Learner
+from megapd.signal import Signal
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of this run. `control` carries small host tensors (counts, flags) without touching the device."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: dist.ProcessGroup
+
+    def sum(self, *values: int) -> list[int]:
+        """Each value summed over the ranks; one host-side collective."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(tensor, group=self.control)
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in rank order, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control)
+
+
+def start_world() -> World:
+    """Join the ranks that the deepspeed launcher started, or be the one rank of a plain `megapd train`."""
+    alone = "WORLD_SIZE" not in os.environ
+    os.environ.setdefault("LOCAL_RANK", "0")  # the one variable that DeepSpeed asks for itself
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        # DeepSpeed would build a shared-memory all-reduce with g++ at its first start on a CPU, up to 2.5 minutes, that only its
+        # tensor-parallel inference uses.
+        for name in ("deepspeed_shm_comm", "deepspeed_ccl_comm"):
+            deepspeed.ops.__compatible_ops__[name] = False
+    if not dist.is_initialized():
+        # A lone rank needs no port that another run on the machine could hold.
+        store = dist.HashStore() if alone else None
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=store,
+            rank=0 if alone else -1,
+            world_size=1 if alone else -1,
+            timeout=timedelta(minutes=10),
+        )
+    deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return World(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the rows of a global batch fall to ranks and micro-batches; the rows themselves depend on neither."""
+
+    global_batch: int
+    micro_batch: int
+    ranks: int
+
+    @property
+    def accumulation(self) -> int:
+        return self.global_batch // (self.micro_batch * self.ranks)
+
+    def rows(self, rank: int) -> list[range]:
+        """The rows of each micro-batch of `rank`, in order."""
+        starts = ((micro * self.ranks + rank) * self.micro_batch for micro in range(self.accumulation))
+        return [range(start, start + self.micro_batch) for start in starts]
+
+
+def tile(config: Config, ranks: int) -> Tiling:
+    training = config.training
+    if training.global_batch % ranks:
+        raise UserError(f"training.global_batch: {training.global_batch} does not divide among {ranks} ranks")
+    micro = training.micro_batch or training.global_batch // ranks
+    if training.global_batch % (micro * ranks):
+        raise UserError(
+            f"training.micro_batch: {micro} x {ranks} ranks does not divide training.global_batch {training.global_batch}; "
+            f"use a divisor of {training.global_batch // ranks}"
+        )
+    return Tiling(training.global_batch, micro, ranks)
+
+
+def parameter_groups(learner: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases and norms do not."""
+    matrices = [p for p in learner.parameters() if p.ndim >= 2]
+    vectors = [p for p in learner.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def deepspeed_config(config: Config, tiling: Tiling) -> dict[str, Any]:
+    """The stage's JSON, with what the run's own settings decide laid over it."""
+    training = config.training
+    if training.deepspeed is not None:
+        if not training.deepspeed.is_file():
+            raise UserError(f"training.deepspeed: {training.deepspeed}: no such file")
+        text = training.deepspeed.read_text()
+    else:
+        text = (resources.files("megapd.configs") / "deepspeed" / f"zero{training.zero_stage}.json").read_text()
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"training.deepspeed: {training.deepspeed}: not valid JSON: {error}") from error
+    own: dict[str, Any] = {
+        "train_batch_size": tiling.global_batch,
+        "train_micro_batch_size_per_gpu": tiling.micro_batch,
+        "gradient_accumulation_steps": tiling.accumulation,
+        # ZeRO clips by the global norm; plain fp32 at stage 0 has no optimizer wrapper and is clipped below.
+        "gradient_clipping": 0.0 if _plain(config) else training.clip,
+        "bf16": {**settings.get("bf16", {}), "enabled": training.precision == "bf16"},
+        "fp16": {**settings.get("fp16", {}), "enabled": training.precision == "fp16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+    clash = [key for key in ("optimizer", "scheduler") if key in settings]
+    if clash:
+        raise UserError(f"training.deepspeed: remove {clash[0]!r} from the JSON; the optimizer and lr sections decide it")
+    settings.update(own)
+    settings.setdefault("zero_optimization", {})["stage"] = training.zero_stage
+    return settings
+
+
+class Engine:
+    """A student under ZeRO: forward and backward of micro-batches, then one update."""
+
+    def __init__(self, learner: Learner, config: Config, world: World) -> None:
+        self.config, self.world = config, world
+        self.tiling = tile(config, world.size)
+        settings = config.optimizer
+        groups = parameter_groups(learner, settings.weight_decay)
+        optimizer: torch.optim.Optimizer
+        if settings.kind == "adamw":
+            fused = world.device.type == "cuda"
+            optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused)
+        else:
+            optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=learner, optimizer=optimizer, config=deepspeed_config(config, self.tiling), dist_init_required=False
+        )
+        self.learner: Learner = self.deepspeed.module
+        self.grad_norm = math.nan  # of the last update, before clipping
+
+    def accumulate(self, batch: Batch, signal: Signal | None, denominator: int) -> Tensor:
+        """Forward and backward of one micro-batch; returns its detached sums [3]: divergence, cross entropy, correct.
+
+        denominator: labelled positions of the whole global batch. Ranks and micro-batches add up to the gradient of the
+        global mean, however many there are; DeepSpeed averages over ranks, which the factor world.size undoes.
+        """
+        loss, stats = self.deepspeed(batch, signal, max(denominator, 1))
+        # A loss of inf can have finite gradients; as NaN it reaches the gradient norm, where all ranks agree to skip the step.
+        loss = loss * torch.where(torch.isfinite(loss.detach()), float(self.world.size), math.nan)
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+        # Counts DeepSpeed's micro-steps; the update itself happens in `step`.
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            self.deepspeed.step()
+        return stats
+
+    def step(self, lr: float) -> bool:
+        """Update the parameters; False if the gradients were not finite and the update was skipped, on all ranks."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        if _plain(self.config):
+            return self._plain_step()
+        self.deepspeed.step()
+        self.grad_norm = float(self.deepspeed.get_global_grad_norm())
+        return bool(self.deepspeed.was_step_applied())
+
+    def _plain_step(self) -> bool:
+        """Stage 0 in fp32: gradients are whole and equal on all ranks, and no DeepSpeed optimizer checks them."""
+        parameters = [p for p in self.learner.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.grad_norm = float(norm)
+        finite = math.isfinite(self.grad_norm)
+        if not finite:
+            for parameter in parameters:
+                parameter.grad = None
+        elif self.config.training.clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.training.clip, norm)
+        self.deepspeed.step()
+        return finite
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        """Detached sums [3] of a held-out batch against its labels: 0, cross entropy, correct."""
+        _, stats = self.learner(batch, None, max(batch.labelled, 1))
+        return stats
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter's name and whole tensor, gathered one at a time under ZeRO-3; all ranks must iterate together."""
+        gathered = self.config.training.zero_stage == 3
+        for name, parameter in self.learner.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]) if gathered else nullcontext():
+                yield name, parameter.detach()
+
+    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
+        """DeepSpeed's own checkpoint below folder/tag; `state` must be equal on all ranks."""
+        self.deepspeed.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> dict[str, Any]:
+        """Restore what `save` wrote on the same number of ranks, and return its state."""
+        path, state = self.deepspeed.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
+        assert path is not None, f"DeepSpeed found nothing at {folder / tag}, which was verified"
+        return state
+
+    def destroy(self) -> None:
+        self.deepspeed.destroy()
+
+
+def _plain(config: Config) -> bool:
+    return config.training.zero_stage == 0 and config.training.precision == "fp32"

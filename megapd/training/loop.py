@@ -1,0 +1,184 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from itertools import repeat
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megapd.training.control import StopRequest
+from megapd.training.evaluation import held_out
+from megapd.training.feed import BatchFeed
+from megapd.training.run import Run
+from megapd.training.schedules import learning_rate
+from megapd.training.telemetry import peak_tflops
+from megapd.trajectory import write_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+class Diverged(RuntimeError):
+    """The loss was not finite for training.max_nonfinite steps in a row."""
+
+
+def train(run: Run) -> bool:
+    """Train from run.start to the last step; False if a stop request ended it early, with a checkpoint saved."""
+    config, world, engine, telemetry = run.config, run.world, run.engine, run.telemetry
+    steps = config.training.steps
+    feed = BatchFeed(run.task, engine.tiling.rows(world.rank), range(run.start, steps), config.training.prefetch, world.device)
+    stop = StopRequest(config.folder / "stop", watches_file=run.writes)
+    eval_micro = config.evaluation.micro_batch or engine.tiling.micro_batch
+    meter = Meter(run)
+    step, stopped = run.start, False
+    try:
+        while step < steps:
+            # The batch, its global count of labelled positions, and whether any rank was asked to stop.
+            batches = feed.get(step)
+            labelled, stops = world.sum(sum(b.labelled for b in batches), int(stop.pending()))
+            if stops:
+                stopped = True
+                break
+
+            # The teacher of this step; a rotation is written where it begins.
+            if run.stream is not None:
+                announce_rotation(run, step)
+            signals = repeat(None) if run.stream is None else run.stream.signals(step, batches)
+
+            # Forward and backward of each micro-batch, then one update.
+            sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+            for batch, signal in zip(batches, signals, strict=False):
+                sums += engine.accumulate(batch, signal, labelled)
+            lr = learning_rate(config.lr, config.optimizer.lr, step, steps)
+            applied = engine.step(lr)
+            count_nonfinite(run, applied, sums, step)
+            step += 1
+            run.state["step"] = step
+
+            # What is due at this step.
+            if due(step, config.telemetry.every, steps):
+                telemetry.write("train", step, **meter.line(sums, labelled, step, lr))
+            telemetry.tick()
+            if due(step, config.evaluation.every, steps):
+                telemetry.write("eval", step, **held_out(run.task, config, world, eval_micro, engine.evaluate))
+            if step in config.trajectory.steps or (config.trajectory.every and due(step, config.trajectory.every, steps)):
+                write_trajectory(run, step)
+            if step < steps and due(step, config.checkpoint.every, steps):
+                save(run)
+        if step > run_saved_at(run):
+            save(run)
+    finally:
+        stop.close()
+        feed.close()
+    if stopped and run.writes:
+        log.warning("stopped by %s at step %d of %d; start the same command again to continue", stop.reason or "another rank", step, steps)
+    return not stopped
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens each `every` steps, and at the last, happens after `step` steps."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def announce_rotation(run: Run, step: int) -> None:
+    """Where another checkpoint begins to teach, hold it to what was recorded, and record it."""
+    assert run.stream is not None and run.record is not None and run.plan is not None
+    if step == 0 or run.plan.checkpoint_at(step) != run.plan.checkpoint_at(step - 1):
+        checkpoint = run.stream.teacher(step)
+        run.record.confirm(checkpoint)
+        run.telemetry.write("rotation", step, teacher_step=checkpoint.step, teacher=checkpoint.digest)
+
+
+def count_nonfinite(run: Run, applied: bool, sums: Tensor, step: int) -> None:
+    """Count skipped updates; raise Diverged after training.max_nonfinite non-finite ones in a row.
+
+    In fp16 an overflow of the scaled gradients with a finite loss is how the loss scale is found, not a divergence.
+    """
+    if applied:
+        run.state["nonfinite_in_a_row"] = 0
+        return
+    loss_broke = run.world.sum(int(not bool(torch.isfinite(sums).all())))[0] > 0
+    if run.config.training.precision == "fp16" and not loss_broke:
+        run.state["overflows"] += 1
+        return
+    run.state["nonfinite"] += 1
+    run.state["nonfinite_in_a_row"] += 1
+    if run.writes:
+        log.warning("step %d: %s not finite, update skipped", step, "loss" if loss_broke else "gradients")
+    if run.state["nonfinite_in_a_row"] >= run.config.training.max_nonfinite:
+        raise Diverged(
+            f"{run.state['nonfinite_in_a_row']} steps in a row were not finite, up to step {step} (training.max_nonfinite); "
+            f"lower optimizer.lr, set training.clip, or resume from an earlier checkpoint"
+        )
+
+
+def write_trajectory(run: Run, step: int) -> None:
+    """The weights of this step for later students; only rank 0 keeps them, all ranks gather."""
+    config = {**run.config.model_dump(mode="json"), "shapes": shapes(run)}
+    if run.writes:
+        write_checkpoint(
+            run.config.folder / "trajectory",
+            step,
+            run.engine.weights(),
+            config=config,
+            vocabulary=run.task.vocabulary_digest,
+            metrics=dict(run.telemetry.latest),
+            shard_bytes=run.config.trajectory.shard_bytes,
+        )
+    else:
+        for _ in run.engine.weights():
+            continue
+    run.world.barrier()
+
+
+def shapes(run: Run) -> dict[str, int]:
+    """What a teacher's model is built with beside its configuration."""
+    return {"vocab_size": run.task.vocab_size, "classes": run.task.classes, "length": run.task.length}
+
+
+def save(run: Run) -> None:
+    run.telemetry.sync()
+    run.store.save(run.engine, run.state["step"], dict(run.state))
+
+
+def run_saved_at(run: Run) -> int:
+    return max(run.store.steps(), default=-1)
+
+
+class Meter:
+    """The numbers of a line of metrics: global means of this step, and throughput since the last line."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._peak = peak_tflops(run.config, run.world.device)
+        self._step, self._time = run.start, time.perf_counter()
+
+    def line(self, sums: Tensor, labelled: int, step: int, lr: float) -> dict[str, Any]:
+        run = self._run
+        if run.world.size > 1:
+            dist.all_reduce(sums)
+        divergence, cross_entropy, correct = (sums / max(labelled, 1)).tolist()
+        now = time.perf_counter()
+        tokens = run.config.training.global_batch * run.task.length
+        rate = (step - self._step) * tokens / (now - self._time)
+        self._step, self._time = step, now
+        values: dict[str, Any] = {"loss": self._loss(divergence, cross_entropy)}
+        if run.plan is not None:
+            values |= {"divergence": divergence, "teacher_step": run.plan.checkpoint_at(step - 1)}
+        values |= {"cross_entropy": cross_entropy, "accuracy": correct, "lr": lr, "grad_norm": run.engine.grad_norm}
+        values |= {"labelled": labelled, "tokens": step * tokens, "nonfinite": run.state["nonfinite"]}
+        values |= {"overflows": run.state["overflows"], "tok_per_sec": rate, "seconds": run.telemetry.seconds}
+        if self._peak is not None:
+            values["mfu"] = rate * run.flops_per_token / (self._peak * 1e12 * run.world.size)
+        return values
+
+    def _loss(self, divergence: float, cross_entropy: float) -> float:
+        loss = self._run.config.loss
+        if self._run.plan is None:
+            return cross_entropy
+        scale = loss.student_temperature**2 if loss.scale_t2 else 1.0
+        return loss.alpha * cross_entropy + (1.0 - loss.alpha) * scale * divergence

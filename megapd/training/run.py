@@ -1,0 +1,159 @@
+"""A run's parts, put together: world, task, student, teacher's stream, telemetry, checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from megapd.config import Config, Follow, dump, flatten
+from megapd.errors import UserError
+from megapd.files import write_atomic
+from megapd.kernels import LossOptions
+from megapd.models import Learner, build_model, flops_per_token, parameter_count
+from megapd.schedule.policies import Plan, build_plan
+from megapd.schedule.record import ScheduleRecord
+from megapd.signal import Kind, negotiate
+from megapd.tasks import Task, build_task
+from megapd.teacher.engine import Teacher
+from megapd.teacher.stream import ColocatedStream, Stream
+from megapd.training.checkpoint import CheckpointStore
+from megapd.training.engine import DTYPES, Engine, World, start_world
+from megapd.training.telemetry import Telemetry
+from megapd.trajectory import Trajectory
+
+# What may differ between a run's start and its resumption: nothing here changes what the run learns.
+FREE_SECTIONS = ("checkpoint", "telemetry", "runs_dir", "corpus", "evaluation.micro_batch", "training.prefetch", "teacher.micro_batch")
+
+
+@dataclass
+class Run:
+    """Everything the loop needs.
+
+    start   student steps done before: 0, or where the run resumes
+    state   what a checkpoint carries beside DeepSpeed's own: equal on all ranks
+    """
+
+    config: Config
+    world: World
+    task: Task
+    engine: Engine
+    plan: Plan | None
+    stream: Stream | None
+    record: ScheduleRecord | None
+    store: CheckpointStore
+    telemetry: Telemetry
+    start: int
+    state: dict[str, Any]
+    flops_per_token: float
+
+    @property
+    def writes(self) -> bool:
+        return self.world.rank == 0
+
+    def close(self) -> None:
+        self.telemetry.close()
+        if self.stream is not None:
+            self.stream.close()
+        self.engine.destroy()
+
+
+def loss_options(config: Config) -> LossOptions:
+    return LossOptions(**config.loss.model_dump())
+
+
+def build_student(config: Config, task: Task) -> Learner:
+    return build_model(
+        config.model,
+        vocab_size=task.vocab_size,
+        classes=task.classes,
+        length=task.length,
+        options=loss_options(config),
+        seed=config.seed,
+    )
+
+
+def resolve_plan(config: Config, trajectory: Trajectory) -> Plan:
+    """The schedule of the run over the checkpoints there are; `follow` does not need them yet."""
+    assert config.schedule is not None
+    available = () if isinstance(config.schedule, Follow) else trajectory.steps
+    return build_plan(config.schedule, available=available, steps=config.training.steps)
+
+
+def signal_kind(config: Config, task: Task, trajectory: Trajectory) -> Kind:
+    """The kind asked for, or for `auto` the cheapest exact one."""
+    assert config.teacher is not None
+    if config.teacher.signal != "auto":
+        return config.teacher.signal
+    if not trajectory.steps:  # a followed teacher that has written nothing yet
+        return negotiate(task.classes, task.classes, config.loss.teacher_temperature, config.loss.divergence)
+    model = trajectory.checkpoint(trajectory.steps[0]).config["model"]
+    width = model["width"] if model["kind"] == "mlp" else model["hidden"]
+    return negotiate(task.classes, width, config.loss.teacher_temperature, config.loss.divergence)
+
+
+def open_trajectory(config: Config) -> Trajectory:
+    assert config.teacher is not None
+    return Trajectory(config.teacher.trajectory, must_exist=not isinstance(config.schedule, Follow))
+
+
+def start(config: Config) -> Run:
+    """Build the run, or resume it where its folder stopped. Raises UserError before anything is written."""
+    task = build_task(config)
+    plan, trajectory = None, None
+    if config.teacher is not None:
+        trajectory = open_trajectory(config)
+        plan = resolve_plan(config, trajectory)
+    learner = build_student(config, task)
+    world = start_world()
+    engine = Engine(learner, config, world)
+    store = CheckpointStore(config.folder / "checkpoints", world, config.checkpoint.keep)
+    resumed = _check_folder(config, store)
+    world.barrier()  # no rank may look at the folder after rank 0 has begun to write it
+    state: dict[str, Any] = {"step": 0, "nonfinite": 0, "nonfinite_in_a_row": 0, "overflows": 0}
+    if resumed:
+        state |= {key: value for key, value in (store.restore(engine) or {}).items() if key in state}
+    stream, record = None, None
+    if plan is not None and trajectory is not None:
+        record = ScheduleRecord(config.folder / "schedule.json", plan, resumed=resumed, writes=world.rank == 0)
+        stream = _open_stream(config, task, trajectory, plan, world)
+        if state["step"] < config.training.steps:
+            record.confirm(stream.teacher(state["step"]))  # a damaged or foreign teacher shows before anything is written
+    if world.rank == 0:
+        write_atomic(config.folder / "config.yaml", dump(config))
+    summary = {"parameters": parameter_count(learner)[0], "ranks": world.size}
+    telemetry = Telemetry(config, world.rank == 0, state["step"], summary)
+    flops = flops_per_token(
+        config.model,
+        classes=task.classes,
+        length=task.length,
+        labelled_share=task.labelled_per_sample / task.length,
+    )
+    return Run(config, world, task, engine, plan, stream, record, store, telemetry, state["step"], state, flops)
+
+
+def _open_stream(config: Config, task: Task, trajectory: Trajectory, plan: Plan, world: World) -> Stream:
+    assert config.teacher is not None
+    dtype = DTYPES[config.training.precision]
+    teacher = Teacher(trajectory, task, world.device, dtype, config.loss.chunk_bytes)
+    wait = config.schedule.timeout_seconds if isinstance(config.schedule, Follow) else 0.0
+    return ColocatedStream(teacher, plan, signal_kind(config, task, trajectory), wait)
+
+
+def _check_folder(config: Config, store: CheckpointStore) -> bool:
+    """Whether the run's folder is to be resumed; UserError if it holds another run, or may not be resumed."""
+    saved = config.folder / "config.yaml"
+    if not saved.exists():
+        return False
+    if not config.checkpoint.resume:
+        raise UserError(f"{config.folder} holds a run already: set checkpoint.resume true to continue it, or choose another name")
+    before, now = flatten(yaml.safe_load(saved.read_text())), flatten(config.model_dump(mode="json"))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and not key.startswith(FREE_SECTIONS):
+            raise UserError(
+                f"{key} was {before.get(key)!r} when {config.folder} began and is {now.get(key)!r} now; "
+                f"a resumed run keeps its settings: restore it, or choose another name"
+            )
+    return True
+

@@ -1,0 +1,145 @@
+"""Read the checkpoints of a trajectory: which there are, their weights verified, and waiting for one still to be written."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from megapd.errors import UserError
+from megapd.files import sha256_file
+from megapd.trajectory.format import META, Checkpoint, parse_step, read_meta, step_folder
+
+
+class CheckpointTimeout(TimeoutError):
+    """A checkpoint that a teacher was to write did not appear in time."""
+
+
+class Trajectory:
+    """The checkpoints in one folder.
+
+    `steps` is what was there at construction or at the last `refresh`; `checkpoint`, `load` and `wait_for` look at the disk.
+    """
+
+    def __init__(self, folder: Path, *, must_exist: bool = True) -> None:
+        """Raises UserError if there is no checkpoint in `folder`; must_exist=False allows that: the teacher has just begun."""
+        self.folder = Path(folder)
+        self._steps: tuple[int, ...] = ()
+        self._incomplete: tuple[int, ...] = ()
+        self.refresh()
+        if must_exist and not self._steps:
+            raise UserError(
+                f"teacher.trajectory: {self._emptiness()}; name the trajectory folder of a teacher run, runs/NAME/trajectory"
+            )
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Teacher steps of the complete checkpoints, increasing."""
+        return self._steps
+
+    @property
+    def incomplete(self) -> tuple[int, ...]:
+        """Steps whose folder has no meta.json: a copy that stopped midway, since checkpoints are renamed into place whole."""
+        return self._incomplete
+
+    def refresh(self) -> tuple[int, ...]:
+        """Look again which checkpoints there are; returns `steps`."""
+        names = [entry.name for entry in self.folder.iterdir()] if self.folder.is_dir() else []
+        found = sorted(step for step in map(parse_step, names) if step is not None)
+        complete = {step for step in found if self._complete(step)}
+        self._steps = tuple(step for step in found if step in complete)
+        self._incomplete = tuple(step for step in found if step not in complete)
+        return self._steps
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """Everything but the weights; UserError if it is not there (the nearest are listed) or its meta.json is damaged."""
+        if not (self.folder / step_folder(step)).is_dir():
+            nearest = nearest_steps(self.refresh(), step)
+            there = f"the nearest are {', '.join(map(str, nearest))}" if nearest else "there are none"
+            raise UserError(
+                f"{self.folder}: no checkpoint of step {step}; {there}: change the schedule, or train the teacher further"
+            )
+        return read_meta(self.folder / step_folder(step))
+
+    def load(self, step: int) -> dict[str, Tensor]:
+        """All tensors of a checkpoint on the host, after the size and sha256 of every file were found right; UserError if not."""
+        return dict(self.tensors(step))
+
+    def tensors(self, step: int) -> Iterator[tuple[str, Tensor]]:
+        """The tensors one at a time, shard by shard, each file verified first: O(one tensor) of memory. Raises as `load` does."""
+        checkpoint = self.checkpoint(step)
+        check_files(checkpoint)
+        for shard in checkpoint.shards:
+            with safe_open(checkpoint.path / shard, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    yield name, file.get_tensor(name)
+
+    def verify(self) -> list[str]:
+        """Problems, one line each: incomplete or damaged checkpoints, files that changed, equal weights at different steps."""
+        self.refresh()
+        problems = [
+            f"{self.folder / step_folder(step)}: it has no {META}, so it is no complete checkpoint" for step in self._incomplete
+        ]
+        same: dict[str, list[int]] = defaultdict(list)
+        for step in self._steps:
+            try:
+                checkpoint = self.checkpoint(step)
+                same[checkpoint.digest].append(step)
+                check_files(checkpoint)
+            except UserError as error:
+                problems.append(str(error))
+        for digest, steps in same.items():
+            if len(steps) > 1:
+                problems.append(f"{self.folder}: steps {', '.join(map(str, steps))} have the same weights, digest {digest[:12]}")
+        return problems
+
+    def wait_for(self, step: int, timeout_seconds: float, poll_seconds: float = 0.2) -> Checkpoint:
+        """The checkpoint of `step` as soon as it is complete; CheckpointTimeout if it is not after `timeout_seconds`."""
+        deadline = time.monotonic() + timeout_seconds
+        while not self._complete(step):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                steps = self.refresh()
+                newest = f"the newest there is of step {steps[-1]}" if steps else "there is none yet"
+                raise CheckpointTimeout(
+                    f"{self.folder}: no checkpoint of step {step} after {timeout_seconds:g} s; {newest}; "
+                    f"is the teacher running, and does its trajectory.every write this step?"
+                )
+            time.sleep(min(poll_seconds, left))
+        return self.checkpoint(step)
+
+    def _complete(self, step: int) -> bool:
+        return (self.folder / step_folder(step) / META).is_file()
+
+    def _emptiness(self) -> str:
+        if not self.folder.is_dir():
+            return f"no folder {self.folder}"
+        incomplete = f" ({len(self._incomplete)} without {META})" if self._incomplete else ""
+        return f"no complete checkpoint in {self.folder}{incomplete}"
+
+
+def check_files(checkpoint: Checkpoint) -> None:
+    """UserError unless every file that the checkpoint lists is there with its size and sha256."""
+    for name, expected in checkpoint.files.items():
+        path = checkpoint.path / name
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError as error:
+            raise UserError(f"{path}: missing; restore the checkpoint") from error
+        if size != expected.bytes:
+            raise UserError(f"{path}: {size} bytes, but {expected.bytes} were written; restore the checkpoint")
+        found = sha256_file(path)
+        if found != expected.sha256:
+            raise UserError(f"{path}: its sha256 is {found}, but {expected.sha256} was written; restore the checkpoint")
+
+
+def nearest_steps(steps: tuple[int, ...], step: int, count: int = 4) -> tuple[int, ...]:
+    """Up to `count` of the increasing `steps` around `step`, increasing."""
+    place = bisect_left(steps, step)
+    around = steps[max(0, place - count) : place + count]
+    return tuple(sorted(sorted(around, key=lambda s: (abs(s - step), s))[:count]))

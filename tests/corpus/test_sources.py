@@ -1,0 +1,171 @@
+"""Sources: every format gives the same documents; what cannot be read is told in one line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megapd.config import Source
+from megapd.corpus.sources import TextSource, windows
+from megapd.errors import UserError
+
+TEXTS = ["one\n\ntwo", "drei ß vier", "fünf\nsechs", "sieben"]
+
+
+def read(path, **settings) -> list[str]:
+    return list(TextSource(Source(path=str(path), **settings), 0))
+
+
+def refused(path, *words, **settings) -> None:
+    with pytest.raises(UserError) as caught:
+        read(path, **settings)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def write(path, texts, column="text") -> None:
+    rows = [{"id": i, column: text} for i, text in enumerate(texts)]
+    if path.name.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
+    elif path.name.endswith(".jsonl"):
+        path.write_text("\n\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    elif path.name.endswith(".jsonl.gz"):
+        path.write_bytes(gzip.compress("\n".join(json.dumps(row) for row in rows).encode()))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz"])
+def test_tables(tmp_path, name):
+    write(tmp_path / name, TEXTS)
+    assert read(tmp_path / name) == TEXTS
+    write(tmp_path / name, TEXTS, "body")
+    assert read(tmp_path / name, text_column="body") == TEXTS
+    refused(tmp_path / name, "corpus.sources[0].text_column", "'text'", "id, body", name)
+
+
+def test_a_source_can_be_read_again(tmp_path):
+    write(tmp_path / "a.jsonl", TEXTS)
+    source = TextSource(Source(path=str(tmp_path / "a.jsonl")), 0)
+    assert list(source) == list(source) == TEXTS
+
+
+def test_a_text_file_is_a_document(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"eins\r\nzwei\rdrei\n\n")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress("vier ß fünf".encode()))
+    assert read(tmp_path / "a.txt") == ["eins\nzwei\ndrei"]
+    assert read(tmp_path) == ["eins\nzwei\ndrei", "vier ß fünf"]
+
+
+def test_folders_and_globs(tmp_path):
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "b.parquet", TEXTS[2:])
+    write(tmp_path / "deep" / "c.jsonl", TEXTS[:1])
+    write(tmp_path / "a.jsonl", TEXTS[:2])
+    (tmp_path / "notes.md").write_text("not text to train on")
+    assert read(tmp_path) == TEXTS[:2] + TEXTS[2:] + TEXTS[:1]
+    assert read(tmp_path / "*.jsonl") == TEXTS[:2]
+    assert read(tmp_path / "**" / "*.jsonl") == TEXTS[:2] + TEXTS[:1]
+    refused(tmp_path / "*.md", "corpus.sources[0].path", ".parquet")
+    refused(tmp_path / "notes.md", "corpus.sources[0].path", ".parquet")
+    refused(tmp_path / "none.txt", "corpus.sources[0].path", "none.txt")
+    refused(tmp_path / "*.txt", "corpus.sources[0].path", "*.txt")
+    (tmp_path / "bare").mkdir()
+    refused(tmp_path / "bare", "corpus.sources[0].path", "bare")
+
+
+def test_blank_and_null_documents_are_left_out(tmp_path):
+    write(tmp_path / "a.parquet", ["a", None, " \n", "b"])
+    write(tmp_path / "b.jsonl", ["", None, " c "])
+    assert read(tmp_path) == ["a", "b", "c"]
+
+
+def test_lone_surrogates_become_replacement_characters(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b \\ud83d\\ude00"}')
+    assert read(tmp_path) == ["a\ufffdb 😀"]
+
+
+def test_damaged_files(tmp_path):
+    file = tmp_path / "a.parquet"
+    write(file, TEXTS)
+    file.write_bytes(file.read_bytes()[:-20])
+    refused(file, str(file))
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a"}\n{"text": \n')
+    refused(file, str(file), "line 2")
+    file.write_text('{"text": "a"}\n["b"]\n')
+    refused(file, str(file), "line 2", "list")
+    file.write_text('{"text": 5}\n')
+    refused(file, str(file), "corpus.sources[0].text_column", "int")
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"caf\xe9")
+    refused(file, str(file), "UTF-8")
+    file = tmp_path / "a.jsonl.gz"
+    content = gzip.compress(b'{"text": "a"}\n' * 5000)
+    for damaged in (content[:-20], b"plain", content[:20] + b"\xff" * 20 + content[40:]):
+        file.write_bytes(damaged)
+        refused(file, str(file))
+
+
+def test_numbers_in_parquet(tmp_path):
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
+    refused(tmp_path / "a.parquet", "corpus.sources[0].text_column", "int")
+
+
+@given(text=st.text(alphabet="ab \n", max_size=400), size=st.integers(10, 60), piece=st.integers(1, 100))
+def test_windows_are_the_text(text, size, piece):
+    whole = list(windows([text], size))
+    assert "".join(whole) == text
+    assert all(size // 2 <= len(window) <= size for window in whole[:-1])
+    assert all(0 < len(window) <= size for window in whole)
+    pieces = list(windows((text[i : i + piece] for i in range(0, len(text), piece)), size))
+    assert pieces == whole
+
+
+def test_windows_prefer_paragraphs_then_lines_then_spaces():
+    assert list(windows(["aaaaa\n\nb\nb b bbbb"], 10)) == ["aaaaa\n\n", "b\nb b bbbb"]
+    assert list(windows(["aaaaa\nbb bbbb"], 10)) == ["aaaaa\n", "bb bbbb"]
+    assert list(windows(["a" * 25], 10)) == ["a" * 10, "a" * 10, "a" * 5]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.parquet", "a.jsonl"])
+def test_long_documents_are_windowed(tmp_path, name):
+    paragraphs = [f"paragraph {i} " + "word " * 60 for i in range(40)]
+    text = "\n\n".join(p.strip() for p in paragraphs)
+    if name == "a.txt":
+        (tmp_path / name).write_text(text)
+    else:
+        write(tmp_path / name, [text, "short"])
+    documents = read(tmp_path / name, window_chars=1000)
+    if name != "a.txt":
+        assert documents.pop() == "short"
+    assert len(documents) > 10
+    assert all(len(document) <= 1000 and document.startswith("paragraph") for document in documents)
+    assert "\n\n".join(documents) == text
+
+
+def test_a_hub_data_set(monkeypatch):
+    seen = []
+
+    def load_dataset(*arguments, **settings):
+        seen.append((arguments, settings))
+        return datasets.Dataset.from_dict({"body": TEXTS}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = Source(hub="org/set", hub_config="en", split="validation", text_column="body")
+    assert list(TextSource(source, 0)) == TEXTS
+    assert seen == [(("org/set", "en"), {"split": "validation", "streaming": True})]
+    with pytest.raises(UserError, match=r"corpus.sources\[2\].text_column: org/set has no column 'text'"):
+        list(TextSource(Source(hub="org/set"), 2))
+
+
+def test_an_unreachable_hub():
+    with pytest.raises(UserError, match=r"corpus.sources\[1\]: nobody/nothing cannot be loaded") as caught:
+        list(TextSource(Source(hub="nobody/nothing"), 1))
+    assert "\n" not in str(caught.value)

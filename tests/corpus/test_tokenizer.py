@@ -1,0 +1,100 @@
+"""Tokenizers: special tokens in their places, lossless where promised, the same bytes each time, clear refusals."""
+
+from __future__ import annotations
+
+import pytest
+
+from megapd.config import Tokenizer
+from megapd.corpus import tokenizer as tokenizers
+from megapd.errors import UserError
+from tests.corpus import corpora
+
+HARD = "a [MASK] [CLS] <unk> <|endoftext|>\n\n  indented\tline \n 漢字 é 😀 1234"
+
+
+@pytest.fixture(scope="module")
+def models():
+    texts = corpora.documents()
+    return {
+        (kind, style): tokenizers.train(Tokenizer(kind=kind, style=style, vocab_size=330), texts)
+        for kind in ("unigram", "bpe")
+        for style in ("bert", "gpt")
+    }
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_special_tokens(models, kind):
+    assert models[kind, "bert"].special == {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
+    assert models[kind, "gpt"].special == {"<unk>": 0, "<|endoftext|>": 1}
+    assert (models[kind, "bert"].opener, models[kind, "bert"].separator) == (2, 3)
+    assert (models[kind, "gpt"].opener, models[kind, "gpt"].separator) == (None, 1)
+    for style in ("bert", "gpt"):
+        model = models[kind, style]
+        assert model.vocab_size == 330
+        ids = model.encode([HARD])[0]
+        assert not set(ids.tolist()) & set(model.special.values())  # bytes for the unknown, plain text for what looks special
+        assert model.decode(ids) == (HARD if style == "gpt" else " ".join(HARD.split()))
+
+
+def test_encoding_is_independent_of_threads_and_of_the_way(models, monkeypatch):
+    model = models["unigram", "bert"]
+    texts = [*corpora.documents(), ""]
+    one = [ids.tolist() for ids in model.encode(texts)]
+    assert [ids.tolist() for ids in model.encode(texts, threads=4)] == one
+    assert one == model._processor.encode(texts)
+    monkeypatch.delattr(type(model._processor), "EncodeAsNumpy", raising=False)
+    assert [ids.tolist() for ids in model.encode(texts)] == one
+
+
+def test_training_is_deterministic(models):
+    again = tokenizers.train(Tokenizer(style="bert", vocab_size=330), corpora.documents())
+    assert again.digest == models["unigram", "bert"].digest
+
+
+def test_training_reads_no_more_than_its_share():
+    def endless():
+        while True:
+            yield from corpora.documents()
+
+    tokenizer = tokenizers.train(Tokenizer(vocab_size=330, training_sentences=200), endless())
+    assert tokenizer.vocab_size == 330
+
+
+def test_sentences_keep_every_word():
+    long = " ".join(f"word{i}" for i in range(1000))
+    glued = "x" * 2500
+    texts = [f"a b\n\n  \n{long}\n{glued} end\nc"]
+    cut = list(tokenizers.sentences(texts))
+    assert all(len(sentence) <= tokenizers.SENTENCE_CHARS + 1 for sentence in cut)
+    assert "".join("".join(cut).split()) == "".join(texts[0].split())
+    assert " ".join(cut[1:-4]).split()[:1000] == long.split()
+
+
+@pytest.mark.parametrize(
+    ("texts", "vocab_size", "words"),
+    [
+        (["ab"], 5000, ["corpus.tokenizer.vocab_size", "5000", "at most"]),
+        (corpora.documents(), 100, ["corpus.tokenizer.vocab_size", "100", "or more"]),
+        ([], 300, ["corpus.sources", "empty"]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_text_that_does_not_fit(kind, texts, vocab_size, words):
+    with pytest.raises(UserError) as caught:
+        tokenizers.train(Tokenizer(kind=kind, vocab_size=vocab_size), texts)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_existing_models(models, tmp_path):
+    path = tmp_path / "m.model"
+    path.write_bytes(models["bpe", "gpt"].model)
+    assert tokenizers.load(path, "gpt").digest == models["bpe", "gpt"].digest
+    with pytest.raises(UserError, match=r"corpus.tokenizer.model: .*no token \[PAD\]"):
+        tokenizers.load(path, "bert")
+    with pytest.raises(UserError, match=r"corpus.tokenizer.model: cannot read"):
+        tokenizers.load(tmp_path / "none.model", "bert")
+    path.write_bytes(b"not a model")
+    with pytest.raises(UserError, match="not a sentencepiece model"):
+        tokenizers.load(path, "bert")

@@ -1,0 +1,85 @@
+import pytest
+import yaml
+
+from megapd.config import Config, dump, load
+from megapd.errors import UserError
+
+MODEL = "model: {kind: gpt, layers: 2, hidden: 32, heads: 2}\n"
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_later_sources_win(tmp_path, monkeypatch):
+    path = write(tmp_path, MODEL + "training: {steps: 1, global_batch: 2, zero_stage: 3}\n")
+    monkeypatch.setenv("MEGAPD_TRAINING__GLOBAL_BATCH", "4")
+    monkeypatch.setenv("MEGAPD_TRAINING__STEPS", "5")
+    config = load(path, ["--training.steps=7", "--model.layers=3"])
+    assert (config.training.steps, config.training.global_batch, config.training.zero_stage) == (7, 4, 3)
+    assert (config.model.layers, config.model.hidden) == (3, 32)
+
+
+def test_dump_is_a_configuration(tmp_path):
+    config = load(write(tmp_path, MODEL), ["--loss.alpha=0.5"])
+    again = load(write(tmp_path, dump(config)))
+    assert again == config
+    assert yaml.safe_load(dump(config))["loss"]["alpha"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "setting"),
+    [
+        ("trainin: {}\n", [], "trainin"),
+        ("training: {step: 3}\n", [], "training.step"),
+        (MODEL + "", ["--model.hiden=3"], "model.hiden"),
+        ("training: {steps: many}\n", [], "training.steps"),
+        ("", ["--training.steps=1.5"], "training.steps"),
+        ("", ["--training.zero_stage=4"], "training.zero_stage"),
+        (MODEL, ["--model.heads=3"], "heads"),
+        ("", ["--training.micro_batch=3"], "training.micro_batch"),
+        ("", ["--schedule.policy=one_shot"], "teacher"),
+        ("", ["--teacher.trajectory=x"], "schedule"),
+        ("", ["--task.kind=text"], "model.kind"),
+        (MODEL, ["--task.kind=text", "--task.objective=mlm"], "model.kind"),
+        ("", ["--task.kind=parity", "--task.degree=51"], "task"),
+        ("", ["--loss.divergence=reverse_kl", "--loss.teacher_temperature=0"], "reverse_kl"),
+        ("", ["--optimizer.momentum=0.9"], "optimizer.momentum"),
+        ("", ["--trajectory.steps=[2000]"], "trajectory.steps"),
+        ("", ["--model.width=4"], "model.kind"),
+        ("teacher: {trajectory: x, signal: argmax}\nschedule: {policy: one_shot}\n", [], "teacher.signal"),
+        ("teacher: {trajectory: x}\nschedule: {policy: explicit, ranges: [{start: 1, checkpoint: 1}]}\n", [], "schedule.ranges"),
+        ("- a list\n", [], "run.yaml"),
+        ("a: [\n", [], "run.yaml"),
+        ("", ["training.steps=3"], "training.steps=3"),
+        ("", ["--training.steps"], "--section.key=value"),
+    ],
+)
+def test_refusals_name_the_setting_in_one_line(tmp_path, text, overrides, setting):
+    with pytest.raises(UserError, match=r".") as refusal:
+        load(write(tmp_path, text), overrides)
+    assert setting in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.yaml"):
+        load(tmp_path / "nowhere.yaml")
+
+
+def test_an_unknown_variable_is_refused(monkeypatch):
+    monkeypatch.setenv("MEGAPD_TRAINNG__STEPS", "3")
+    with pytest.raises(UserError, match="MEGAPD_TRAINNG__STEPS"):
+        load(None)
+    monkeypatch.delenv("MEGAPD_TRAINNG__STEPS")
+    monkeypatch.setenv("MEGAPD_TRAINING__STEP", "3")
+    with pytest.raises(UserError, match=r"training\.step: unknown"):
+        load(None)
+
+
+def test_defaults_are_a_whole_run():
+    config = load(None)
+    assert isinstance(config, Config)
+    assert config.folder.name == "run"

@@ -1,0 +1,92 @@
+"""Small runs that the training tests share: a parity teacher and its students, in process or under the launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+
+from megapd.cli import main
+from megapd.launch.local import local_command
+
+TIMINGS = ("seconds", "tok_per_sec", "mfu")
+
+COMMON = [
+    "--task.kind=parity",
+    "--task.dimension=10",
+    "--task.degree=2",
+    "--model.kind=mlp",
+    "--training.global_batch=16",
+    "--optimizer.kind=adamw",
+    "--optimizer.lr=0.01",
+    "--telemetry.every=1",
+    "--telemetry.wandb=disabled",
+    "--telemetry.progress=false",
+    "--evaluation.samples=64",
+]
+
+
+def teacher(folder: Path, steps: int = 30, every: int = 5) -> Path:
+    """Train a teacher in this process; its trajectory."""
+    arguments = [f"--runs_dir={folder}", "--name=teacher", f"--training.steps={steps}", f"--trajectory.every={every}"]
+    assert main(["train", *COMMON, "--model.width=32", *arguments]) == 0
+    return folder / "teacher" / "trajectory"
+
+
+def student(folder: Path, name: str, trajectory: Path, *overrides: str) -> list[str]:
+    """Arguments of `megapd train` for a progressive student."""
+    arguments = [f"--runs_dir={folder}", f"--name={name}", f"--teacher.trajectory={trajectory}", "--model.width=8"]
+    schedule = ["--schedule.policy=matched", "--schedule.refresh=5", "--training.steps=30"]
+    return ["train", *COMMON, *arguments, *schedule, *overrides]
+
+
+def metrics(run: Path) -> list[dict]:
+    """The run's records without what depends on the clock."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def launch(arguments: list[str], ranks: int, *, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        local_command(arguments, ranks), env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    if check:
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def launch_and_kill(arguments: list[str], ranks: int, run: Path, step: int) -> None:
+    """Start a run and kill -9 every rank once it has logged `step`."""
+    process = subprocess.Popen(
+        local_command(arguments, ranks), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while last_step(run) < step:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "the run never reached the step"
+        time.sleep(0.001)
+    victims = [p for p in psutil.Process(process.pid).children(recursive=True) if "--local_rank" in " ".join(p.cmdline())]
+    victims = [p for p in victims if "deepspeed.launcher" not in " ".join(p.cmdline())]
+    assert len(victims) == ranks
+    random.shuffle(victims)
+    for victim in victims:
+        os.kill(victim.pid, signal.SIGKILL)
+    process.wait(timeout=60)
+
+
+def last_step(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return -1
+    lines = [line for line in path.read_bytes().split(b"\n")[:-1] if b'"train"' in line]
+    return json.loads(lines[-1])["step"] if lines else -1

@@ -1,0 +1,220 @@
+"""Exact resume: killed, stopped, damaged."""
+
+import json
+import random
+import signal
+import threading
+
+import pytest
+
+from megapd.cli import main
+from tests.training import runs
+
+STEPS = 300
+
+
+@pytest.fixture(scope="module")
+def trajectory(tmp_path_factory):
+    return runs.teacher(tmp_path_factory.mktemp("teacher"), steps=STEPS, every=50)
+
+
+@pytest.fixture(scope="module")
+def long_student(trajectory, tmp_path_factory):
+    """Arguments of a two-rank student of 300 steps and six teachers, and the metrics of its undisturbed run."""
+    folder = tmp_path_factory.mktemp("students")
+
+    def arguments(name):
+        extra = ["--training.steps=300", "--schedule.refresh=50", "--checkpoint.every=20", "--evaluation.every=40"]
+        return runs.student(folder, name, trajectory, *extra)
+
+    runs.launch(arguments("undisturbed"), 2)
+    return folder, arguments, runs.metrics(folder / "undisturbed")
+
+
+def kill_and_resume(long_student, times, seed):
+    folder, arguments, undisturbed = long_student
+    name, draw = f"killed-{seed}", random.Random(seed)
+    # Anywhere in its part of the run: on a checkpoint, before the first one, around a rotation.
+    for part in range(times):
+        span = (STEPS - 40) // times
+        runs.launch_and_kill(arguments(name), 2, folder / name, draw.randint(5 + part * span, 5 + (part + 1) * span - 1))
+    runs.launch(arguments(name), 2)
+    resumed = runs.metrics(folder / name)
+    assert [r["step"] for r in resumed if r["kind"] == "train"] == list(range(1, STEPS + 1))
+    assert sum(r["kind"] == "rotation" for r in resumed) == 6
+    assert resumed == undisturbed
+
+
+def test_killed_ranks_resume_bitwise(long_student):
+    kill_and_resume(long_student, times=1, seed=1)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", range(2, 6))
+def test_killed_three_times_resume_bitwise(long_student, seed):
+    kill_and_resume(long_student, times=3, seed=seed)
+
+
+def test_stop_signal_on_one_rank_stops_all_and_resumes(long_student):
+    folder, arguments, undisturbed = long_student
+    run = folder / "stopped"
+    (run).mkdir()
+    stopper = threading.Thread(target=lambda: [_until(run, 30), (run / "stop").touch()])
+    stopper.start()
+    done = runs.launch(arguments("stopped"), 2)
+    stopper.join()
+    assert "stopped by" in done.stdout + done.stderr
+    at = runs.last_step(run)
+    assert 30 <= at < STEPS
+    assert (run / "checkpoints" / f"step_{at}").is_dir()
+    assert not (run / "stop").exists()
+    runs.launch(arguments("stopped"), 2)
+    assert runs.metrics(run) == undisturbed
+
+
+def _until(run, step):
+    import time
+
+    while runs.last_step(run) < step:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_save_and_stop(trajectory, tmp_path, number, monkeypatch):
+    """In process: the signal arrives in mid-step, the run stops at the boundary, the rest equals a run without it."""
+    assert main(runs.student(tmp_path, "whole", trajectory, "--schedule.refresh=50", "--training.steps=60")) == 0
+    from megapd.training.engine import Engine
+
+    update = Engine.step
+
+    def interrupted(self, lr):
+        if self.deepspeed.global_steps == 24:
+            signal.raise_signal(number)
+        return update(self, lr)
+
+    arguments = runs.student(tmp_path, "stopped", trajectory, "--schedule.refresh=50", "--training.steps=60")
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", interrupted)
+        assert main(arguments) == 0
+    assert runs.last_step(tmp_path / "stopped") == 25
+    assert signal.getsignal(number) == signal.SIG_DFL
+    assert main(arguments) == 0
+    assert runs.metrics(tmp_path / "stopped") == runs.metrics(tmp_path / "whole")
+
+
+def checkpoints(run):
+    """What lies in the checkpoints' folder but for the scripts that DeepSpeed leaves there."""
+    return {p.name for p in (run / "checkpoints").iterdir() if p.suffix != ".py"}
+
+
+def damage_truncate(folder):
+    victim = max(folder.rglob("*.pt"), key=lambda p: p.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-100])
+
+
+def damage_flip(folder):
+    victim = max(folder.rglob("*.pt"), key=lambda p: p.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+
+
+def damage_remove(folder):
+    max(folder.rglob("*.pt"), key=lambda p: p.stat().st_size).unlink()
+
+
+def damage_manifest(folder):
+    (folder / "manifest.json").write_text('{"files": ')
+
+
+@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, damage_remove, damage_manifest])
+def test_a_damaged_checkpoint_falls_back(trajectory, tmp_path, damage, caplog):
+    arguments = runs.student(tmp_path, "s", trajectory, "--schedule.refresh=50", "--checkpoint.every=10", "--checkpoint.keep=2")
+    assert main(arguments) == 0
+    run = tmp_path / "s"
+    whole = runs.metrics(run)
+    assert sorted(p.name for p in (run / "checkpoints").glob("step_*")) == ["step_20", "step_30"]
+    assert (run / "checkpoints" / "latest").read_text() == "step_30"
+    damage(run / "checkpoints" / "step_30")
+    assert main(arguments) == 0
+    assert "step_30" in caplog.text
+    assert "falling back" in caplog.text
+    assert runs.metrics(run) == whole
+    assert checkpoints(run) == {"latest", "step_20", "step_30"}
+
+
+def test_all_damaged_is_refused(trajectory, tmp_path, capsys):
+    arguments = runs.student(tmp_path, "s", trajectory, "--schedule.refresh=50")
+    assert main(arguments) == 0
+    damage_remove(tmp_path / "s" / "checkpoints" / "step_30")
+    before = runs.metrics(tmp_path / "s")
+    assert main(arguments) == 2
+    assert "damaged" in capsys.readouterr().err
+    assert runs.metrics(tmp_path / "s") == before
+
+
+def test_a_write_that_dies_leaves_the_last_checkpoint(trajectory, tmp_path, monkeypatch):
+    """The rename never happens: the next start must not see the half-written folder, and must clean it away."""
+    from megapd.training.checkpoint import CheckpointStore
+
+    arguments = runs.student(tmp_path, "s", trajectory, "--schedule.refresh=50", "--checkpoint.every=10")
+    over_files = CheckpointStore._over_files
+
+    def dies(self, folder, files, *, sync):
+        if sync and folder.name == ".step_20.writing":
+            raise KeyboardInterrupt
+        return over_files(self, folder, files, sync=sync)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "_over_files", dies)
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments)
+    assert checkpoints(tmp_path / "s") == {"latest", "step_10", ".step_20.writing"}
+    assert main(arguments) == 0
+    assert checkpoints(tmp_path / "s") == {"latest", "step_20", "step_30"}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("--optimizer.lr=0.02", "optimizer.lr"),
+        ("--training.steps=40", "training.steps"),
+        ("--seed=1", "seed"),
+        ("--schedule.refresh=10", "schedule.refresh"),
+        ("--checkpoint.resume=false", "checkpoint.resume"),
+        ("--training.zero_stage=2", "training.zero_stage"),
+    ],
+)
+def test_a_changed_setting_is_refused_on_resume(trajectory, tmp_path, capsys, change, named):
+    arguments = runs.student(tmp_path, "s", trajectory, "--schedule.refresh=50")
+    assert main(arguments) == 0
+    assert main([*arguments, change]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_other_rank_count_is_refused(long_student):
+    folder, arguments, _ = long_student
+    run = folder / "undisturbed"
+    before = (run / "metrics.jsonl").read_bytes()
+    assert main(arguments("undisturbed")) == 2
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_recorded_schedule_is_kept(trajectory, tmp_path, capsys):
+    """A checkpoint that changed under a run, digest and all, must not teach the rest of it."""
+    copy = tmp_path / "trajectory"
+    import shutil
+
+    shutil.copytree(trajectory, copy)
+    arguments = runs.student(tmp_path, "s", copy, "--schedule.refresh=50", "--training.steps=60")
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "stop").touch()
+    assert main(arguments) == 0  # stops before its first step
+    record = json.loads((tmp_path / "s" / "schedule.json").read_text())
+    assert record["rotations"] == [[0, 50], [50, 100]]
+    (tmp_path / "s" / "schedule.json").write_text(json.dumps({**record, "digests": {"50": "0" * 64}}))
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert "0" * 64 in message
+    assert "digest" in message

@@ -1,0 +1,86 @@
+"""ZeRO stages, gradient accumulation, tied heads and non-finite steps on two ranks, all cases in one launch."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megapd.launch.local import free_port
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    output = tmp_path_factory.mktemp("zero") / "results.json"
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", os.devnull, "--num_gpus", "2"]
+    command = [*launcher, "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    done = subprocess.run(
+        [*command, "--module", "tests.training.worker", str(output)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(output.read_text())
+
+
+def difference(a, b):
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("variant", ["", "-untied", "-clip", "-sgd"])
+def test_stages_agree(results, variant):
+    runs = [results[f"stage{s}{variant}"] for s in range(4) if f"stage{s}{variant}" in results]
+    assert len(runs) >= 3
+    for run in runs[1:]:
+        assert difference(run["losses"], runs[0]["losses"]) < 1e-4
+        assert difference(run["norms"], runs[0]["norms"]) < 1e-4
+    assert max(runs[0]["norms"]) > 1e-3
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_accumulation_changes_nothing(results, stage):
+    one, four = results[f"stage{stage}"], results[f"stage{stage}-accumulate"]
+    assert difference(one["losses"], four["losses"]) < 1e-5
+    assert difference(one["norms"], four["norms"]) < 1e-5
+
+
+def test_training_moves_the_loss(results):
+    losses = results["stage1"]["losses"]
+    assert len(set(losses)) == len(losses)
+    assert abs(losses[0] - math.log(2)) < 0.1
+
+
+def test_tied_and_untied_differ(results):
+    assert "head.weight" not in results["stage1"]["weights"]
+    assert "head.weight" in results["stage1-untied"]["weights"]
+    assert difference(results["stage1"]["losses"], results["stage1-untied"]["losses"]) > 1e-6
+
+
+def test_gathered_weights_agree_across_stages(results):
+    for stage in (1, 2, 3):
+        ours, reference = results[f"stage{stage}"]["weights"], results["stage0"]["weights"]
+        assert ours.keys() == reference.keys()
+        assert difference(ours.values(), reference.values()) < 1e-2
+    evaluations = [results[f"stage{stage}"]["evaluation"] for stage in range(4)]
+    assert all(abs(e["loss"] - evaluations[0]["loss"]) < 1e-4 for e in evaluations)
+    assert evaluations[0]["samples"] == 1024
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_bf16_follows_fp32(results, stage):
+    assert difference(results[f"stage{stage}-bf16"]["losses"], results[f"stage{stage}"]["losses"]) < 0.05
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_nonfinite_loss_on_one_rank_skips_the_step_on_all(results, stage):
+    for rank in results[f"nonfinite{stage}"]:
+        assert rank["applied"] is False
+        assert rank["before"] == rank["after"]
+        assert rank["recovered"] is True
+        assert math.isfinite(rank["moved"])
+        assert rank["moved"] != rank["after"]

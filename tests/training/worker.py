@@ -1,0 +1,108 @@
+"""Runs on two ranks under one launch: many DeepSpeed cases, the results as JSON for test_zero.py to judge.
+
+A launch costs many seconds of imports and a case well under one, hence one process for all cases.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megapd.config import Config, load
+from megapd.tasks import build_task
+from megapd.training.engine import Engine, World, start_world
+from megapd.training.evaluation import held_out
+from megapd.training.run import build_student
+
+STEPS = 20
+GPT = [
+    "--model.kind=gpt",
+    "--model.layers=2",
+    "--model.hidden=32",
+    "--model.heads=2",
+    "--model.tied=true",
+    "--task.kind=parity",
+    "--task.dimension=12",
+    "--task.degree=2",
+    "--training.global_batch=16",
+    "--training.steps=20",
+    "--optimizer.lr=0.003",
+]
+
+
+def cases() -> dict[str, list[str]]:
+    named = {f"stage{stage}": [f"--training.zero_stage={stage}"] for stage in range(4)}
+    named |= {f"stage{stage}-untied": [f"--training.zero_stage={stage}", "--model.tied=false"] for stage in range(4)}
+    named |= {f"stage{stage}-accumulate": [f"--training.zero_stage={stage}", "--training.micro_batch=2"] for stage in range(4)}
+    named |= {f"stage{stage}-bf16": [f"--training.zero_stage={stage}", "--training.precision=bf16"] for stage in range(4)}
+    named |= {f"stage{stage}-clip": [f"--training.zero_stage={stage}", "--training.clip=0.05"] for stage in range(4)}
+    named |= {f"stage{stage}-sgd": [f"--training.zero_stage={stage}", "--optimizer.kind=sgd", "--optimizer.lr=0.1"] for stage in (0, 1, 3)}
+    return named
+
+
+def train(config: Config, world: World) -> dict[str, Any]:
+    task = build_task(config)
+    engine = Engine(build_student(config, task), config, world)
+    losses, norms = [], []
+    for step in range(STEPS):
+        batches = [task.batch(step, rows) for rows in engine.tiling.rows(world.rank)]
+        (labelled,) = world.sum(sum(b.labelled for b in batches))
+        sums = sum(engine.accumulate(batch, None, labelled) for batch in batches)
+        torch.distributed.all_reduce(sums)
+        assert engine.step(config.optimizer.lr)
+        losses.append((sums[1] / labelled).item())
+        norms.append(engine.grad_norm)
+    evaluation = held_out(task, config, world, 7, engine.evaluate)
+    weights = {name: tensor.double().sum().item() for name, tensor in engine.weights()}
+    engine.destroy()
+    return {"losses": losses, "norms": norms, "evaluation": evaluation, "weights": weights}
+
+
+def skip_nonfinite(config: Config, world: World) -> dict[str, Any]:
+    """One rank's loss is not finite: no rank may step, and the next step must be as if it had not been."""
+    task = build_task(config)
+    engine = Engine(build_student(config, task), config, world)
+    (rows,) = engine.tiling.rows(world.rank)
+    batch = task.batch(0, rows)
+
+    def weights() -> float:
+        return sum(tensor.double().abs().sum().item() for _, tensor in engine.weights())
+
+    before = weights()
+    forward = engine.deepspeed.module.head.forward
+    if world.rank == 1:
+
+        def broken(*arguments: Any, **options: Any) -> Any:
+            result = forward(*arguments, **options)
+            return result._replace(loss=result.loss + torch.inf)
+
+        engine.deepspeed.module.head.forward = broken
+    engine.accumulate(batch, None, config.training.global_batch)
+    applied = engine.step(config.optimizer.lr)
+    after = weights()
+    engine.deepspeed.module.head.forward = forward
+    engine.accumulate(batch, None, config.training.global_batch)
+    recovered = engine.step(config.optimizer.lr)
+    moved = weights()
+    engine.destroy()
+    return {"applied": applied, "before": before, "after": after, "recovered": recovered, "moved": moved}
+
+
+def main(output: Path) -> None:
+    world = start_world()
+    results: dict[str, Any] = {}
+    for name, overrides in cases().items():
+        results[name] = train(load(None, [*GPT, *overrides]), world)
+    for stage in range(4):
+        config = load(None, [*GPT, f"--training.zero_stage={stage}"])
+        results[f"nonfinite{stage}"] = world.gather(skip_nonfinite(config, world))
+    if world.rank == 0:
+        output.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path([a for a in sys.argv[1:] if not a.startswith("--local_rank")][0]))

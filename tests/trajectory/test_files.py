@@ -1,0 +1,119 @@
+"""megapd/files.py: nothing is ever seen half-written."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megapd import files
+from megapd.files import commit_folder, sha256_file, temporary_folder, write_atomic
+
+
+def test_write_atomic_replaces_and_makes_folders(tmp_path):
+    path = tmp_path / "a" / "b.txt"
+    write_atomic(path, "größer")
+    assert path.read_bytes() == "größer".encode()
+    write_atomic(path, b"\x00\xff")
+    assert path.read_bytes() == b"\x00\xff"
+    assert [p.name for p in path.parent.iterdir()] == ["b.txt"]
+
+
+def test_write_atomic_that_fails_keeps_the_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "b.txt"
+    write_atomic(path, "old")
+
+    def broken(descriptor):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["b.txt"]
+
+
+def test_write_atomic_flushes_the_file_before_the_rename_and_the_folder_after(tmp_path, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted(descriptor):
+        events.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "file")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), replace(a, b)))
+    write_atomic(tmp_path / "x", "data")
+    assert events == ["file", "rename", "folder"]
+
+
+def test_sha256_file(tmp_path):
+    data = os.urandom(1_000_003)
+    (tmp_path / "x").write_bytes(data)
+    assert sha256_file(tmp_path / "x") == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_commit_folder_replaces_a_folder(tmp_path, monkeypatch, exchanges):
+    if not exchanges:  # a file system without renameat2
+        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+    final = tmp_path / "final"
+    for content in ("one", "two"):
+        temporary = temporary_folder(final)
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "x").write_text(content)
+        commit_folder(temporary, final)
+        assert (final / "sub" / "x").read_text() == content
+        assert [p.name for p in tmp_path.iterdir()] == ["final"]
+
+
+def test_commit_folder_flushes_everything_before_the_rename_and_the_parent_after(tmp_path, monkeypatch):
+    events = []
+    fsync, rename = os.fsync, os.rename
+
+    def noted(descriptor):
+        events.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    temporary = temporary_folder(tmp_path / "final")
+    for name in ("x", "y"):
+        (temporary / name).write_text(name)
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "rename", lambda a, b: (events.append("rename"), rename(a, b)))
+    commit_folder(temporary, tmp_path / "final")
+    assert set(events[:3]) == {"x", "y", temporary.name}
+    assert events[3:] == ["rename", tmp_path.name]
+
+
+def test_exchange_swaps_two_folders(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text(name)
+    if not files._exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this file system cannot exchange names")
+    assert (tmp_path / "a" / "x").read_text() == "b"
+    assert (tmp_path / "b" / "x").read_text() == "a"
+
+
+def test_exchange_reports_real_errors(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(FileNotFoundError):
+        files._exchange(tmp_path / "a", tmp_path / "none")
+
+
+def test_temporary_folder_clears_leftovers_of_the_dead_alone(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    names = {
+        "dead": f"final.tmp-{ended.pid}",
+        "aside": f"final.tmp-old-{ended.pid}",
+        "alive": "final.tmp-1",
+        "other": f"x.tmp-{ended.pid}",
+    }
+    for name in names.values():
+        (tmp_path / name).mkdir()
+    own = temporary_folder(tmp_path / "final")
+    assert {p.name for p in tmp_path.iterdir()} == {own.name, names["alive"], names["other"]}
+    (own / "stale").write_text("")
+    assert list(temporary_folder(tmp_path / "final").iterdir()) == []
