@@ -9,6 +9,7 @@ times, per round and over all. megapd's loop runs as `megapd train` does, with i
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -87,12 +88,20 @@ def megapd(config: Config) -> list[float]:
     run.engine.step = timed  # type: ignore[method-assign]
     train(run)
     run.close()
-    return [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(ends)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("steps", 60), ("rounds", 5), ("layers", 4), ("hidden", 256), ("length", 128), ("batch", 8), ("stage", 1)):
+    for name, default in (
+        ("steps", 60),
+        ("rounds", 5),
+        ("layers", 4),
+        ("hidden", 256),
+        ("length", 128),
+        ("batch", 8),
+        ("stage", 1),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/loop.json"))
     arguments = parser.parse_args()

@@ -20,7 +20,9 @@ def launch_local(arguments: Sequence[str], ranks: int, *, log: Path | None = Non
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     with log.open("w") if log is not None else nullcontext() as output:
-        return subprocess.run(local_command(arguments, ranks), env=environment, stdout=output, stderr=output, check=False).returncode
+        return subprocess.run(
+            local_command(arguments, ranks), env=environment, stdout=output, stderr=output, check=False
+        ).returncode
 
 
 def local_command(arguments: Sequence[str], ranks: int) -> list[str]:

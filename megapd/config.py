@@ -9,6 +9,7 @@ the run's folder and with every checkpoint of its trajectory.
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -221,7 +222,7 @@ class Explicit(Section):
         starts = [r.start for r in ranges]
         if starts[0] != 0:
             raise ValueError(f"the first range must start at 0, not {starts[0]}")
-        if any(b <= a for a, b in zip(starts, starts[1:], strict=False)):
+        if any(b <= a for a, b in itertools.pairwise(starts)):
             raise ValueError(f"the starts must increase, got {starts}")
         return ranges
 
@@ -367,9 +368,9 @@ class Config(BaseSettings):
             raise ValueError(f"training.micro_batch: {micro} does not divide training.global_batch {total}")
         if self.optimizer.kind == "adamw" and self.optimizer.momentum:
             raise ValueError("optimizer.momentum: AdamW has none; set optimizer.betas, or choose sgd")
-        if self.teacher is not None and self.teacher.signal == "argmax":
-            if self.loss.teacher_temperature > 0 or self.loss.divergence == "reverse_kl":
-                raise ValueError("teacher.signal: argmax is exact at loss.teacher_temperature 0 alone; set that, or choose auto")
+        argmax_asked = self.teacher is not None and self.teacher.signal == "argmax"
+        if argmax_asked and (self.loss.teacher_temperature > 0 or self.loss.divergence == "reverse_kl"):
+            raise ValueError("teacher.signal: argmax is exact at loss.teacher_temperature 0 alone; set that, or choose auto")
         late = [s for s in self.trajectory.steps if s > self.training.steps]
         if late:
             raise ValueError(f"trajectory.steps: {late} lie beyond training.steps {self.training.steps}")

@@ -51,7 +51,9 @@ def run_demo(folder: Path) -> int:
     console.print(_table(summary))
     console.print(f"{folder / 'summary.json'}\n{folder / 'curves.png'}", highlight=False)
     if not progressive_wins(summary):
-        console.print(f"progressive needed more than {MARGIN} of one-shot's steps to {THRESHOLD:.0%}", style="bold red", highlight=False)
+        console.print(
+            f"progressive needed more than {MARGIN} of one-shot's steps to {THRESHOLD:.0%}", style="bold red", highlight=False
+        )
         return 1
     return 0
 

@@ -55,7 +55,7 @@ class Signal:
 
 
 def negotiate(classes: int, width: int, teacher_temperature: float, divergence: str) -> Kind:
-    """The cheapest kind that is exact for the loss: argmax where it alone counts, else the narrower of logits and hidden states."""
+    """The cheapest kind that is exact for the loss: argmax where it alone counts, else logits or hidden states."""
     if teacher_temperature == 0.0 and divergence in ("forward_kl", "soft_cross_entropy"):
         return "argmax"
     return "dense" if classes <= width else "hidden"

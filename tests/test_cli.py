@@ -45,7 +45,9 @@ def test_a_missing_checkpoint(trajectory, tmp_path, capsys):
 
 
 def test_a_schedule_beyond_the_trajectory(trajectory, tmp_path, capsys):
-    arguments = runs.student(tmp_path, "s", trajectory, "--schedule.policy=equal", "--schedule.checkpoints=9", "--schedule.steps=3")
+    arguments = runs.student(
+        tmp_path, "s", trajectory, "--schedule.policy=equal", "--schedule.checkpoints=9", "--schedule.steps=3"
+    )
     arguments = [a for a in arguments if a not in ("--schedule.policy=matched", "--schedule.refresh=5")]
     refused(capsys, tmp_path, arguments, "schedule.checkpoints", "9")
 
@@ -132,7 +134,9 @@ def test_plan_prints_and_plots(trajectory, tmp_path, capsys):
 
 
 def test_a_run_its_plot_and_its_evaluation(trajectory, tmp_path, capsys):
-    arguments = runs.student(tmp_path, "s", trajectory, "--evaluation.every=10", "--trajectory.steps=[10]", "--trajectory.every=15")
+    arguments = runs.student(
+        tmp_path, "s", trajectory, "--evaluation.every=10", "--trajectory.steps=[10]", "--trajectory.every=15"
+    )
     assert main(arguments) == 0
     run = tmp_path / "s"
     assert yaml.safe_load((run / "config.yaml").read_text())["schedule"]["refresh"] == 5

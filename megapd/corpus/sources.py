@@ -73,7 +73,8 @@ class TextSource:
     def _parquet(self, path: Path) -> Iterator[str]:
         column = self._source.text_column
         try:
-            with pq.ParquetFile(path) as file:
+            # Buffered ahead, every column chunk read would stay in memory until the file is closed.
+            with pq.ParquetFile(path, pre_buffer=False) as file:
                 self._check_column(file.schema_arrow.names, str(path))
                 for batch in file.iter_batches(batch_size=ROWS_A_READ, columns=[column], use_threads=False):
                     for value in batch.column(column):

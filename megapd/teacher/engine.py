@@ -16,6 +16,7 @@ from megapd.config import Model
 from megapd.errors import UserError
 from megapd.kernels import LossOptions
 from megapd.models import Learner, build_model
+from megapd.models.weights import copy_weights
 from megapd.signal import Head, Kind, Signal
 from megapd.tasks import Task
 from megapd.trajectory import Checkpoint, Trajectory
@@ -54,14 +55,17 @@ class Teacher:
         checkpoint, tensors = self._ahead.pop(step).result()
         if self._model is None:
             self._model = self._build(checkpoint)
-        self._copy(checkpoint, tensors)
+        copy_weights(self._model, tensors, checkpoint.path)
+        head = self._model.head
+        self._head = Head(head.weight.detach(), None if head.bias is None else head.bias.detach())
         self.held = checkpoint
         return checkpoint
 
     @torch.no_grad()
     def signal(self, batch: Batch, kind: Kind) -> Signal:
         """The signal for the labelled positions of `batch`: values [N, V], [N, D] or [N] int64 as the kind says."""
-        assert self.held is not None and self._model is not None, "rotate() comes before signal()"
+        assert self.held is not None, "rotate() comes before signal()"
+        assert self._model is not None
         if kind == "dense":
             values, head = self._model(batch, mode="logits"), None
         else:
@@ -74,13 +78,11 @@ class Teacher:
         self._reader.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, step: int, timeout_seconds: float) -> tuple[Checkpoint, dict[str, Tensor]]:
-        if timeout_seconds > 0:
-            checkpoint = self.trajectory.wait_for(step, timeout_seconds)
-        else:
-            checkpoint = self.trajectory.checkpoint(step)
+        wait = timeout_seconds > 0
+        checkpoint = self.trajectory.wait_for(step, timeout_seconds) if wait else self.trajectory.checkpoint(step)
         if checkpoint.vocabulary != self._task.vocabulary_digest:
             raise UserError(
-                f"teacher.trajectory: {checkpoint.path} was trained on vocabulary {checkpoint.vocabulary[:12]}, but the student's "
+                f"teacher.trajectory: {checkpoint.path} has vocabulary {checkpoint.vocabulary[:12]}, but the student's "
                 f"task has {self._task.vocabulary_digest[:12]}; teacher and student need the same tokenizer or task parameters"
             )
         tensors = self.trajectory.load(step)
@@ -93,38 +95,28 @@ class Teacher:
             model_config = TypeAdapter[Model](Model).validate_python(checkpoint.config["model"])
             shapes = checkpoint.config["shapes"]
         except (KeyError, ValidationError) as error:
-            raise UserError(f"{checkpoint.path / 'meta.json'}: no usable model configuration: {' '.join(str(error).split())}") from error
+            what = " ".join(str(error).split())
+            raise UserError(f"{checkpoint.path / 'meta.json'}: no usable model configuration: {what}") from error
         if shapes["length"] < self._task.length:
             raise UserError(
-                f"teacher.trajectory: the teacher was trained on {shapes['length']} tokens a sample, the student's have {self._task.length}"
+                f"teacher.trajectory: the teacher was trained on {shapes['length']} tokens a sample, "
+                f"the student's task has {self._task.length}; shorten corpus.block_length, or choose another teacher"
             )
         options = LossOptions(chunk_bytes=self.chunk_bytes)
         model = build_model(
-            model_config, vocab_size=shapes["vocab_size"], classes=shapes["classes"], length=shapes["length"], options=options, seed=0
+            model_config,
+            vocab_size=shapes["vocab_size"],
+            classes=shapes["classes"],
+            length=shapes["length"],
+            options=options,
+            seed=0,
         )
         return model.to(self.device, self.dtype).requires_grad_(False).eval()
-
-    @torch.no_grad()
-    def _copy(self, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
-        assert self._model is not None
-        own = dict(self._model.named_parameters())
-        if own.keys() != tensors.keys():
-            odd = sorted(own.keys() ^ tensors.keys())[:3]
-            raise UserError(f"{checkpoint.path}: its tensors are not those of the model in its meta.json, e.g. {', '.join(odd)}")
-        for name, parameter in own.items():
-            if parameter.shape != tensors[name].shape:
-                raise UserError(f"{checkpoint.path}: {name} has shape {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}")
-            parameter.copy_(tensors[name], non_blocking=True)
-        head = self._model.head
-        self._head = Head(head.weight.detach(), None if head.bias is None else head.bias.detach())
 
     def _argmax(self, hidden: Tensor) -> Tensor:
         """Class ids [N] int64; logits of at most chunk_bytes exist at once."""
         assert self._head is not None
-        rows = max(1, self.chunk_bytes // (4 * self._head.weight.shape[0]))
-        ids = [torch.nn.functional.linear(part, *self._weights()).argmax(-1) for part in hidden.split(rows)]
-        return torch.cat(ids) if ids else hidden.new_empty(0, dtype=torch.int64)
-
-    def _weights(self) -> tuple[Tensor, Tensor | None]:
-        assert self._head is not None
-        return self._head.weight, self._head.bias
+        weight, bias = self._head.weight, self._head.bias
+        rows = max(1, self.chunk_bytes // (4 * weight.shape[0]))
+        ids = [torch.nn.functional.linear(part, weight, bias).argmax(-1) for part in hidden.split(rows)]
+        return torch.cat(ids)

@@ -77,7 +77,9 @@ class CheckpointStore:
             _check_layout(self.folder / tag, manifest["layout"], _layout(engine))
             return engine.load(self.folder, tag)
         if steps:
-            raise UserError(f"{self.folder}: all of its {len(steps)} checkpoints are damaged; move the folder away to start again")
+            raise UserError(
+                f"{self.folder}: all of its {len(steps)} checkpoints are damaged; move the folder away to start again"
+            )
         return None
 
     def _problem(self, folder: Path) -> str | None:

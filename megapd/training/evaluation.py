@@ -14,9 +14,7 @@ from megapd.tasks import Task
 from megapd.training.engine import World
 
 
-def held_out(
-    task: Task, config: Config, world: World, micro_batch: int, sums_of: Callable[[Batch], Tensor]
-) -> dict[str, float]:
+def held_out(task: Task, config: Config, world: World, micro_batch: int, sums_of: Callable[[Batch], Tensor]) -> dict[str, float]:
     """Cross entropy and accuracy over evaluation.samples held-out samples, the same ones for any number of ranks.
 
     sums_of: detached sums [3] of a batch: divergence, cross entropy, correct. All ranks call it together and make the same

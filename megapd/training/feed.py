@@ -14,7 +14,7 @@ class BatchFeed:
     """Micro-batches by step number. A batch is a pure function of the step, so a resume needs the number and replays nothing."""
 
     def __init__(self, task: Task, rows: list[range], steps: range, depth: int, device: torch.device) -> None:
-        """rows: those of each micro-batch within the global batch; steps: the steps to come, in order; depth: steps built ahead."""
+        """rows: those of each micro-batch within the global batch; steps: the steps to come; depth: steps built ahead."""
         self._task, self._rows, self._steps, self._depth, self._device = task, rows, steps, depth, device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: dict[int, Future[list[Batch]]] = {}

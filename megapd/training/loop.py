@@ -75,7 +75,9 @@ def train(run: Run) -> bool:
         stop.close()
         feed.close()
     if stopped and run.writes:
-        log.warning("stopped by %s at step %d of %d; start the same command again to continue", stop.reason or "another rank", step, steps)
+        log.warning(
+            "stopped by %s at step %d of %d; start the same command again to continue", stop.reason or "another rank", step, steps
+        )
     return not stopped
 
 
@@ -86,7 +88,9 @@ def due(step: int, every: int, last: int) -> bool:
 
 def announce_rotation(run: Run, step: int) -> None:
     """Where another checkpoint begins to teach, hold it to what was recorded, and record it."""
-    assert run.stream is not None and run.record is not None and run.plan is not None
+    assert run.stream is not None
+    assert run.record is not None
+    assert run.plan is not None
     if step == 0 or run.plan.checkpoint_at(step) != run.plan.checkpoint_at(step - 1):
         checkpoint = run.stream.teacher(step)
         run.record.confirm(checkpoint)

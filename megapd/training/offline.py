@@ -11,6 +11,7 @@ import torch
 from megapd.config import Config
 from megapd.errors import UserError
 from megapd.files import write_atomic
+from megapd.models.weights import copy_weights
 from megapd.tasks import build_task
 from megapd.training.checkpoint import CheckpointStore
 from megapd.training.engine import DTYPES, Engine, World, start_world, tile
@@ -31,7 +32,7 @@ def evaluate_run(config: Config, folder: Path) -> Iterator[str]:
     for step, values in evaluated:
         results.append({"step": step, **values})
         if world.rank == 0:
-            yield f"step {step:>9,}   loss {values['loss']:.6g}   accuracy {values['accuracy']:.6g}   samples {values['samples']:,}"
+            yield f"step {step:>9,}   loss {values['loss']:.6g}   accuracy {values['accuracy']:.6g}"
     if world.rank == 0:
         write_atomic(folder / "evaluation.json", json.dumps(results, indent=1))
 
@@ -45,10 +46,8 @@ def _trajectory(config: Config, folder: Path, world: World) -> Iterator[tuple[in
         checkpoint = trajectory.checkpoint(step)
         if checkpoint.vocabulary != task.vocabulary_digest:
             raise UserError(f"{checkpoint.path} was trained on another vocabulary than task.corpus has now; restore the corpus")
-        tensors = trajectory.load(step)
+        copy_weights(learner, trajectory.load(step), checkpoint.path)
         with torch.no_grad():
-            for name, parameter in learner.named_parameters():
-                parameter.copy_(tensors[name])
             yield step, held_out(task, config, world, micro, lambda batch: learner(batch)[1])
 
 

@@ -24,7 +24,15 @@ from megapd.training.telemetry import Telemetry
 from megapd.trajectory import Trajectory
 
 # What may differ between a run's start and its resumption: nothing here changes what the run learns.
-FREE_SECTIONS = ("checkpoint", "telemetry", "runs_dir", "corpus", "evaluation.micro_batch", "training.prefetch", "teacher.micro_batch")
+FREE_SECTIONS = (
+    "checkpoint",
+    "telemetry",
+    "runs_dir",
+    "corpus",
+    "evaluation.micro_batch",
+    "training.prefetch",
+    "teacher.micro_batch",
+)
 
 
 @dataclass
@@ -156,4 +164,3 @@ def _check_folder(config: Config, store: CheckpointStore) -> bool:
                 f"a resumed run keeps its settings: restore it, or choose another name"
             )
     return True
-

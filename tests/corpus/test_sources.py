@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 
 import datasets
 import pyarrow as pa
@@ -111,6 +112,15 @@ def test_damaged_files(tmp_path):
     for damaged in (content[:-20], b"plain", content[:20] + b"\xff" * 20 + content[40:]):
         file.write_bytes(damaged)
         refused(file, str(file))
+
+
+def test_parquet_is_read_in_bounded_memory(tmp_path):
+    texts = [os.urandom(10_000).hex() for _ in range(300)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=10)
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in TextSource(Source(path=str(tmp_path / "a.parquet")), 0)]
+    assert len(held) == 300
+    assert max(held) < 2_000_000  # of 6 MB
 
 
 def test_numbers_in_parquet(tmp_path):

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -18,7 +19,7 @@ def test_linear_ends_at_final():
     rates = curve(11, kind="linear", final=0.1)
     assert rates[0] == 2.0
     assert rates[-1] == pytest.approx(0.2)
-    differences = [a - b for a, b in zip(rates, rates[1:], strict=False)]
+    differences = [a - b for a, b in itertools.pairwise(rates)]
     assert differences == pytest.approx([0.18] * 10)
 
 
@@ -38,4 +39,4 @@ def test_wsd_is_stable_then_decays():
     assert rates[4:16] == [2.0] * 12
     assert rates[16] == pytest.approx(1.5)
     assert rates[-1] == pytest.approx(0.0)
-    assert all(a > b for a, b in zip(rates[15:], rates[16:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates))

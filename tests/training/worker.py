@@ -40,7 +40,10 @@ def cases() -> dict[str, list[str]]:
     named |= {f"stage{stage}-accumulate": [f"--training.zero_stage={stage}", "--training.micro_batch=2"] for stage in range(4)}
     named |= {f"stage{stage}-bf16": [f"--training.zero_stage={stage}", "--training.precision=bf16"] for stage in range(4)}
     named |= {f"stage{stage}-clip": [f"--training.zero_stage={stage}", "--training.clip=0.05"] for stage in range(4)}
-    named |= {f"stage{stage}-sgd": [f"--training.zero_stage={stage}", "--optimizer.kind=sgd", "--optimizer.lr=0.1"] for stage in (0, 1, 3)}
+    named |= {
+        f"stage{stage}-sgd": [f"--training.zero_stage={stage}", "--optimizer.kind=sgd", "--optimizer.lr=0.1"]
+        for stage in (0, 1, 3)
+    }
     return named
 
 
@@ -105,4 +108,4 @@ def main(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path([a for a in sys.argv[1:] if not a.startswith("--local_rank")][0]))
+    main(Path(next(a for a in sys.argv[1:] if not a.startswith("--local_rank"))))
