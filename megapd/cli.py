@@ -1,6 +1,7 @@
 """The command line: one thin function a verb.
 
-Exit codes: 0 done (or stopped on request, with a checkpoint); 1 the run diverged or the demo did not show its effect;
+Exit codes: 0 done (or stopped on request, with a checkpoint); 1 the run diverged, a followed teacher wrote no
+checkpoint in time, or the demo did not show its effect;
 2 a mistake in the settings or files, told in one line.
 """
 
@@ -18,6 +19,7 @@ from rich.markup import escape
 from megapd import __version__
 from megapd.config import Config, Follow, dump, load
 from megapd.errors import UserError
+from megapd.trajectory import CheckpointTimeout
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,6 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         if rank == 0:
             print(f"megapd: error: {error}", file=sys.stderr)
         return 2
+    except CheckpointTimeout as error:
+        if rank == 0:
+            print(f"megapd: {error}", file=sys.stderr)
+        return 1
 
 
 def train(arguments: argparse.Namespace) -> int:

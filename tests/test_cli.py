@@ -218,6 +218,16 @@ def test_follow_a_teacher_that_is_still_training(tmp_path):
     assert runs.metrics(tmp_path / "live") == runs.metrics(tmp_path / "after")
 
 
+def test_a_followed_teacher_that_never_writes(tmp_path, capsys):
+    follow = ["--schedule.policy=follow", "--schedule.refresh=5", "--schedule.last=30", "--schedule.timeout_seconds=0.3"]
+    arguments = runs.student(tmp_path, "s", tmp_path / "teacher" / "trajectory", *follow)
+    arguments.remove("--schedule.policy=matched")
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "no checkpoint of step 5" in error
+    assert "Traceback" not in error
+
+
 def test_wandb_is_offline_when_not_logged_in(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))

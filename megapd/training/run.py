@@ -85,8 +85,7 @@ def build_student(config: Config, task: Task) -> Learner:
 def resolve_plan(config: Config, trajectory: Trajectory) -> Plan:
     """The schedule of the run over the checkpoints there are; `follow` does not need them yet."""
     assert config.schedule is not None
-    available = () if isinstance(config.schedule, Follow) else trajectory.steps
-    return build_plan(config.schedule, available=available, steps=config.training.steps)
+    return build_plan(config.schedule, available=trajectory.steps, steps=config.training.steps)
 
 
 def signal_kind(config: Config, task: Task, trajectory: Trajectory) -> Kind:
