@@ -16,6 +16,7 @@ from typing import Any
 
 import deepspeed
 import deepspeed.ops
+import deepspeed.utils
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,6 +25,7 @@ from megapd.batch import Batch
 from megapd.config import Config
 from megapd.errors import UserError
 from megapd.models import Learner
+from megapd.models.transformer import Block
 from megapd.signal import Signal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -169,9 +171,16 @@ class Engine:
             optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused)
         else:
             optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
+        if config.training.zero_stage == 3 and getattr(config.model, "compile", False):
+            # Hooks inside a compiled block break its graph 21 times; with the block as the unit that is gathered there are none.
+            deepspeed.utils.set_z3_leaf_modules(learner, [Block])
         self.deepspeed, *_ = deepspeed.initialize(
             model=learner, optimizer=optimizer, config=deepspeed_config(config, self.tiling), dist_init_required=False
         )
+        if config.training.zero_stage == 0 and not _plain(config):
+            # DeepSpeed's 16-bit optimizer makes its state with an update of zero gradients, which leaves AdamW's step count at 1:
+            # the first real update would be a quarter too small.
+            self.deepspeed.optimizer.optimizer.state.clear()
         self.learner: Learner = self.deepspeed.module
         self.grad_norm = math.nan  # of the last update, before clipping
 

@@ -77,6 +77,13 @@ def test_bf16_follows_fp32(results, stage):
 
 
 @pytest.mark.parametrize("stage", range(4))
+def test_the_first_bf16_update_has_the_size_of_the_fp32_one(results, stage):
+    """DeepSpeed's stage 0 would begin AdamW's step count at 1, and the first update be a quarter too small."""
+    ours, reference = (results[name]["first_update"] for name in (f"stage{stage}-bf16", "stage1"))
+    assert ours == pytest.approx(reference, rel=0.1)
+
+
+@pytest.mark.parametrize("stage", range(4))
 def test_a_nonfinite_loss_on_one_rank_skips_the_step_on_all(results, stage):
     for rank in results[f"nonfinite{stage}"]:
         assert rank["applied"] is False

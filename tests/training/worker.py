@@ -50,7 +50,8 @@ def cases() -> dict[str, list[str]]:
 def train(config: Config, world: World) -> dict[str, Any]:
     task = build_task(config)
     engine = Engine(build_student(config, task), config, world)
-    losses, norms = [], []
+    losses, norms, first_update = [], [], 0.0
+    before = {name: tensor.double().clone() for name, tensor in engine.weights()}
     for step in range(STEPS):
         batches = [task.batch(step, rows) for rows in engine.tiling.rows(world.rank)]
         (labelled,) = world.sum(sum(b.labelled for b in batches))
@@ -59,10 +60,12 @@ def train(config: Config, world: World) -> dict[str, Any]:
         assert engine.step(config.optimizer.lr)
         losses.append((sums[1] / labelled).item())
         norms.append(engine.grad_norm)
+        if step == 0:
+            first_update = sum((tensor.double() - before[name]).abs().sum().item() for name, tensor in engine.weights())
     evaluation = held_out(task, config, world, 7, engine.evaluate)
     weights = {name: tensor.double().sum().item() for name, tensor in engine.weights()}
     engine.destroy()
-    return {"losses": losses, "norms": norms, "evaluation": evaluation, "weights": weights}
+    return {"losses": losses, "norms": norms, "evaluation": evaluation, "weights": weights, "first_update": first_update}
 
 
 def skip_nonfinite(config: Config, world: World) -> dict[str, Any]:
