@@ -68,7 +68,10 @@ class Run:
 
 
 def loss_options(config: Config) -> LossOptions:
-    return LossOptions(**config.loss.model_dump())
+    try:
+        return LossOptions(**config.loss.model_dump())
+    except ValueError as error:
+        raise UserError(f"loss.{error}") from error
 
 
 def build_student(config: Config, task: Task) -> Learner:

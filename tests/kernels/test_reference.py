@@ -126,7 +126,7 @@ def test_argmax_ids_temperature_zero_and_tiny_temperatures_agree(divergence: str
     student, teacher = random_pair()
     ids = distillation_loss(student, teacher_ids=teacher.argmax(-1), options=LossOptions(divergence)).loss
     (wanted,) = torch.autograd.grad(ids, student)
-    assert wanted.norm() > 0.1
+    assert wanted.norm() > 0.01
     for temperature in (0.0, 1e-20, 1e-4):
         options = LossOptions(divergence, teacher_temperature=temperature)
         loss = distillation_loss(student, teacher_logits=teacher, options=options).loss
