@@ -10,18 +10,17 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+
 
 def launch_local(arguments: Sequence[str], ranks: int, *, log: Path | None = None) -> int:
     """Run `megapd ARGUMENTS` on `ranks` local ranks and return the exit code.
 
-    Each rank gets an equal share of the cores for its threads, unless OMP_NUM_THREADS says otherwise.
     log: a file for all output; default: the terminal.
     """
-    environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     with log.open("w") if log is not None else nullcontext() as output:
         return subprocess.run(
-            local_command(arguments, ranks), env=environment, stdout=output, stderr=output, check=False
+            local_command(arguments, ranks), env=local_environment(ranks), stdout=output, stderr=output, check=False
         ).returncode
 
 
@@ -29,6 +28,18 @@ def local_command(arguments: Sequence[str], ranks: int) -> list[str]:
     """The deepspeed launcher's command line for `megapd ARGUMENTS` on `ranks` local ranks."""
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", os.devnull, "--num_gpus", str(ranks)]
     return [*launcher, "--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--module", "megapd", *arguments]
+
+
+def local_environment(ranks: int) -> dict[str, str]:
+    """This process's environment, with an equal share of the cores for each rank's threads unless OMP_NUM_THREADS is set.
+
+    On a machine with too few GPUs for the ranks, though with some, they run on the CPU.
+    """
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    if 0 < torch.cuda.device_count() < ranks:
+        environment["DS_ACCELERATOR"] = "cpu"
+    return environment
 
 
 def free_port() -> int:

@@ -18,7 +18,7 @@ from rich.markup import escape
 
 from megapd import __version__
 from megapd.config import Config, Follow, dump, load
-from megapd.errors import UserError
+from megapd.errors import Diverged, UserError
 from megapd.trajectory import CheckpointTimeout
 
 
@@ -27,18 +27,18 @@ def main(argv: list[str] | None = None) -> int:
     argv = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank=")]
     arguments, overrides = _parser().parse_known_args(argv)
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    rank = int(os.environ.get("RANK", "0"))
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank a machine: what is missing may be missing on one of them
     try:
         if overrides and not arguments.takes_overrides:
             raise UserError(f"{overrides[0]!r}: `megapd {arguments.verb}` takes no settings")
         arguments.overrides = overrides
         return int(arguments.run(arguments))
     except UserError as error:
-        if rank == 0:
+        if speaks:
             print(f"megapd: error: {error}", file=sys.stderr)
         return 2
-    except CheckpointTimeout as error:
-        if rank == 0:
+    except (CheckpointTimeout, Diverged) as error:
+        if speaks:
             print(f"megapd: {error}", file=sys.stderr)
         return 1
 
@@ -50,7 +50,6 @@ def train(arguments: argparse.Namespace) -> int:
 
         Console(soft_wrap=True).print(escape(dry_run(config)), highlight=False)
         return 0
-    from megapd.training.loop import Diverged
     from megapd.training.loop import train as loop
     from megapd.training.run import start
 
@@ -59,9 +58,6 @@ def train(arguments: argparse.Namespace) -> int:
         _announce(config, run.start)
     try:
         loop(run)
-    except Diverged as error:
-        print(f"megapd: {error}", file=sys.stderr)
-        return 1
     finally:
         run.close()
     return 0

@@ -16,7 +16,13 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    YamlConfigSettingsSource,
+)
 
 from megapd.errors import UserError
 
@@ -177,7 +183,6 @@ class Teacher(Section):
 
     trajectory: Path = Field(description="folder of a teacher run's trajectory: runs/NAME/trajectory")
     signal: Literal["auto", "dense", "hidden", "argmax"] = Field("auto", description="auto: the cheapest exact kind")
-    micro_batch: int | None = Field(None, ge=1, description="samples a teacher forward; default: the student's")
 
 
 class OneShot(Section):
@@ -234,7 +239,7 @@ class Follow(Section):
     refresh: int = Field(ge=1)
     speed: float = Field(1.0, gt=0.0)
     last: int = Field(ge=1, description="the last step of the teacher run, whose checkpoint ends the trajectory")
-    timeout_seconds: float = Field(480.0, gt=0.0, description="longest wait for one checkpoint (process groups give up at 600 s)")
+    timeout_seconds: float = Field(3600.0, gt=0.0, description="longest wait for one checkpoint")
 
 
 Schedule = Annotated[OneShot | Equal | Matched | Explicit | Follow, Field(discriminator="policy")]
@@ -263,10 +268,13 @@ class Loss(Section):
 # -------------------------------------------------------------------------------------------------------- training
 
 
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
 class Optimizer(Section):
     kind: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(1e-3, gt=0.0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    lr: float = Field(1e-3, gt=0.0, allow_inf_nan=False)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0.0)
     weight_decay: float = Field(0.0, ge=0.0, description="applied to matrices, not to biases and norms")
     momentum: float = Field(0.0, ge=0.0, lt=1.0)
@@ -296,7 +304,7 @@ class Training(Section):
 class Checkpoint(Section):
     """Resumable checkpoints: parameters, optimizer, counters."""
 
-    every: int = Field(0, ge=0, description="steps between checkpoints; 0: only when stopped and at the end")
+    every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only when stopped and at the end")
     keep: int = Field(2, ge=1)
     resume: bool = Field(True, description="continue the run's folder where it stopped")
 
@@ -305,7 +313,7 @@ class TrajectoryWriter(Section):
     """Weights-only checkpoints for later students."""
 
     every: int = Field(0, ge=0, description="steps between checkpoints; 0: only those of `steps`")
-    steps: tuple[int, ...] = Field((), description="further steps at which one is written")
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = Field((), description="further steps at which one is written")
     shard_bytes: int = Field(2 << 30, ge=1 << 12)
 
 
@@ -371,6 +379,9 @@ class Config(BaseSettings):
         argmax_asked = self.teacher is not None and self.teacher.signal == "argmax"
         if argmax_asked and (self.loss.teacher_temperature > 0 or self.loss.divergence == "reverse_kl"):
             raise ValueError("teacher.signal: argmax is exact at loss.teacher_temperature 0 alone; set that, or choose auto")
+        for key in ("warmup", "decay"):
+            if getattr(self.lr, key) > self.training.steps:
+                raise ValueError(f"lr.{key}: {getattr(self.lr, key):g} steps exceed training.steps {self.training.steps}")
         late = [s for s in self.trajectory.steps if s > self.training.steps]
         if late:
             raise ValueError(f"trajectory.steps: {late} lie beyond training.steps {self.training.steps}")
@@ -405,6 +416,8 @@ def load(path: str | Path | None, overrides: list[str] | None = None) -> Config:
         return Config(**_parse_overrides(overrides or []))
     except ValidationError as error:
         raise UserError(_one_line(error, path)) from error
+    except SettingsError as error:  # a variable that should hold a section, as JSON, and does not
+        raise UserError(f"{ENV_PREFIX}*: {' '.join(str(error).split())}; set one key as {ENV_PREFIX}SECTION__KEY") from error
     finally:
         _yaml_file = None
 
@@ -434,6 +447,9 @@ def _check_yaml(path: Path) -> None:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if tree is not None and not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of sections, got a {type(tree).__name__}")
+    odd = [key for key in tree or {} if not isinstance(key, str)]
+    if odd:
+        raise UserError(f"{path}: {odd[0]!r} is no name of a section")
 
 
 def _check_environment() -> None:

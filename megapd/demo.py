@@ -26,8 +26,8 @@ from megapd.files import write_atomic
 from megapd.launch.local import launch_local
 
 RUNS = ("teacher", "labels", "one_shot", "progressive")
-STUDENTS = RUNS[1:]
 RANKS = {"progressive": 2}
+MARKER = ".megapd-demo"
 THRESHOLD = 0.99
 MARGIN = 0.75  # progressive must need at most this share of one-shot's steps
 
@@ -35,10 +35,7 @@ MARGIN = 0.75  # progressive must need at most this share of one-shot's steps
 def run_demo(folder: Path) -> int:
     """Train the four runs below `folder`, write summary.json and curves.png there; 1 if progressive did not win."""
     console = Console()
-    if folder.exists():
-        if any(folder.iterdir()) and not (folder / "teacher" / "config.yaml").exists():
-            raise UserError(f"--folder {folder} holds something other than a demo; choose an empty folder")
-        shutil.rmtree(folder)
+    _clear(folder)
     seconds = {}
     for name in RUNS:
         console.print(f"training {name} ({RANKS.get(name, 1)} rank{'s' if name in RANKS else ''})", highlight=False)
@@ -83,6 +80,16 @@ def progressive_wins(summary: dict[str, Any]) -> bool:
     return bool(progressive["reached_99"] and progressive["steps_to_99"] <= MARGIN * one_shot["steps_to_99"])
 
 
+def _clear(folder: Path) -> None:
+    """Make way for a new demo: an earlier one's runs go, in a folder that it marked as its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()) and not (folder / MARKER).exists():
+        raise UserError(f"--folder: {folder} holds something other than a demo; choose an empty folder")
+    (folder / MARKER).touch()
+    for name in RUNS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
 def _train(name: str, folder: Path) -> None:
     ranks = RANKS.get(name, 1)
     with resources.as_file(resources.files("megapd.configs") / "demo" / f"{name}.yaml") as config:
@@ -90,7 +97,6 @@ def _train(name: str, folder: Path) -> None:
         if "teacher" in yaml.safe_load(config.read_text()):
             arguments.append(f"--teacher.trajectory={folder / 'teacher' / 'trajectory'}")
         log = folder / f"{name}.log"
-        folder.mkdir(parents=True, exist_ok=True)
         if ranks > 1:
             code = launch_local(arguments, ranks, log=log)
         else:

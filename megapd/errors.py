@@ -1,4 +1,4 @@
-"""The error for what a user can put right: bad settings, missing or damaged files."""
+"""Errors that the command line tells in one line."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     The message is one line that names the setting or the file, and the fix. The command line prints it without a
     traceback and exits with code 2; every other exception is a fault of megapd and keeps its traceback.
     """
+
+
+class Diverged(RuntimeError):
+    """Loss or gradients stayed non-finite for longer than the run allows; exit code 1."""

@@ -99,6 +99,28 @@ def test_settings_where_none_are_taken(tmp_path, capsys):
     refused(capsys, tmp_path, ["plot", str(tmp_path), "--training.steps=3"], "plot")
 
 
+def test_fp16_on_a_cpu(tmp_path, capsys):
+    arguments = ["train", *runs.COMMON, f"--runs_dir={tmp_path}", "--training.precision=fp16"]
+    refused(capsys, tmp_path, arguments, "training.precision")
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"optimizer": {}}', "{", '{"bf16": 3}'])
+def test_a_bad_deepspeed_json(tmp_path, capsys, text):
+    (tmp_path / "ds.json").write_text(text)
+    arguments = ["train", *runs.COMMON, f"--runs_dir={tmp_path}", f"--training.deepspeed={tmp_path / 'ds.json'}"]
+    refused(capsys, tmp_path, arguments, "training.deepspeed")
+
+
+def test_runs_dir_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    refused(capsys, tmp_path, ["train", *runs.COMMON, f"--runs_dir={tmp_path / 'file'}"], "runs_dir")
+
+
+def test_the_demo_clears_its_own_folder_alone(trajectory, tmp_path, capsys):
+    shutil.copytree(trajectory.parent, tmp_path / "teacher")
+    refused(capsys, tmp_path, ["demo", "--folder", str(tmp_path)], "--folder")
+
+
 def test_no_traceback_from_a_process(tmp_path):
     command = [sys.executable, "-m", "megapd", "train", str(tmp_path / "none.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

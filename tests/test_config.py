@@ -51,6 +51,12 @@ def test_dump_is_a_configuration(tmp_path):
         ("", ["--model.width=4"], "model.kind"),
         ("teacher: {trajectory: x, signal: argmax}\nschedule: {policy: one_shot}\n", [], "teacher.signal"),
         ("teacher: {trajectory: x}\nschedule: {policy: explicit, ranges: [{start: 1, checkpoint: 1}]}\n", [], "schedule.ranges"),
+        ("", ["--trajectory.steps=[0]"], "trajectory.steps"),
+        ("", ["--lr.warmup=5000"], "lr.warmup"),
+        ("", ["--lr.kind=wsd", "--lr.decay=1001"], "lr.decay"),
+        ("", ["--optimizer.betas=[0.9, 1.5]"], "optimizer.betas"),
+        ("", ["--optimizer.lr=.inf"], "optimizer.lr"),
+        ("1: 2\n", [], "run.yaml"),
         ("- a list\n", [], "run.yaml"),
         ("a: [\n", [], "run.yaml"),
         ("", ["training.steps=3"], "training.steps=3"),
@@ -76,6 +82,12 @@ def test_an_unknown_variable_is_refused(monkeypatch):
     monkeypatch.delenv("MEGAPD_TRAINNG__STEPS")
     monkeypatch.setenv("MEGAPD_TRAINING__STEP", "3")
     with pytest.raises(UserError, match=r"training\.step: unknown"):
+        load(None)
+
+
+def test_a_variable_that_is_no_section_is_refused(monkeypatch):
+    monkeypatch.setenv("MEGAPD_TRAINING", "foo")
+    with pytest.raises(UserError, match="training"):
         load(None)
 
 

@@ -17,6 +17,7 @@ class Task(Protocol):
     classes              outputs of the head; labels are in range(classes)
     length               tokens a sample
     labelled_per_sample  expected labelled positions a sample
+    data_digest          hexadecimal sha256 of all that batches are made from beside the configuration; a resumed run must agree
     vocabulary_digest    hexadecimal sha256 of what ids and classes mean; teacher and student must agree on it
     heldout_samples      how many held-out samples there are
     """
@@ -26,6 +27,7 @@ class Task(Protocol):
     length: int
     labelled_per_sample: float
     vocabulary_digest: str
+    data_digest: str
     heldout_samples: int
 
     def batch(self, step: int, rows: range) -> Batch:

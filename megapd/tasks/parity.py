@@ -32,7 +32,9 @@ class _BitsTask:
     def __init__(self, dimension: int, supports: NDArray[np.int64], task: dict[str, Any], seed: int, global_batch: int) -> None:
         self.length = dimension
         self.supports = supports
-        self.vocabulary_digest = hashlib.sha256(json.dumps({**task, "supports": supports.tolist()}).encode()).hexdigest()
+        self.vocabulary_digest = self.data_digest = hashlib.sha256(
+            json.dumps({**task, "supports": supports.tolist()}).encode()
+        ).hexdigest()
         self._task_seed, self._seed, self._global_batch = int(task["seed"]), seed, global_batch
         self._words = -(-dimension // 64)
         self._masks = np.zeros((supports.shape[0], self._words), dtype=np.uint64)

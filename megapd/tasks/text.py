@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,8 @@ class TextTask:
         self.vocab_size = self.classes = int(meta["tokenizer"]["vocab_size"])
         self.length = self._train.length
         self.vocabulary_digest: str = meta["tokenizer"]["digest"]
+        data = (meta["tokenizer"]["digest"], meta["train"]["sha256"], meta["heldout"]["sha256"])
+        self.data_digest = hashlib.sha256(" ".join(data).encode()).hexdigest()
         self.heldout_samples = len(self._heldout)
         special = np.zeros(self.vocab_size, dtype=np.bool_)
         special[list(meta["tokenizer"]["special"].values())] = True

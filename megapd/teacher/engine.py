@@ -5,7 +5,8 @@ This engine holds the whole model on every rank. Its weights are never trained: 
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -21,6 +22,8 @@ from megapd.signal import Head, Kind, Signal
 from megapd.tasks import Task
 from megapd.trajectory import Checkpoint, Trajectory
 
+POLL_SECONDS = 0.2
+
 
 class Teacher:
     """Answers batches with signals of the checkpoint it holds.
@@ -29,8 +32,20 @@ class Teacher:
     rotates waits for the copy alone if the checkpoint was prepared early enough.
     """
 
-    def __init__(self, trajectory: Trajectory, task: Task, device: torch.device, dtype: torch.dtype, chunk_bytes: int) -> None:
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        task: Task,
+        device: torch.device,
+        dtype: torch.dtype,
+        chunk_bytes: int,
+        wait_seconds: float | None = None,
+    ) -> None:
+        """chunk_bytes: most bytes of logits alive at once in `signal`. wait_seconds: how long `rotate` waits for a checkpoint
+        that a teacher, training meanwhile, is still to write; None: it must be there."""
         self.trajectory = trajectory
+        self._wait_seconds = wait_seconds
+        self._closed = threading.Event()
         self.device, self.dtype, self.chunk_bytes = device, dtype, chunk_bytes
         self.held: Checkpoint | None = None
         self._task = task
@@ -39,19 +54,29 @@ class Teacher:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="teacher-reader")
         self._ahead: dict[int, Future[tuple[Checkpoint, dict[str, Tensor]]]] = {}
 
-    def prepare(self, step: int, timeout_seconds: float = 0.0) -> None:
-        """Start reading the checkpoint of teacher step `step`, waiting up to `timeout_seconds` for it to be written."""
+    def prepare(self, step: int) -> None:
+        """Start reading the checkpoint of teacher step `step`, as soon as it is written."""
         if step not in self._ahead and (self.held is None or self.held.step != step):
-            self._ahead[step] = self._reader.submit(self._read, step, timeout_seconds)
+            self._ahead[step] = self._reader.submit(self._read, step)
 
-    def rotate(self, step: int, timeout_seconds: float = 0.0) -> Checkpoint:
+    def ready(self, step: int) -> bool:
+        """Whether `rotate(step)` would not wait; begins to prepare it if nothing has."""
+        if self.held is not None and self.held.step == step:
+            return True
+        self.prepare(step)
+        return self._ahead[step].done()
+
+    def rotate(self, step: int) -> Checkpoint:
         """Hold the checkpoint of teacher step `step` from now on.
 
-        Raises UserError if it is missing, damaged, or of another vocabulary or architecture.
+        Raises UserError if it is missing, damaged, or of another vocabulary or architecture; CheckpointTimeout if it was not
+        written within wait_seconds from now, however long ago it was prepared.
         """
         if self.held is not None and self.held.step == step:
             return self.held
-        self.prepare(step, timeout_seconds)
+        self.prepare(step)
+        if self._wait_seconds is not None:
+            self.trajectory.wait_for(step, self._wait_seconds)
         checkpoint, tensors = self._ahead.pop(step).result()
         if self._model is None:
             self._model = self._build(checkpoint)
@@ -75,11 +100,15 @@ class Teacher:
         return Signal(kind=kind, teacher=self.held.digest, samples=batch.digest, values=values, head=head)
 
     def close(self) -> None:
+        self._closed.set()
         self._reader.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, step: int, timeout_seconds: float) -> tuple[Checkpoint, dict[str, Tensor]]:
-        wait = timeout_seconds > 0
-        checkpoint = self.trajectory.wait_for(step, timeout_seconds) if wait else self.trajectory.checkpoint(step)
+    def _read(self, step: int) -> tuple[Checkpoint, dict[str, Tensor]]:
+        while self._wait_seconds is not None and not self.trajectory.written(step):
+            # No deadline here: a refresh may take hours, and `rotate` counts its own wait. The event lets the process end.
+            if self._closed.wait(POLL_SECONDS):
+                raise CancelledError
+        checkpoint = self.trajectory.checkpoint(step)
         if checkpoint.vocabulary != self._task.vocabulary_digest:
             raise UserError(
                 f"teacher.trajectory: {checkpoint.path} has vocabulary {checkpoint.vocabulary[:12]}, but the student's "

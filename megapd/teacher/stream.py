@@ -15,6 +15,10 @@ from megapd.trajectory import Checkpoint
 class Stream(Protocol):
     """Signals of the teacher that the schedule names for a step, whatever carries them."""
 
+    def ready(self, step: int) -> bool:
+        """Whether the teacher of `step` is there; False while a teacher that trains meanwhile has yet to write it."""
+        ...
+
     def teacher(self, step: int) -> Checkpoint:
         """The checkpoint that teaches student step `step`; steps are asked for in order."""
 
@@ -30,14 +34,17 @@ class ColocatedStream:
     The checkpoint of the next rotation is read in the background as soon as the present one teaches.
     """
 
-    def __init__(self, teacher: Teacher, plan: Plan, kind: Kind, wait_seconds: float = 0.0) -> None:
-        self._teacher, self._plan, self._kind, self._wait = teacher, plan, kind, wait_seconds
+    def __init__(self, teacher: Teacher, plan: Plan, kind: Kind) -> None:
+        self._teacher, self._plan, self._kind = teacher, plan, kind
+
+    def ready(self, step: int) -> bool:
+        return self._teacher.ready(self._plan.checkpoint_at(step))
 
     def teacher(self, step: int) -> Checkpoint:
-        checkpoint = self._teacher.rotate(self._plan.checkpoint_at(step), self._wait)
+        checkpoint = self._teacher.rotate(self._plan.checkpoint_at(step))
         following = self._plan.next_after(step)
         if following is not None:
-            self._teacher.prepare(following[1], self._wait)
+            self._teacher.prepare(following[1])
         return checkpoint
 
     def signals(self, step: int, batches: Sequence[Batch]) -> Iterator[Signal]:

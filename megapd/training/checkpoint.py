@@ -26,8 +26,9 @@ log = logging.getLogger(__name__)
 class CheckpointStore:
     """The checkpoints of one run's folder. Every method is collective: all ranks call it together."""
 
-    def __init__(self, folder: Path, world: World, keep: int) -> None:
-        self.folder, self.world, self.keep = folder, world, keep
+    def __init__(self, folder: Path, world: World, keep: int, data: str) -> None:
+        """keep: how many whole ones stay. data: digest of what the task reads, which a resumed run must find again."""
+        self.folder, self.world, self.keep, self.data = folder, world, keep, data
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, oldest first."""
@@ -43,9 +44,10 @@ class CheckpointStore:
         self.world.barrier()
         engine.save(self.folder, writing.name, {"step": step, **state})
         self.world.barrier()
-        entries = self._over_files(writing, sorted(p for p in writing.rglob("*") if p.is_file()), sync=True)
+        seen = self.world.gather([p.relative_to(writing).as_posix() for p in writing.rglob("*") if p.is_file()])
+        entries = self._over_files(writing, sorted(set().union(*seen)), sync=True)
         if self.world.rank == 0:
-            manifest = {"step": step, "layout": _layout(engine), "files": entries}
+            manifest = {"step": step, "layout": self._layout(engine), "files": entries}
             write_atomic(writing / MANIFEST, json.dumps(manifest, indent=1))
             for folder in [writing, *(p for p in writing.rglob("*") if p.is_dir())]:
                 fsync_folder(folder)
@@ -65,7 +67,7 @@ class CheckpointStore:
         A damaged one is reported and the one before is tried. Raises UserError if all are damaged, or if the newest whole one
         was written by another number of ranks, ZeRO stage or precision.
         """
-        steps = self.steps()
+        steps: list[int] = self.world.gather(self.steps())[0]  # a shared folder's listing may lag on other nodes
         for step in reversed(steps):
             tag = f"step_{step}"
             problem = self._problem(self.folder / tag)
@@ -74,13 +76,36 @@ class CheckpointStore:
                     log.warning("checkpoint %s is damaged (%s); falling back to the one before", self.folder / tag, problem)
                 continue
             manifest = json.loads((self.folder / tag / MANIFEST).read_text())
-            _check_layout(self.folder / tag, manifest["layout"], _layout(engine))
+            _check_layout(self.folder / tag, manifest["layout"], self._layout(engine))
+            self._set_aside([later for later in steps if later > step], tag)
             return engine.load(self.folder, tag)
         if steps:
             raise UserError(
                 f"{self.folder}: all of its {len(steps)} checkpoints are damaged; move the folder away to start again"
             )
         return None
+
+    def _set_aside(self, damaged: list[int], newest: str) -> None:
+        """Rename damaged checkpoints, so that they count neither as the newest nor among the kept."""
+        if self.world.rank == 0 and damaged:
+            for step in damaged:
+                aside = self.folder / f"damaged_step_{step}"
+                if aside.exists():
+                    shutil.rmtree(aside)
+                (self.folder / f"step_{step}").rename(aside)
+            write_atomic(self.folder / "latest", newest)
+        self.world.barrier()
+
+    def _layout(self, engine: Engine) -> dict[str, Any]:
+        """What a resumed run must share with the one that wrote the checkpoint."""
+        training = engine.config.training
+        return {
+            "ranks": self.world.size,
+            "training.zero_stage": training.zero_stage,
+            "training.precision": training.precision,
+            "training.deepspeed": None if training.deepspeed is None else sha256_file(training.deepspeed),
+            "task's data": self.data,
+        }
 
     def _problem(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint, as all ranks see it, or None."""
@@ -94,23 +119,19 @@ class CheckpointStore:
             missing = [name for name in expected if not (folder / name).is_file()]
             problems = [f"{name} is missing" for name in missing]
         if not any(self.world.gather(problems)):
-            found = self._over_files(folder, [folder / name for name in sorted(expected)], sync=False)
+            found = self._over_files(folder, sorted(expected), sync=False)
             problems = [f"{name} has changed" for name in sorted(expected) if found[name] != expected[name]]
         return next((p for rank in self.world.gather(problems) for p in rank), None)
 
-    def _over_files(self, folder: Path, files: list[Path], *, sync: bool) -> dict[str, dict[str, Any]]:
-        """Size and sha256 of each file, the hashing (and the fsync) shared among the ranks."""
+    def _over_files(self, folder: Path, names: list[str], *, sync: bool) -> dict[str, dict[str, Any]]:
+        """Size and sha256 of each file, the hashing (and the fsync) shared among the ranks; `names` is the same on all."""
         mine = {}
-        for path in files[self.world.rank :: self.world.size]:
+        for name in names[self.world.rank :: self.world.size]:
+            path = folder / name
             if sync:
                 fsync_path(path)
-            mine[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            mine[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         return {name: entry for part in self.world.gather(mine) for name, entry in part.items()}
-
-
-def _layout(engine: Engine) -> dict[str, Any]:
-    training = engine.config.training
-    return {"ranks": engine.world.size, "training.zero_stage": training.zero_stage, "training.precision": training.precision}
 
 
 def _check_layout(folder: Path, written: dict[str, Any], now: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ class StopRequest:
         """Give the signals back; a stop file that was honoured is removed, so that the next start does not stop at once."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._watches:
+        if self._watches and self.reason is not None:
             self._file.unlink(missing_ok=True)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

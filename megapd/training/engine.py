@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megapd.batch import Batch
 from megapd.config import Config
-from megapd.errors import UserError
+from megapd.errors import Diverged, UserError
 from megapd.models import Learner
 from megapd.models.transformer import Block
 from megapd.signal import Signal
@@ -63,9 +63,12 @@ def start_world() -> World:
     alone = "WORLD_SIZE" not in os.environ
     os.environ.setdefault("LOCAL_RANK", "0")  # the one variable that DeepSpeed asks for itself
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        local_rank, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= devices:
+            raise UserError(f"rank {local_rank} of this machine has no GPU, there are {devices}: start fewer ranks")
+        torch.cuda.set_device(local_rank)
     else:
         # DeepSpeed would build a shared-memory all-reduce with g++ at its first start on a CPU, up to 2.5 minutes, that only its
         # tensor-parallel inference uses.
@@ -138,13 +141,16 @@ def deepspeed_config(config: Config, tiling: Tiling) -> dict[str, Any]:
         settings = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"training.deepspeed: {training.deepspeed}: not valid JSON: {error}") from error
+    sections = ("zero_optimization", "bf16", "fp16")
+    if not isinstance(settings, dict) or not all(isinstance(settings.get(name, {}), dict) for name in sections):
+        raise UserError(f"training.deepspeed: {training.deepspeed}: expected a JSON object of DeepSpeed's sections")
     own: dict[str, Any] = {
         "train_batch_size": tiling.global_batch,
         "train_micro_batch_size_per_gpu": tiling.micro_batch,
         "gradient_accumulation_steps": tiling.accumulation,
         # ZeRO clips by the global norm; plain fp32 at stage 0 has no optimizer wrapper and is clipped below.
         "gradient_clipping": 0.0 if _plain(config) else training.clip,
-        "bf16": {**settings.get("bf16", {}), "enabled": training.precision == "bf16"},
+        "bf16": {**settings.get("bf16", {}), "enabled": training.precision == "bf16", "check_grad_overflow": True},
         "fp16": {**settings.get("fp16", {}), "enabled": training.precision == "fp16"},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
@@ -205,8 +211,16 @@ class Engine:
             group["lr"] = lr
         if _plain(self.config):
             return self._plain_step()
-        self.deepspeed.step()
-        self.grad_norm = float(self.deepspeed.get_global_grad_norm())
+        # Stage 0 in fp16 reports the norm of the scaled gradients, the other stages that of the true ones.
+        scaled = self.config.training.zero_stage == 0 and self.config.training.precision == "fp16"
+        scale = self.deepspeed.optimizer.cur_scale if scaled else 1.0
+        try:
+            self.deepspeed.step()
+        except Exception as error:  # DeepSpeed raises no narrower type here
+            if "loss scale already at minimum" in str(error):
+                raise Diverged(f"the fp16 loss scale fell to its minimum: {error}; lower optimizer.lr, or choose bf16") from error
+            raise
+        self.grad_norm = float(self.deepspeed.get_global_grad_norm()) / scale
         return bool(self.deepspeed.was_step_applied())
 
     def _plain_step(self) -> bool:

@@ -11,19 +11,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megapd.config import Follow
+from megapd.errors import Diverged
 from megapd.training.control import StopRequest
 from megapd.training.evaluation import held_out
 from megapd.training.feed import BatchFeed
 from megapd.training.run import Run
 from megapd.training.schedules import learning_rate
 from megapd.training.telemetry import peak_tflops
-from megapd.trajectory import write_checkpoint
+from megapd.trajectory import CheckpointTimeout, write_checkpoint
 
 log = logging.getLogger(__name__)
-
-
-class Diverged(RuntimeError):
-    """The loss was not finite for training.max_nonfinite steps in a row."""
 
 
 def train(run: Run) -> bool:
@@ -40,7 +38,7 @@ def train(run: Run) -> bool:
             # The batch, its global count of labelled positions, and whether any rank was asked to stop.
             batches = feed.get(step)
             labelled, stops = world.sum(sum(b.labelled for b in batches), int(stop.pending()))
-            if stops:
+            if stops or not teacher_came(run, step, stop):
                 stopped = True
                 break
 
@@ -69,7 +67,7 @@ def train(run: Run) -> bool:
                 write_trajectory(run, step)
             if step < steps and due(step, config.checkpoint.every, steps):
                 save(run)
-        if step > run_saved_at(run):
+        if step > run.saved:
             save(run)
     finally:
         stop.close()
@@ -84,6 +82,29 @@ def train(run: Run) -> bool:
 def due(step: int, every: int, last: int) -> bool:
     """Whether something that happens each `every` steps, and at the last, happens after `step` steps."""
     return step == last or (every > 0 and step % every == 0)
+
+
+def teacher_came(run: Run, step: int, stop: StopRequest) -> bool:
+    """Wait until every rank can see the checkpoint that teaches `step`; False if the run was asked to stop meanwhile.
+
+    Only `follow` waits: its teacher may still be training. All ranks poll together, so that they stop, or give up, together.
+    """
+    if run.stream is None or not isinstance(run.config.schedule, Follow):
+        return True
+    deadline = time.monotonic() + run.config.schedule.timeout_seconds
+    while True:
+        ready, stops, late = run.world.sum(int(run.stream.ready(step)), int(stop.pending()), int(time.monotonic() > deadline))
+        if stops:
+            return False
+        if ready == run.world.size:
+            return True
+        if late:
+            wanted = run.plan.checkpoint_at(step) if run.plan is not None else step
+            raise CheckpointTimeout(
+                f"schedule.timeout_seconds: no checkpoint of the teacher's step {wanted} after "
+                f"{run.config.schedule.timeout_seconds:g} s; is the teacher running, and does it write this step?"
+            )
+        time.sleep(0.1)
 
 
 def announce_rotation(run: Run, step: int) -> None:
@@ -147,10 +168,7 @@ def shapes(run: Run) -> dict[str, int]:
 def save(run: Run) -> None:
     run.telemetry.sync()
     run.store.save(run.engine, run.state["step"], dict(run.state))
-
-
-def run_saved_at(run: Run) -> int:
-    return max(run.store.steps(), default=-1)
+    run.saved = run.state["step"]
 
 
 class Meter:

@@ -28,7 +28,8 @@ def evaluate_run(config: Config, folder: Path) -> Iterator[str]:
     trajectory = folder / "trajectory"
     world = start_world()
     results = []
-    evaluated = _trajectory(config, trajectory, world) if trajectory.is_dir() else _newest(config, folder, world)
+    written = Trajectory(trajectory, must_exist=False).steps
+    evaluated = _trajectory(config, trajectory, world) if written else _newest(config, folder, world)
     for step, values in evaluated:
         results.append({"step": step, **values})
         if world.rank == 0:
@@ -53,7 +54,7 @@ def _trajectory(config: Config, folder: Path, world: World) -> Iterator[tuple[in
 
 def _newest(config: Config, folder: Path, world: World) -> Iterator[tuple[int, dict[str, float]]]:
     task = build_task(config)
-    store = CheckpointStore(folder / "checkpoints", world, config.checkpoint.keep)
+    store = CheckpointStore(folder / "checkpoints", world, config.checkpoint.keep, task.data_digest)
     if not store.steps():
         raise UserError(f"{folder} has neither a trajectory nor a checkpoint to evaluate")
     engine = Engine(build_student(config, task), config, world)

@@ -41,13 +41,15 @@ def dry_run(config: Config) -> str:
     if config.teacher is not None:
         trajectory = open_trajectory(config)
         plan = resolve_plan(config, trajectory)
-        kind = signal_kind(config, task, trajectory)
-        lines.append(f"teacher        {config.teacher.trajectory}, {len(trajectory.steps)} checkpoints, signal {kind}")
+        lines.append(f"teacher        {config.teacher.trajectory}, {len(trajectory.steps)} checkpoints")
         if trajectory.steps:
             checkpoint = trajectory.checkpoint(trajectory.steps[-1])
+            lines[-1] += f", signal {signal_kind(config, task, checkpoint)}"
             teacher_bytes = sum(file.stat().st_size for file in checkpoint.path.glob("*.safetensors"))
         elif isinstance(config.schedule, Follow):
             lines.append("               nothing written yet: its memory is not counted")
+        if trajectory.incomplete:
+            lines.append(f"               incomplete, and not counted: steps {', '.join(map(str, trajectory.incomplete))}")
         lines += ["", describe_plan(plan)]
     lines += ["", "expected memory a rank", *memory_lines(config, task, total, tiling.micro_batch, ranks, teacher_bytes)]
     return "\n".join(lines)

@@ -21,18 +21,10 @@ from megapd.teacher.stream import ColocatedStream, Stream
 from megapd.training.checkpoint import CheckpointStore
 from megapd.training.engine import DTYPES, Engine, World, start_world
 from megapd.training.telemetry import Telemetry
-from megapd.trajectory import Trajectory
+from megapd.trajectory import Checkpoint, Trajectory
 
 # What may differ between a run's start and its resumption: nothing here changes what the run learns.
-FREE_SECTIONS = (
-    "checkpoint",
-    "telemetry",
-    "runs_dir",
-    "corpus",
-    "evaluation.micro_batch",
-    "training.prefetch",
-    "teacher.micro_batch",
-)
+FREE_SECTIONS = ("checkpoint.", "telemetry.", "runs_dir", "corpus.sources", "evaluation.micro_batch", "training.prefetch")
 
 
 @dataclass
@@ -40,6 +32,7 @@ class Run:
     """Everything the loop needs.
 
     start   student steps done before: 0, or where the run resumes
+    saved   student steps of the newest checkpoint, -1: none
     state   what a checkpoint carries beside DeepSpeed's own: equal on all ranks
     """
 
@@ -53,6 +46,7 @@ class Run:
     store: CheckpointStore
     telemetry: Telemetry
     start: int
+    saved: int
     state: dict[str, Any]
     flops_per_token: float
 
@@ -91,14 +85,12 @@ def resolve_plan(config: Config, trajectory: Trajectory) -> Plan:
     return build_plan(config.schedule, available=trajectory.steps, steps=config.training.steps)
 
 
-def signal_kind(config: Config, task: Task, trajectory: Trajectory) -> Kind:
-    """The kind asked for, or for `auto` the cheapest exact one."""
+def signal_kind(config: Config, task: Task, checkpoint: Checkpoint) -> Kind:
+    """The kind asked for, or for `auto` the cheapest exact one, given one of the teacher's checkpoints."""
     assert config.teacher is not None
     if config.teacher.signal != "auto":
         return config.teacher.signal
-    if not trajectory.steps:  # a followed teacher that has written nothing yet
-        return negotiate(task.classes, task.classes, config.loss.teacher_temperature, config.loss.divergence)
-    model = trajectory.checkpoint(trajectory.steps[0]).config["model"]
+    model = checkpoint.config["model"]
     width = model["width"] if model["kind"] == "mlp" else model["hidden"]
     return negotiate(task.classes, width, config.loss.teacher_temperature, config.loss.divergence)
 
@@ -117,21 +109,26 @@ def start(config: Config) -> Run:
         plan = resolve_plan(config, trajectory)
     learner = build_student(config, task)
     world = start_world()
+    if config.training.precision == "fp16" and world.device.type == "cpu":
+        raise UserError("training.precision: fp16 needs a GPU; on a CPU choose bf16 or fp32")
     engine = Engine(learner, config, world)
-    store = CheckpointStore(config.folder / "checkpoints", world, config.checkpoint.keep)
+    store = CheckpointStore(config.folder / "checkpoints", world, config.checkpoint.keep, task.data_digest)
     resumed = _check_folder(config, store)
     world.barrier()  # no rank may look at the folder after rank 0 has begun to write it
     state: dict[str, Any] = {"step": 0, "nonfinite": 0, "nonfinite_in_a_row": 0, "overflows": 0}
-    if resumed:
-        state |= {key: value for key, value in (store.restore(engine) or {}).items() if key in state}
+    restored = store.restore(engine) if resumed else None
+    saved = -1 if restored is None else int(restored["step"])
+    state |= {key: value for key, value in (restored or {}).items() if key in state}
     stream, record = None, None
     if plan is not None and trajectory is not None:
         record = ScheduleRecord(config.folder / "schedule.json", plan, resumed=resumed, writes=world.rank == 0)
-        stream = _open_stream(config, task, trajectory, plan, world)
         if state["step"] < config.training.steps:
-            record.confirm(stream.teacher(state["step"]))  # a damaged or foreign teacher shows before anything is written
+            stream = _open_stream(config, task, trajectory, plan, world, record, state["step"])
     if world.rank == 0:
-        write_atomic(config.folder / "config.yaml", dump(config))
+        try:
+            write_atomic(config.folder / "config.yaml", dump(config))
+        except OSError as error:
+            raise UserError(f"runs_dir: cannot write to {config.folder}: {error}") from error
     summary = {"parameters": parameter_count(learner)[0], "ranks": world.size}
     telemetry = Telemetry(config, world.rank == 0, state["step"], summary)
     flops = flops_per_token(
@@ -140,15 +137,22 @@ def start(config: Config) -> Run:
         length=task.length,
         labelled_share=task.labelled_per_sample / task.length,
     )
-    return Run(config, world, task, engine, plan, stream, record, store, telemetry, state["step"], state, flops)
+    return Run(config, world, task, engine, plan, stream, record, store, telemetry, state["step"], saved, state, flops)
 
 
-def _open_stream(config: Config, task: Task, trajectory: Trajectory, plan: Plan, world: World) -> Stream:
-    assert config.teacher is not None
-    dtype = DTYPES[config.training.precision]
-    teacher = Teacher(trajectory, task, world.device, dtype, config.loss.chunk_bytes)
-    wait = config.schedule.timeout_seconds if isinstance(config.schedule, Follow) else 0.0
-    return ColocatedStream(teacher, plan, signal_kind(config, task, trajectory), wait)
+def _open_stream(
+    config: Config, task: Task, trajectory: Trajectory, plan: Plan, world: World, record: ScheduleRecord, step: int
+) -> Stream:
+    """A stream whose teacher of `step` is in place: a damaged or foreign one shows before the run's folder is touched."""
+    wait = config.schedule.timeout_seconds if isinstance(config.schedule, Follow) else None
+    teacher = Teacher(trajectory, task, world.device, DTYPES[config.training.precision], config.loss.chunk_bytes, wait)
+    try:
+        checkpoint = teacher.rotate(plan.checkpoint_at(step))
+        record.confirm(checkpoint)
+        return ColocatedStream(teacher, plan, signal_kind(config, task, checkpoint))
+    except BaseException:
+        teacher.close()  # its reader may be waiting for a file, and would keep the process alive
+        raise
 
 
 def _check_folder(config: Config, store: CheckpointStore) -> bool:

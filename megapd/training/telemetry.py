@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
 import netrc
 import os
+import secrets
 import time
 from pathlib import Path
 from typing import Any
@@ -60,10 +62,20 @@ class Metrics:
 def _whole_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
-    *lines, partial = path.read_text().split("\n")
-    if partial:
-        log.warning("%s: dropping its last, half-written line", path)
-    return lines
+    *lines, partial = path.read_text(errors="replace").split("\n")
+    whole = list(itertools.takewhile(_is_record, lines))
+    if partial or len(whole) < len(lines):
+        # After a power cut, what followed the last checkpoint's fsync may be missing or garbled. It will be written again.
+        log.warning("%s: dropping what follows its line %d, which is damaged", path, len(whole))
+    return whole
+
+
+def _is_record(line: str) -> bool:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(record, dict) and {"kind", "step"} <= record.keys()
 
 
 def _belongs_before(record: dict[str, Any], resumed_at: int) -> bool:
@@ -84,7 +96,7 @@ class Telemetry:
         path = config.folder / "metrics.jsonl"
         self._seconds_before = _last_seconds(path, resumed_at)
         self._metrics = Metrics(path, resumed_at)
-        self._wandb = _start_wandb(config, summary)
+        self._wandb = _start_wandb(config, summary) if resumed_at < config.training.steps else None
         self._bar = tqdm(
             total=config.training.steps,
             initial=resumed_at,
@@ -146,7 +158,12 @@ def _start_wandb(config: Config, summary: dict[str, Any]) -> Any | None:
     import wandb  # two seconds of imports that only rank 0 of a logged run should pay
 
     online = config.telemetry.wandb == "auto" and _logged_in(wandb.setup().settings.base_url)
+    identity = config.folder / "wandb_id"  # a resumed run goes on where its page stopped
+    if not identity.exists():
+        write_atomic(identity, secrets.token_hex(4))
     run = wandb.init(
+        id=identity.read_text(),
+        resume="allow",
         project=config.telemetry.project,
         name=config.name,
         dir=config.folder,

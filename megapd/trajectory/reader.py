@@ -51,7 +51,7 @@ class Trajectory:
         """Look again which checkpoints there are; returns `steps`."""
         names = [entry.name for entry in self.folder.iterdir()] if self.folder.is_dir() else []
         found = sorted(step for step in map(parse_step, names) if step is not None)
-        complete = {step for step in found if self._complete(step)}
+        complete = {step for step in found if self.written(step)}
         self._steps = tuple(step for step in found if step in complete)
         self._incomplete = tuple(step for step in found if step not in complete)
         return self._steps
@@ -101,7 +101,7 @@ class Trajectory:
     def wait_for(self, step: int, timeout_seconds: float, poll_seconds: float = 0.2) -> Checkpoint:
         """The checkpoint of `step` as soon as it is complete; CheckpointTimeout if it is not after `timeout_seconds`."""
         deadline = time.monotonic() + timeout_seconds
-        while not self._complete(step):
+        while not self.written(step):
             left = deadline - time.monotonic()
             if left <= 0:
                 steps = self.refresh()
@@ -113,7 +113,8 @@ class Trajectory:
             time.sleep(min(poll_seconds, left))
         return self.checkpoint(step)
 
-    def _complete(self, step: int) -> bool:
+    def written(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is there now, whole."""
         return (self.folder / step_folder(step) / META).is_file()
 
     def _emptiness(self) -> str:

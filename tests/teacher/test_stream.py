@@ -1,6 +1,8 @@
 """The co-located teacher: what it answers, when it rotates, what it refuses."""
 
 import threading
+import time
+from concurrent.futures import CancelledError
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from megapd.tasks import build_task
 from megapd.teacher.engine import Teacher
 from megapd.teacher.stream import ColocatedStream
 from megapd.training.run import build_student
-from megapd.trajectory import Trajectory, write_checkpoint
+from megapd.trajectory import CheckpointTimeout, Trajectory, write_checkpoint
 
 STEPS = (10, 20, 30)
 
@@ -125,6 +127,35 @@ def test_a_wrong_signal_is_refused(teacher, task):
         signal.check(held.digest, other)
     with pytest.raises(SignalMismatch, match="3 positions"):
         Signal("dense", held.digest, batch.digest, signal.values[:3]).check(held.digest, batch)
+
+
+def test_the_wait_for_a_checkpoint_counts_from_when_it_is_needed(trajectory, task):
+    """Not from when it was prepared: a teacher's refresh may be longer than the time-out."""
+    hidden = trajectory.folder / "step_20"
+    aside = hidden.rename(trajectory.folder / "aside")
+    teacher = Teacher(trajectory, task, torch.device("cpu"), torch.float32, chunk_bytes=64, wait_seconds=0.3)
+    teacher.prepare(20)
+    time.sleep(0.6)
+    assert not teacher.ready(20)
+    aside.rename(hidden)
+    assert teacher.rotate(20).step == 20
+    teacher.close()
+
+
+def test_a_wait_that_is_given_up_ends_at_once(trajectory, task):
+    teacher = Teacher(trajectory, task, torch.device("cpu"), torch.float32, chunk_bytes=64, wait_seconds=60.0)
+    teacher.prepare(25)
+    waiting = teacher._ahead[25]
+    teacher.close()
+    with pytest.raises(CancelledError):
+        waiting.result(timeout=5)
+
+
+def test_a_checkpoint_that_does_not_come_in_time(trajectory, task):
+    teacher = Teacher(trajectory, task, torch.device("cpu"), torch.float32, chunk_bytes=64, wait_seconds=0.2)
+    with pytest.raises(CheckpointTimeout, match="step 25"):
+        teacher.rotate(25)
+    teacher.close()
 
 
 def test_another_vocabulary_is_refused(trajectory, task):

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from megapd.cli import main
-from megapd.launch.local import local_command
+from megapd.launch.local import local_command, local_environment
 
 TIMINGS = ("seconds", "tok_per_sec", "mfu")
 
@@ -53,7 +53,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    return {**local_environment(2), "OMP_NUM_THREADS": "1"}
 
 
 def launch(arguments: list[str], ranks: int, *, check: bool = True) -> subprocess.CompletedProcess[str]:

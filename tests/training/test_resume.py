@@ -141,7 +141,21 @@ def test_a_damaged_checkpoint_falls_back(trajectory, tmp_path, damage, caplog):
     assert "step_30" in caplog.text
     assert "falling back" in caplog.text
     assert runs.metrics(run) == whole
-    assert checkpoints(run) == {"latest", "step_20", "step_30"}
+    assert checkpoints(run) == {"latest", "step_20", "step_30", "damaged_step_30"}
+    caplog.clear()
+    assert main(arguments) == 0  # the run is whole again
+    assert "falling back" not in caplog.text
+
+
+@pytest.mark.parametrize("garbage", [b"\0" * 40 + b"\n", b'{"kind": "tra', b"[1]\n", b"\xff\xfe\n"])
+def test_a_garbled_end_of_the_metrics_is_dropped(trajectory, tmp_path, garbage):
+    arguments = runs.student(tmp_path, "s", trajectory, "--schedule.refresh=50")
+    assert main(arguments) == 0
+    whole = runs.metrics(tmp_path / "s")
+    with (tmp_path / "s" / "metrics.jsonl").open("ab") as file:
+        file.write(garbage)
+    assert main(arguments) == 0
+    assert runs.metrics(tmp_path / "s") == whole
 
 
 def test_all_damaged_is_refused(trajectory, tmp_path, capsys):
@@ -161,10 +175,10 @@ def test_a_write_that_dies_leaves_the_last_checkpoint(trajectory, tmp_path, monk
     arguments = runs.student(tmp_path, "s", trajectory, "--schedule.refresh=50", "--checkpoint.every=10")
     over_files = CheckpointStore._over_files
 
-    def dies(self, folder, files, *, sync):
+    def dies(self, folder, names, *, sync):
         if sync and folder.name == ".step_20.writing":
             raise KeyboardInterrupt
-        return over_files(self, folder, files, sync=sync)
+        return over_files(self, folder, names, sync=sync)
 
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointStore, "_over_files", dies)

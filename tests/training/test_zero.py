@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from megapd.launch.local import free_port
+from tests.training.runs import environment
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def results(tmp_path_factory):
     command = [*launcher, "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     done = subprocess.run(
         [*command, "--module", "tests.training.worker", str(output)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=400,
