@@ -80,28 +80,27 @@ class _LinearLoss(torch.autograd.Function):
         dx = torch.empty(n, hidden.shape[1], dtype=dtype, device=device) if need_x else None
         dw = torch.zeros(v, weight.shape[1], dtype=dtype, device=device) if need_w else None
         db = torch.zeros(v, dtype=dtype, device=device) if need_b else None
-        with torch.autocast(device.type, enabled=False):
-            student = _Product(hidden, weight, bias, problem)
-            teacher: _Product | None = None
-            if problem.teacher_hidden is not None:
-                assert problem.teacher_weight is not None
-                teacher = _Product(problem.teacher_hidden, problem.teacher_weight, problem.teacher_bias, problem)
-            for start, stop in rows.chunks():
-                x = student.logits(rows.student(start, stop), start, stop)
-                if teacher is not None:
-                    teacher.logits(rows.teacher(start, stop), start, stop)
-                elif problem.teacher_logits is not None:
-                    rows.copy_rows(rows.teacher(start, stop), problem.teacher_logits, start, stop)
-                g = rows(start, stop)
-                if g is None:
-                    continue
-                if db is not None:
-                    db += g.sum(0)
-                g = g.to(student.dtype)
-                if dx is not None:
-                    _matmul(g, student.weight, out=dx[start:stop])
-                if dw is not None:
-                    _matmul(g.t(), x, out=dw, add=True)
+        student = _Product(hidden, weight, bias, problem)
+        teacher: _Product | None = None
+        if problem.teacher_hidden is not None:
+            assert problem.teacher_weight is not None
+            teacher = _Product(problem.teacher_hidden, problem.teacher_weight, problem.teacher_bias, problem)
+        for start, stop in rows.chunks():
+            x = student.logits(rows.student(start, stop), start, stop)
+            if teacher is not None:
+                teacher.logits(rows.teacher(start, stop), start, stop)
+            elif problem.teacher_logits is not None:
+                rows.copy_rows(rows.teacher(start, stop), problem.teacher_logits, start, stop)
+            g = rows(start, stop)
+            if g is None:
+                continue
+            if db is not None:
+                db += g.sum(0)
+            g = g.to(student.dtype)
+            if dx is not None:
+                _matmul(g, student.weight, out=dx[start:stop])
+            if dw is not None:
+                _matmul(g.t(), x, out=dw, add=True)
         return _finish(ctx, rows, problem, (hidden, weight, bias), (dx, dw, db))
 
     @staticmethod
@@ -320,7 +319,7 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
 
 # Each takes log p, log q [C, V] and further buffers, all of which it may overwrite, and returns D [C], dD/da [C, V] and p [C, V].
 # A zero probability silences its term by a mask: its log ratio may be inf or, where both sides are 0, NaN. A NaN logit makes
-# the whole row of p or q NaN, which no mask hides.
+# the whole row of p or q NaN, which no mask hides; JSD and TVD, whose gradients leave q out, add 0 * D to keep the NaN.
 
 
 def _forward_kl(log_p: Tensor, log_q: Tensor, free: list[Tensor], beta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -357,7 +356,7 @@ def _jsd(log_p: Tensor, log_q: Tensor, free: list[Tensor], beta: float) -> tuple
     m_over_p = ratio.neg_().expm1_().mul_(beta).log1p_().clamp_(min=math.log1p(-beta))
     student_part = torch.mul(m_over_p, p, out=q).sum(1)
     value = (beta * teacher_part + (1.0 - beta) * student_part).neg_().clamp_(min=0.0)
-    return value, m_over_p.sub_(student_part[:, None]).mul_(p).mul_(beta - 1.0), p
+    return value, m_over_p.sub_((student_part + 0.0 * value)[:, None]).mul_(p).mul_(beta - 1.0), p
 
 
 def _tvd(log_p: Tensor, log_q: Tensor, free: list[Tensor], beta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -366,7 +365,7 @@ def _tvd(log_p: Tensor, log_q: Tensor, free: list[Tensor], beta: float) -> tuple
     value = torch.abs(difference, out=q).sum(1).mul_(0.5)
     sign = difference.sign_()
     mean = torch.mul(p, sign, out=q).sum(1)
-    return value, sign.sub_(mean[:, None]).mul_(p).mul_(0.5), p
+    return value, sign.sub_((mean + 0.0 * value)[:, None]).mul_(p).mul_(0.5), p
 
 
 _Dense = Callable[[Tensor, Tensor, list[Tensor], float], tuple[Tensor, Tensor, Tensor]]

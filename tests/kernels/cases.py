@@ -1,0 +1,136 @@
+"""Students, teachers and comparisons that the kernels' tests share."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megapd.kernels import (
+    LossOptions,
+    LossResult,
+    distillation_loss,
+    linear_distillation_loss,
+)
+
+DIVERGENCES = ["forward_kl", "reverse_kl", "jsd", "tvd", "soft_cross_entropy"]
+FORMS = ["none", "ids", "logits", "hidden"]
+F64 = torch.float64
+N, V, D, E = 13, 37, 8, 5
+
+
+def possible(divergence: str, form: str, teacher_temperature: float = 1.0) -> bool:
+    return divergence != "reverse_kl" or (form != "ids" and teacher_temperature > 0)
+
+
+@dataclasses.dataclass
+class Case:
+    """A student, a teacher in every form, targets; float64."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    teacher_bias: Tensor | None
+    labels: Tensor
+    token_weights: Tensor
+
+    @property
+    def student(self) -> tuple[Tensor, ...]:
+        return tuple(t for t in (self.hidden, self.weight, self.bias) if t is not None)
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """Rounded to a type; still leaves."""
+
+        def convert(value: Tensor | None) -> Tensor | None:
+            if value is None or not value.is_floating_point():
+                return value
+            return value.detach().to(dtype).requires_grad_(value.requires_grad)
+
+        return Case(**{f.name: convert(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+    def teacher_logits(self) -> Tensor:
+        return F.linear(self.teacher_hidden, self.teacher_weight, self.teacher_bias)
+
+    def teacher(self, form: str) -> dict[str, Tensor | None]:
+        if form == "none":
+            return {}
+        if form == "ids":
+            return {"teacher_ids": self.teacher_logits().argmax(1)}
+        if form == "logits":
+            return {"teacher_logits": self.teacher_logits()}
+        parts = ("teacher_hidden", "teacher_weight", "teacher_bias")
+        return {name: getattr(self, name) for name in parts}
+
+    def loss(self, form: str, options: LossOptions, **targets: Any) -> LossResult:
+        return linear_distillation_loss(self.hidden, self.weight, self.bias, **targets, **self.teacher(form), options=options)
+
+    def reference(self, form: str, options: LossOptions, **targets: Any) -> LossResult:
+        """In float64, from the same rounded inputs."""
+        student = F.linear(self.hidden.double(), self.weight.double(), None if self.bias is None else self.bias.double())
+        teacher = self.to(F64).teacher("logits" if form == "hidden" else form)
+        return distillation_loss(student, **targets, **teacher, options=options)
+
+
+def make_case(n: int = N, v: int = V, d: int = D, e: int = E, *, seed: int = 0, bias: bool = True, ignored: int = 4) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=F64)
+
+    labels = torch.randint(v, (n,), generator=generator)
+    labels[:ignored] = -100
+    return Case(
+        hidden=randn(n, d).requires_grad_(),
+        weight=(randn(v, d) / 2).requires_grad_(),
+        bias=randn(v).requires_grad_() if bias else None,
+        teacher_hidden=randn(n, e),
+        teacher_weight=randn(v, e) / 2,
+        teacher_bias=randn(v) if bias else None,
+        labels=labels,
+        token_weights=torch.rand(n, generator=generator, dtype=F64) + 0.1,
+    )
+
+
+def row_bytes(v: int, dtype: torch.dtype = F64) -> int:
+    """chunk_bytes of one row of the widest case, five buffers: smaller ones give the same single row."""
+    return 5 * v * dtype.itemsize
+
+
+def relative(value: Tensor, wanted: Tensor) -> float:
+    """||value - wanted|| / ||wanted||: unlike an absolute tolerance, a zero gradient does not pass."""
+    assert value.shape == wanted.shape
+    return ((value.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-300)).item()
+
+
+def assert_equal_losses(case: Case, form: str, options: LossOptions, upstream: float, bound: float, **targets: Any) -> None:
+    result, wanted = case.loss(form, options, **targets), case.reference(form, options, **targets)
+    gradients = torch.autograd.grad(result.loss, case.student, torch.tensor(upstream, dtype=result.loss.dtype))
+    wanted_gradients = torch.autograd.grad(wanted.loss, case.student, torch.tensor(upstream, dtype=F64))
+    for name, value, expected in zip(LossResult._fields, result, wanted, strict=True):
+        assert relative(value, expected) < bound, name
+    for name, value, expected in zip(("dX", "dW", "db"), gradients, wanted_gradients, strict=False):
+        assert expected.norm() > 0, name
+        assert relative(value, expected) < bound, name
+
+
+class Recorder(TorchDispatchMode):
+    """Shapes of all tensors that operations give back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[tuple[int, ...]] = set()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                self.made.add(tuple(tensor.shape))
+                self.largest = max(self.largest, tensor.numel())
+        return out
