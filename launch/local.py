@@ -6,21 +6,23 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 
-def launch_local(arguments: Sequence[str], ranks: int, *, log: Path | None = None) -> int:
+def launch_local(
+    arguments: Sequence[str], ranks: int, *, log: Path | None = None, environment: Mapping[str, str] | None = None
+) -> int:
     """Run `megapd ARGUMENTS` on `ranks` local ranks and return the exit code.
 
-    log: a file for all output; default: the terminal.
+    environment: instead of this process's, see `local_environment`. log: a file for all output; default: the terminal.
     """
     with log.open("w") if log is not None else nullcontext() as output:
         return subprocess.run(
-            local_command(arguments, ranks), env=local_environment(ranks), stdout=output, stderr=output, check=False
+            local_command(arguments, ranks), env=local_environment(ranks, environment), stdout=output, stderr=output, check=False
         ).returncode
 
 
@@ -30,12 +32,12 @@ def local_command(arguments: Sequence[str], ranks: int) -> list[str]:
     return [*launcher, "--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--module", "megapd", *arguments]
 
 
-def local_environment(ranks: int) -> dict[str, str]:
-    """This process's environment, with an equal share of the cores for each rank's threads unless OMP_NUM_THREADS is set.
+def local_environment(ranks: int, environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """`environment`, by default this process's, with an equal share of the cores for each rank's threads unless OMP_NUM_THREADS is set.
 
     On a machine with too few GPUs for the ranks, though with some, they run on the CPU.
     """
-    environment = dict(os.environ)
+    environment = dict(os.environ if environment is None else environment)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     if 0 < torch.cuda.device_count() < ranks:
         environment["DS_ACCELERATOR"] = "cpu"

@@ -41,9 +41,8 @@ def run_demo(folder: Path) -> int:
     seconds: dict[str, float] = {}
     for together in STAGES:
         console.print("training " + " and ".join(f"{name} (ranks: {RANKS.get(name, 1)})" for name in together), highlight=False)
-        threads = max(1, (os.cpu_count() or 1) // len(together))
         with ThreadPoolExecutor(len(together)) as pool:
-            futures = {name: pool.submit(_train, name, folder, threads) for name in together}
+            futures = {name: pool.submit(_train, name, folder) for name in together}
         seconds |= {name: future.result() for name, future in futures.items()}
     summary = summarise(folder, seconds)
     write_atomic(folder / "summary.json", json.dumps(summary, indent=1))
@@ -93,20 +92,21 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def _train(name: str, folder: Path, threads: int) -> float:
+def _train(name: str, folder: Path) -> float:
     """Train one run to its end, its output in a log beside it; seconds, start-up included."""
     started, ranks = time.perf_counter(), RANKS.get(name, 1)
+    # One thread a process: the same sums in the same order on any machine, and no threads that spin for each other on a busy one.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with resources.as_file(resources.files("megapd.configs") / "demo" / f"{name}.yaml") as config:
         arguments = ["train", str(config), f"--runs_dir={folder}"]
         if "teacher" in yaml.safe_load(config.read_text()):
             arguments.append(f"--teacher.trajectory={folder / 'teacher' / 'trajectory'}")
         log = folder / f"{name}.log"
         if ranks > 1:
-            code = launch_local(arguments, ranks, log=log)
+            code = launch_local(arguments, ranks, log=log, environment=environment)
         else:
             with log.open("w") as file:
                 command = [sys.executable, "-m", "megapd", *arguments]
-                environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
                 code = subprocess.run(command, stdout=file, stderr=file, env=environment, check=False).returncode
     if code != 0:
         tail = "\n".join(log.read_text().splitlines()[-15:])
