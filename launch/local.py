@@ -33,7 +33,7 @@ def local_command(arguments: Sequence[str], ranks: int) -> list[str]:
 
 
 def local_environment(ranks: int, environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """`environment`, by default this process's, with an equal share of the cores for each rank's threads unless OMP_NUM_THREADS is set.
+    """`environment`, by default this process's, with an equal share of the cores a rank unless OMP_NUM_THREADS is set.
 
     On a machine with too few GPUs for the ranks, though with some, they run on the CPU.
     """
