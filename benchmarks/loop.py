@@ -2,8 +2,8 @@
 
     python benchmarks/loop.py [--steps 60] [--rounds 5] [--output benchmarks/results/loop.json]
 
-Both train the same GPT on the same corpus in turns, several rounds in one process; the figure is the ratio of the median step
-times, per round and over all. megapd's loop runs as `megapd train` does, with its metrics, progress bar and stop checks.
+Both train the same GPT on the same parity samples in turns, several rounds in one process; the figure is the ratio of the median
+step times, per round and over all. megapd's loop runs as `megapd train` does, with its metrics, progress bar and stop checks.
 """
 
 from __future__ import annotations

@@ -53,8 +53,7 @@ class Batch:
         return digest.hexdigest()
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on a device; the digest is computed before, where the ids are on the host."""
-        key = self.digest
+        """The same batch on a device, with its digest where that is known: hashing there would copy the ids back."""
         moved = replace(
             self,
             ids=self.ids.to(device, non_blocking=True),
@@ -62,5 +61,6 @@ class Batch:
             positions=self.positions.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
         )
-        moved.__dict__["digest"] = key
+        if "digest" in self.__dict__:
+            moved.__dict__["digest"] = self.digest
         return moved

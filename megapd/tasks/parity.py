@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from megapd.tasks.random import Stream, Words, bits
 HELDOUT_SAMPLES = 1 << 31  # drawn on demand, so any number would do
 
 
-class _BitsTask:
+class _BitsTask(ABC):
     """Uniform bits [B, d]; the label depends on the products over `supports` [nodes, degree], disjoint sets of coordinates."""
 
     vocab_size = 2
@@ -80,8 +81,9 @@ class _BitsTask:
         odd = (folded & np.uint64(1)).astype(np.int64)
         return 1 ^ odd ^ (self.supports.shape[1] & 1)
 
+    @abstractmethod
     def _label(self, products: NDArray[np.int64]) -> NDArray[np.int64]:
-        raise NotImplementedError
+        """[B] classes of [B, nodes] products."""
 
 
 class ParityTask(_BitsTask):

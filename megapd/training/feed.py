@@ -13,9 +13,15 @@ from megapd.tasks import Task
 class BatchFeed:
     """Micro-batches by step number. A batch is a pure function of the step, so a resume needs the number and replays nothing."""
 
-    def __init__(self, task: Task, rows: list[range], steps: range, depth: int, device: torch.device) -> None:
-        """rows: those of each micro-batch within the global batch; steps: the steps to come; depth: steps built ahead."""
+    def __init__(
+        self, task: Task, rows: list[range], steps: range, depth: int, device: torch.device, *, digests: bool = True
+    ) -> None:
+        """rows: those of each micro-batch within the global batch; steps: the steps to come; depth: steps built ahead.
+
+        digests: compute the batches' digests, which signals are checked against, off the loop's thread.
+        """
         self._task, self._rows, self._steps, self._depth, self._device = task, rows, steps, depth, device
+        self._digests = digests
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: dict[int, Future[list[Batch]]] = {}
 
@@ -32,6 +38,7 @@ class BatchFeed:
 
     def _build(self, step: int) -> list[Batch]:
         batches = [self._task.batch(step, rows) for rows in self._rows]
-        for batch in batches:
-            _ = batch.digest  # computed here, off the loop's thread
+        if self._digests:
+            for batch in batches:
+                _ = batch.digest  # cached in the batch
         return batches

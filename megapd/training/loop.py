@@ -28,7 +28,14 @@ def train(run: Run) -> bool:
     """Train from run.start to the last step; False if a stop request ended it early, with a checkpoint saved."""
     config, world, engine, telemetry = run.config, run.world, run.engine, run.telemetry
     steps = config.training.steps
-    feed = BatchFeed(run.task, engine.tiling.rows(world.rank), range(run.start, steps), config.training.prefetch, world.device)
+    feed = BatchFeed(
+        run.task,
+        engine.tiling.rows(world.rank),
+        range(run.start, steps),
+        config.training.prefetch,
+        world.device,
+        digests=run.stream is not None,
+    )
     stop = StopRequest(config.folder / "stop", watches_file=run.writes)
     eval_micro = config.evaluation.micro_batch or engine.tiling.micro_batch
     meter = Meter(run)

@@ -2,23 +2,19 @@
 
 import json
 import math
-import os
 import subprocess
-import sys
 
 import pytest
 
-from megapd.launch.local import free_port
+from megapd.launch.local import local_command
 from tests.training.runs import environment
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     output = tmp_path_factory.mktemp("zero") / "results.json"
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", os.devnull, "--num_gpus", "2"]
-    command = [*launcher, "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     done = subprocess.run(
-        [*command, "--module", "tests.training.worker", str(output)],
+        local_command([str(output)], 2, "tests.training.worker"),
         env=environment(),
         capture_output=True,
         text=True,
