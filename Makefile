@@ -9,7 +9,7 @@ $(VENV)/ready: setup.py pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: install demo test test-full lint format clean
+.PHONY: install demo test test-full kernels-report lint format clean
 install: $(VENV)/ready
 
 demo: $(VENV)/ready
@@ -20,6 +20,10 @@ test: $(VENV)/ready
 
 test-full: $(VENV)/ready
 	$(BIN)/python -m pytest
+
+# Registers, shared memory and spills of the Triton kernels, compiled for GPUs that need not be there.
+kernels-report: $(VENV)/ready
+	$(BIN)/python benchmarks/kernels_report.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from .sparse import Convention, SparseTeacher, one_hot_teacher, sparse_teacher
+
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd", "soft_cross_entropy"]
 
 # The reciprocal of a smaller temperature leaves the range of float32, and 0 * inf would turn the largest logit into NaN.
@@ -17,7 +19,7 @@ MIN_TEMPERATURE = 1e-30
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The loss of a token: alpha * CE(label, p) + (1 - alpha) * t2 * D(p_T, p_S).
+    """The loss of a token: alpha * CE(label, p) + (1 - alpha) * t2 * D(p_T, p_S) + z_loss * (log sum exp of the logits)^2.
 
     p_T and p_S are the softmax of the teacher's and the student's logits over their temperatures, p the softmax of the
     student's logits at temperature 1, and t2 = student_temperature ** 2 if scale_t2 (Hinton et al., 2015), else 1.
@@ -29,7 +31,15 @@ class LossOptions:
     alpha                the labels' share, in [0, 1]
     beta                 in (0, 1): JSD = beta * KL(p_T || m) + (1 - beta) * KL(p_S || m), m = beta * p_T + (1 - beta) * p_S.
                          It vanishes towards 0 and 1 and does not become a KL there, so both ends are refused.
-    chunk_bytes          most bytes of full-precision logits alive at once; at least one row is always computed
+    label_smoothing      in [0, 1): CE is against (1 - label_smoothing) * one-hot + label_smoothing / V; infinite where a class
+                         is banned
+    z_loss               at least 0; pulls the softmax's normaliser, at temperature 1, towards 1 (PaLM: 1e-4); not scaled by alpha
+    common_vocabulary    False: vocabularies of different sizes are refused; True: both softmaxes are those of the classes that
+                         both sides have, the first min(V_S, V_T), as where one side is padded. Labels must lie below.
+    recompute            linear losses: False: the gradient is computed in forward and kept; True: the logits are formed again in
+                         backward, and between the two nothing of the size of the weight is held
+    chunk_bytes          most bytes of full-precision logits alive at once; at least one row is always computed.
+                         None: 64 MiB on a CPU, 2 GiB elsewhere
 
     Raises ValueError that names the field.
     """
@@ -40,7 +50,11 @@ class LossOptions:
     alpha: float = 0.0
     beta: float = 0.5
     scale_t2: bool = False
-    chunk_bytes: int = 32 << 20
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    common_vocabulary: bool = False
+    recompute: bool = False
+    chunk_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.divergence not in get_args(Divergence):
@@ -54,7 +68,11 @@ class LossOptions:
             raise ValueError(f"alpha: must lie in [0, 1], got {self.alpha}")
         if not 0.0 < self.beta < 1.0:
             raise ValueError(f"beta: must lie strictly between 0 and 1, got {self.beta}; for the ends choose a KL")
-        if self.chunk_bytes < 1:
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing: must lie in [0, 1), got {self.label_smoothing}")
+        if not 0.0 <= self.z_loss < math.inf:
+            raise ValueError(f"z_loss: must be finite and at least 0, got {self.z_loss}")
+        if self.chunk_bytes is not None and self.chunk_bytes < 1:
             raise ValueError(f"chunk_bytes: must be at least 1, got {self.chunk_bytes}")
         if self.divergence == "reverse_kl" and teacher == 0.0:
             raise ValueError("teacher_temperature: reverse_kl is infinite against an argmax teacher; raise it above 0")
@@ -70,7 +88,7 @@ class LossResult(NamedTuple):
 
     loss           differentiable: sum_i w_i * loss_i / denominator
     divergence     detached: sum_i w_i * D_i, without (1 - alpha) and t2; 0 without a teacher
-    cross_entropy  detached: sum_i w_i * CE_i, without alpha; 0 without labels
+    cross_entropy  detached: sum_i w_i * CE_i, without alpha and smoothing; 0 without labels
     correct        detached: sum_i w_i * [argmax of the student's logits = label], lowest index on ties; 0 without labels
     """
 
@@ -83,15 +101,15 @@ class LossResult(NamedTuple):
 class Targets(NamedTuple):
     """Checked targets of N positions, each None where it was not given.
 
-    labels   [N] int64, 0 where not counted
-    ids      [N] int64, the teacher's argmax, 0 where not counted
-    counted  [N] bool; None: every position counts
-    weights  [N] of the accumulation type; 0 where not counted; None: all 1
+    labels       [N] int64, 0 where not counted
+    sparse       a teacher given by ids
+    counted      [N] bool; None: every position counts
+    weights      [N] of the accumulation type; 0 where not counted; None: all 1
     denominator  0-dim of the accumulation type
     """
 
     labels: Tensor | None
-    ids: Tensor | None
+    sparse: SparseTeacher | None
     counted: Tensor | None
     weights: Tensor | None
     denominator: Tensor
@@ -103,34 +121,32 @@ def make_targets(
     dtype: torch.dtype,
     options: LossOptions,
     *,
-    teachers: int,
-    labels: Tensor | None,
-    teacher_ids: Tensor | None,
-    token_weights: Tensor | None,
-    ignore_index: int,
-    denominator: Tensor | float | None,
+    classes: int,
+    dense_teachers: int,
+    labels: Tensor | None = None,
+    teacher_ids: Tensor | None = None,
+    teacher_logprobs: Tensor | None = None,
+    teacher_log_rest: Tensor | None = None,
+    convention: Convention | None = None,
+    token_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    denominator: Tensor | float | None = None,
 ) -> Targets:
     """Check what comes with `rows` positions and bring it into the form that the implementations use, without a host sync.
 
-    `teachers` is the number of teacher forms given. Raises ValueError that names the argument.
+    classes: of all ranks; dense_teachers: the number of teachers given as logits or hidden states. Raises ValueError that names
+    the argument.
     """
+    teachers = dense_teachers + (teacher_ids is not None)
     if teachers > 1:
         raise ValueError("teacher_logits, teacher_hidden, teacher_ids: give at most one form of the teacher")
     if labels is None and teachers == 0:
         raise ValueError("labels: needed where no teacher is given")
     if labels is None and options.alpha > 0:
         raise ValueError(f"labels: needed for alpha = {options.alpha}; give them or set alpha to 0")
-    if teacher_ids is not None and options.divergence == "reverse_kl":
-        raise ValueError("teacher_ids: reverse_kl is infinite against a one-hot teacher; choose another divergence")
-    for name, tensor in (("labels", labels), ("teacher_ids", teacher_ids), ("token_weights", token_weights)):
-        if tensor is None:
-            continue
-        if tensor.shape != (rows,):
-            raise ValueError(f"{name}: expected shape ({rows},), got {tuple(tensor.shape)}")
-        if tensor.device != device:
-            raise ValueError(f"{name}: is on {tensor.device}, the student on {device}")
-        if name != "token_weights" and tensor.dtype != torch.int64:
-            raise ValueError(f"{name}: expected int64, got {tensor.dtype}")
+    for name, tensor in (("labels", labels), ("token_weights", token_weights)):
+        if tensor is not None:
+            check_rows(name, tensor, (rows,), device, None if name == "token_weights" else torch.int64)
 
     counted = None if labels is None else labels != ignore_index
     weights = None if token_weights is None else token_weights.detach().to(dtype)
@@ -141,9 +157,37 @@ def make_targets(
         weights = weights.masked_fill(~counted, 0.0)
     elif counted is not None:
         weights = counted.to(dtype)
-    if counted is not None:
-        labels = None if labels is None else labels.masked_fill(~counted, 0)
-        teacher_ids = None if teacher_ids is None else teacher_ids.masked_fill(~counted, 0)
+    if counted is not None and labels is not None:
+        labels = labels.masked_fill(~counted, 0)
+
+    sparse = None
+    if teacher_ids is not None:
+        check_rows("teacher_ids", teacher_ids, (rows, None)[: max(1, teacher_ids.dim())], device, torch.int64)
+        if teacher_logprobs is not None:
+            check_rows("teacher_logprobs", teacher_logprobs, tuple(teacher_ids.shape), device, None)
+        if teacher_log_rest is not None:
+            check_rows("teacher_log_rest", teacher_log_rest, (rows,), device, None)
+        if teacher_logprobs is None:
+            if teacher_ids.dim() != 1:
+                raise ValueError(f"teacher_logprobs: needed with teacher_ids of shape {tuple(teacher_ids.shape)}; give [N, K]")
+            if convention is not None or teacher_log_rest is not None:
+                raise ValueError("convention, teacher_log_rest: have no meaning without teacher_logprobs; leave them out")
+            if options.divergence == "reverse_kl":
+                raise ValueError("teacher_ids: reverse_kl is infinite against a one-hot teacher; choose another divergence")
+            sparse = one_hot_teacher(teacher_ids if counted is None else teacher_ids.masked_fill(~counted, 0), dtype)
+        else:
+            sparse = sparse_teacher(
+                teacher_ids,
+                teacher_logprobs.detach().to(dtype),
+                None if teacher_log_rest is None else teacher_log_rest.detach().to(dtype),
+                convention,
+                options.divergence,
+                options.teacher_temperature,
+                counted,
+                classes,
+            )
+    elif teacher_logprobs is not None or convention is not None or teacher_log_rest is not None:
+        raise ValueError("teacher_logprobs, convention, teacher_log_rest: have no meaning without teacher_ids; leave them out")
 
     if denominator is None:
         total = torch.full((), float(rows), dtype=dtype, device=device) if weights is None else weights.sum()
@@ -155,7 +199,7 @@ def make_targets(
         if not 0.0 <= denominator < math.inf:
             raise ValueError(f"denominator: must be finite and not negative, got {denominator}")
         total = torch.full((), float(denominator), dtype=dtype, device=device)
-    return Targets(labels, teacher_ids, counted, weights, total)
+    return Targets(labels, sparse, counted, weights, total)
 
 
 def reciprocal_or_zero(denominator: Tensor) -> Tensor:
@@ -163,21 +207,32 @@ def reciprocal_or_zero(denominator: Tensor) -> Tensor:
     return torch.where(denominator == 0, torch.zeros_like(denominator), denominator.reciprocal())
 
 
-def check_matrix(name: str, tensor: Tensor, rows: int | None, columns: int | None, device: torch.device) -> None:
-    """Raise ValueError unless `tensor` is a floating-point matrix of the shape (None: any) on `device`."""
-    if tensor.dim() != 2 or (rows is not None and tensor.shape[0] != rows) or (columns not in (None, tensor.shape[1])):
-        wanted = ", ".join("any" if n is None else str(n) for n in (rows, columns))
+def check_rows(name: str, tensor: Tensor, shape: tuple[int | None, ...], device: torch.device, dtype: torch.dtype | None) -> None:
+    """Raise ValueError unless `tensor` has the shape (None: any size) on `device`, and dtype, or for None a floating one."""
+    fits = tensor.dim() == len(shape) and all(want in (None, got) for want, got in zip(shape, tensor.shape, strict=True))
+    if not fits:
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(tensor.shape)}")
-    if not tensor.is_floating_point():
+    if dtype is None and not tensor.is_floating_point():
         raise ValueError(f"{name}: expected a floating-point type, got {tensor.dtype}")
+    if dtype is not None and tensor.dtype != dtype:
+        raise ValueError(f"{name}: expected {dtype}, got {tensor.dtype}")
     if tensor.device != device:
         raise ValueError(f"{name}: is on {tensor.device}, the student on {device}")
+
+
+def check_matrix(name: str, tensor: Tensor, rows: int | None, columns: int | None, device: torch.device) -> None:
+    """Raise ValueError unless `tensor` is a floating-point matrix of the shape (None: any) on `device`."""
+    check_rows(name, tensor, (rows, columns), device, None)
 
 
 def check_vocabulary(name: str, size: int, vocabulary: int) -> None:
     """Raise ValueError where the teacher's vocabulary differs: padding it silently would give the padding probability."""
     if size != vocabulary:
-        raise ValueError(f"{name}: the teacher has {size} classes, the student {vocabulary}; both need the same vocabulary")
+        raise ValueError(
+            f"{name}: the teacher has {size} classes, the student {vocabulary}; both need the same vocabulary, or "
+            "common_vocabulary=True to use the classes that both have"
+        )
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:

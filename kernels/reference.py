@@ -8,6 +8,7 @@ With a = student logits / student_temperature, b = teacher logits / teacher_temp
     tvd                 1/2 sum_j |p_j - q_j|
     soft_cross_entropy  - sum_j q_j log p_j
 
+A teacher given by few ids is the sum over them, or over buckets, that its convention names: see kernels/sparse.py.
 0 log 0 = 0, so classes that both sides ban (logit -inf) count for nothing; a class banned by one side alone makes a KL
 infinite where the other side gives it weight. A teacher at temperature 0, or given as ids, is one-hot.
 """
@@ -28,6 +29,7 @@ from .options import (
     make_targets,
     reciprocal_or_zero,
 )
+from .sparse import Convention, SparseTeacher
 
 # Stands for log 0 where it is multiplied by a probability that is exactly 0: exp(-1e4) is 0 in float64.
 _LOG_ZERO = -1e4
@@ -39,6 +41,9 @@ def distillation_loss(
     labels: Tensor | None = None,
     teacher_logits: Tensor | None = None,
     teacher_ids: Tensor | None = None,
+    teacher_logprobs: Tensor | None = None,
+    teacher_log_rest: Tensor | None = None,
+    convention: Convention | None = None,
     token_weights: Tensor | None = None,
     ignore_index: int = -100,
     denominator: Tensor | float | None = None,
@@ -46,12 +51,16 @@ def distillation_loss(
 ) -> LossResult:
     """The loss by autograd, in float32 or, for float64 logits, float64.
 
-    student_logits [N, V]; labels [N] int64; teacher_logits [N, V] or teacher_ids [N] int64 or neither; token_weights [N].
+    student_logits [N, V]; labels [N] int64; teacher_logits [N, V], or teacher_ids [N], or teacher_ids and teacher_logprobs
+    [N, K] in a convention, or neither; token_weights [N].
     The arguments mean what they mean in `linear_distillation_loss`. Nothing but the student is differentiated.
 
     Raises ValueError for shapes and combinations that have no meaning.
     """
     check_matrix("student_logits", student_logits, None, None, student_logits.device)
+    if teacher_logits is not None and options.common_vocabulary:
+        common = min(student_logits.shape[1], teacher_logits.shape[1])
+        student_logits, teacher_logits = student_logits[:, :common], teacher_logits[:, :common]
     rows, vocabulary = student_logits.shape
     if teacher_logits is not None:
         check_vocabulary("teacher_logits", teacher_logits.shape[-1], vocabulary)
@@ -62,9 +71,13 @@ def distillation_loss(
         student_logits.device,
         dtype,
         options,
-        teachers=(teacher_logits is not None) + (teacher_ids is not None),
+        classes=vocabulary,
+        dense_teachers=int(teacher_logits is not None),
         labels=labels,
         teacher_ids=teacher_ids,
+        teacher_logprobs=teacher_logprobs,
+        teacher_log_rest=teacher_log_rest,
+        convention=convention,
         token_weights=token_weights,
         ignore_index=ignore_index,
         denominator=denominator,
@@ -76,26 +89,31 @@ def distillation_loss(
 
     divergence = cross_entropy = correct = student.new_zeros(student.shape[0])
     loss = student.new_zeros(student.shape[0])
-    has_teacher = teacher_logits is not None or targets.ids is not None
+    has_teacher = teacher_logits is not None or targets.sparse is not None
     label_share = options.alpha if has_teacher else 1.0
+    log_p_one = torch.log_softmax(student, -1)
     if targets.labels is not None:
         kept_labels = targets.labels[keep]
-        cross_entropy = -torch.log_softmax(student, -1).gather(-1, kept_labels[:, None]).squeeze(-1)
+        cross_entropy = -log_p_one.gather(-1, kept_labels[:, None]).squeeze(-1)
         correct = (student.argmax(-1) == kept_labels).to(dtype)
     if has_teacher:
         log_p = torch.log_softmax(student / options.student_temperature, -1)
-        if targets.ids is not None:
-            q = functional.one_hot(targets.ids[keep], vocabulary).to(dtype)
-            log_q = q.log()
+        if targets.sparse is not None:
+            teacher = targets.sparse if targets.counted is None else targets.sparse.select(targets.counted)
+            divergence = sparse_divergence(options.divergence, log_p, teacher, options.beta)
         else:
             assert teacher_logits is not None
             q, log_q = teacher_distribution(teacher_logits.detach().to(dtype)[keep], options.teacher_temperature)
-        divergence = divergence_of(options.divergence, log_p, q, log_q, options.beta)
+            divergence = divergence_of(options.divergence, log_p, q, log_q, options.beta)
     # A share of 0 drops its term: 0 * inf would be NaN.
     if label_share > 0:
-        loss = loss + label_share * cross_entropy
+        smooth = options.label_smoothing
+        target = cross_entropy if smooth == 0 else (1.0 - smooth) * cross_entropy - smooth * log_p_one.mean(-1)
+        loss = loss + label_share * target
     if label_share < 1:
         loss = loss + (1.0 - label_share) * options.t2 * divergence
+    if options.z_loss > 0:
+        loss = loss + options.z_loss * torch.logsumexp(student, -1).square()
     total = (weights * loss).sum() * reciprocal_or_zero(targets.denominator)
     return LossResult(
         total,
@@ -135,6 +153,27 @@ def divergence_of(kind: Divergence, log_p: Tensor, q: Tensor, log_q: Tensor, bet
     log_p, log_q = _floored(log_p), _floored(log_q)
     log_m = torch.logaddexp(log_q + _log(beta, q), log_p + _log(1.0 - beta, q))
     return _at_least_zero((beta * q * (log_q - log_m) + (1.0 - beta) * p * (log_p - log_m)).sum(-1))
+
+
+def sparse_divergence(kind: Divergence, log_p: Tensor, teacher: SparseTeacher, beta: float) -> Tensor:
+    """[N] divergences of the student's log p [N, V] from a teacher given by ids."""
+    chosen = log_p.gather(-1, teacher.ids)
+    q = teacher.log_q.exp()
+    if not teacher.buckets:
+        if teacher.first is not None:
+            q = q * teacher.first
+        surprise = -torch.where(q > 0, chosen, 0.0)
+        if kind == "soft_cross_entropy" or teacher.entropy_free:
+            return (q * surprise).sum(-1)
+        return (q * (_floored(teacher.log_q) + surprise)).sum(-1)
+    inside = torch.zeros_like(log_p, dtype=torch.bool).scatter(-1, teacher.ids, True)
+    # Where all classes are inside or banned there is no rest; what stands for log 0 keeps NaN out of the gradient there.
+    rest = torch.where(
+        (inside | (log_p == -torch.inf)).all(-1), -torch.inf, torch.logsumexp(log_p.masked_fill(inside, _LOG_ZERO), -1)
+    )
+    log_p = torch.cat([chosen, rest[:, None]], -1)
+    log_q = torch.cat([teacher.log_q, teacher.log_rest[:, None]], -1)
+    return divergence_of(kind, log_p, log_q.exp(), log_q, beta)
 
 
 def _floored(log_p: Tensor) -> Tensor:

@@ -248,7 +248,8 @@ Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd", "soft_cross_entro
 
 
 class Loss(Section):
-    """alpha * CE(labels) + (1 - alpha) * divergence(teacher, student), averaged over the labelled positions."""
+    """alpha * CE(labels) + (1 - alpha) * divergence(teacher, student) + z_loss * (log normaliser)^2, averaged over the labelled
+    positions; see megapd.kernels.LossOptions."""
 
     divergence: Divergence = "forward_kl"
     teacher_temperature: float = Field(1.0, ge=0.0, description="0: the teacher's argmax, exactly")
@@ -256,7 +257,17 @@ class Loss(Section):
     alpha: float = Field(0.0, ge=0.0, le=1.0, description="weight of the labels' cross entropy")
     beta: float = Field(0.5, gt=0.0, lt=1.0, description="the teacher's share in the mixture of the JSD")
     scale_t2: bool = Field(False, description="multiply the divergence by student_temperature ** 2")
-    chunk_bytes: int = Field(32 << 20, ge=1 << 10, description="most bytes of logits alive at once in the fused loss")
+    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="share of the uniform distribution in the labels")
+    z_loss: float = Field(0.0, ge=0.0, description="weight of the squared log of the softmax's normaliser; 1e-4 is usual")
+    common_vocabulary: bool = Field(
+        False, description="teacher and student of different vocabulary sizes: learn over the classes that both have"
+    )
+    recompute: bool = Field(False, description="form the logits again in backward instead of holding the head's gradient")
+    chunk_bytes: int | None = Field(
+        None,
+        ge=1 << 10,
+        description="most bytes of logits alive at once in the fused loss; none: 64 MiB on a CPU, 2 GiB on a GPU",
+    )
 
     @model_validator(mode="after")
     def _finite(self) -> Loss:

@@ -15,7 +15,7 @@ from torch import Tensor
 from megapd.batch import Batch
 from megapd.config import Model
 from megapd.errors import UserError
-from megapd.kernels import LossOptions
+from megapd.kernels import LossOptions, default_chunk_bytes
 from megapd.models import Learner, build_model
 from megapd.models.weights import copy_weights
 from megapd.signal import Head, Kind, Signal
@@ -38,11 +38,11 @@ class Teacher:
         task: Task,
         device: torch.device,
         dtype: torch.dtype,
-        chunk_bytes: int,
+        chunk_bytes: int | None,
         wait_seconds: float | None = None,
     ) -> None:
-        """chunk_bytes: most bytes of logits alive at once in `signal`. wait_seconds: how long `rotate` waits for a checkpoint
-        that a teacher, training meanwhile, is still to write; None: it must be there."""
+        """chunk_bytes: most bytes of logits alive at once in `signal`; None: the kernels' default. wait_seconds: how long
+        `rotate` waits for a checkpoint that a teacher, training meanwhile, is still to write; None: it must be there."""
         self.trajectory = trajectory
         self._wait_seconds = wait_seconds
         self._closed = threading.Event()
@@ -146,6 +146,6 @@ class Teacher:
         """Class ids [N] int64; logits of at most chunk_bytes exist at once."""
         assert self._head is not None
         weight, bias = self._head.weight, self._head.bias
-        rows = max(1, self.chunk_bytes // (4 * weight.shape[0]))
+        rows = max(1, (self.chunk_bytes or default_chunk_bytes(hidden.device)) // (4 * weight.shape[0]))
         ids = [torch.nn.functional.linear(part, weight, bias).argmax(-1) for part in hidden.split(rows)]
         return torch.cat(ids)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 from megapd.analysis.timeline import describe_plan
 from megapd.config import Config, Follow, MLPModel, dump
+from megapd.kernels import default_chunk_bytes
 from megapd.models import flops_per_token, parameter_count
 from megapd.tasks import Task, build_task
 from megapd.training.engine import tile
@@ -80,7 +83,18 @@ def memory_lines(config: Config, task: Task, parameters: int, micro_batch: int, 
         "gradients": gradients,
         "optimizer": optimizer,
         "activations": activations,
-        "loss": float(config.loss.chunk_bytes),
+        "loss": loss_bytes(config, task, micro_batch),
         "teacher": float(teacher_bytes),
     }
     return [f"  {name:<12} {size / GIB:9.4f} GiB" for name, size in {**parts, "total": sum(parts.values())}.items()]
+
+
+def loss_bytes(config: Config, task: Task, micro_batch: int) -> float:
+    """The fused loss: a chunk of logits (12 bytes a class and row: student, teacher, gradient) and the head's gradient.
+
+    The latter is held from forward to backward, or with loss.recompute made in backward; the peak is the same.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    logits = 12.0 * task.classes * task.labelled_per_sample * micro_batch
+    width = config.model.width if isinstance(config.model, MLPModel) else config.model.hidden
+    return min(float(config.loss.chunk_bytes or default_chunk_bytes(device)), logits) + 4.0 * task.classes * width

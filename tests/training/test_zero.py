@@ -46,6 +46,19 @@ def test_accumulation_changes_nothing(results, stage):
     assert difference(one["norms"], four["norms"]) < 1e-5
 
 
+@pytest.mark.parametrize("stage", range(4))
+def test_recomputed_logits_change_nothing(results, stage):
+    """In backward the head's weight must be there again, also at stage 3."""
+    kept, again = results[f"stage{stage}"], results[f"stage{stage}-recompute"]
+    assert difference(kept["losses"], again["losses"]) < 1e-5
+    assert difference(kept["norms"], again["norms"]) < 1e-5
+
+
+@pytest.mark.parametrize("recompute", ["false", "true"])
+def test_the_loss_works_under_ddp(results, recompute):
+    assert results[f"ddp-{recompute}"]["difference"] < 1e-5 * results[f"ddp-{recompute}"]["size"]
+
+
 def test_training_moves_the_loss(results):
     losses = results["stage1"]["losses"]
     assert len(set(losses)) == len(losses)

@@ -38,6 +38,7 @@ def cases() -> dict[str, list[str]]:
     named = {f"stage{stage}": [f"--training.zero_stage={stage}"] for stage in range(4)}
     named |= {f"stage{stage}-untied": [f"--training.zero_stage={stage}", "--model.tied=false"] for stage in range(4)}
     named |= {f"stage{stage}-accumulate": [f"--training.zero_stage={stage}", "--training.micro_batch=2"] for stage in range(4)}
+    named |= {f"stage{stage}-recompute": [f"--training.zero_stage={stage}", "--loss.recompute=true"] for stage in range(4)}
     named |= {f"stage{stage}-bf16": [f"--training.zero_stage={stage}", "--training.precision=bf16"] for stage in range(4)}
     named |= {f"stage{stage}-clip": [f"--training.zero_stage={stage}", "--training.clip=0.05"] for stage in range(4)}
     named |= {
@@ -98,9 +99,29 @@ def skip_nonfinite(config: Config, world: World) -> dict[str, Any]:
     return {"applied": applied, "before": before, "after": after, "recovered": recovered, "moved": moved}
 
 
+def data_parallel(config: Config, world: World) -> dict[str, Any]:
+    """Gradients under torch's DistributedDataParallel, against those of the whole batch in one process."""
+    task = build_task(config)
+    learner = build_student(config, task)
+    whole, part = task.batch(0, range(8)), task.batch(0, range(4 * world.rank, 4 * world.rank + 4))
+    learner(whole, None, 8)[0].backward()
+    wanted = [parameter.grad.clone() for parameter in learner.parameters()]
+    learner.zero_grad()
+    parallel = torch.nn.parallel.DistributedDataParallel(learner)
+    (parallel(part, None, 8)[0] * world.size).backward()  # DDP divides the sum over ranks by their number
+    pairs = zip(learner.parameters(), wanted, strict=True)
+    return {
+        "difference": max((p.grad - want).abs().max().item() for p, want in pairs),
+        "size": max(want.abs().max().item() for want in wanted),
+    }
+
+
 def main(output: Path) -> None:
     world = start_world()
     results: dict[str, Any] = {}
+    for recompute in ("false", "true"):
+        config = load(None, [*GPT, f"--loss.recompute={recompute}"])
+        results[f"ddp-{recompute}"] = data_parallel(config, world)
     for name, overrides in cases().items():
         results[name] = train(load(None, [*GPT, *overrides]), world)
     for stage in range(4):

@@ -1,0 +1,89 @@
+"""What the Triton kernels share: the online log-sum-exp, expm1 and log1p, the columns of row statistics, the launch shape.
+
+Powers are of two: the hardware has no other, and the factor log2(e) / temperature is folded into one multiplication.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# The running maximum's start: finite, so that maximum - start never is inf - inf; exp2 of anything minus it is not reached.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+# Rows of the statistics [COLUMNS, C] float32, see rows.py for M, L_T and L_1.
+MAXIMUM = tl.constexpr(0)  # M
+LOG_SUM = tl.constexpr(1)  # L_T
+LOG_SUM_ONE = tl.constexpr(2)  # L_1
+TEACHER_MAXIMUM = tl.constexpr(3)
+TEACHER_LOG_SUM = tl.constexpr(4)
+MOMENT = tl.constexpr(5)  # what the divergence sums, see triton_dense.py
+SECOND_MOMENT = tl.constexpr(6)
+SUM = tl.constexpr(7)  # of the logits, for label smoothing
+BEST = tl.constexpr(8)  # column of the largest logit; float32 holds integers up to 2^24
+COLUMNS = 9
+
+
+def launch_shape(classes: int, *, two_softmaxes: bool = False) -> tuple[int, dict[str, int]]:
+    """(columns a program handles at a time, options of the compiler). 8 elements a thread: 16 bytes a load of 16-bit logits.
+
+    The widest sweep holds 8 arrays of them; with a second softmax of the student the reverse KL spills, so that gets 4. Left
+    alone, NVIDIA's assembler spills 8-32 bytes in 11 of 528 variants to fit 48 or 64 registers; allowed 128, it spills nothing
+    (see kernels-report), and two programs still share a multiprocessor's 65,536.
+    """
+    block = min(1024 if two_softmaxes else 2048, triton.next_power_of_2(max(16, classes)))
+    options = {"num_warps": max(1, min(8, block // 128 if two_softmaxes else block // 256))}
+    return block, options if torch.version.hip else {**options, "maxnreg": 128}
+
+
+@triton.jit
+def online(x, maximum, total, factor):
+    """One element more in each lane's sum of 2^((x - maximum) factor), with one power an element.
+
+    Returns (new maximum, new sum, what the old sum was multiplied by, the element's own term).
+    """
+    gap = x - maximum
+    grows = gap > 0
+    # x = -inf: power 0. NaN: not larger, and its power is NaN, which stays in the sum.
+    power = tl.exp2(-tl.abs(gap) * factor)
+    kept = tl.where(grows, power, 1.0)
+    term = tl.where(grows, 1.0, power)
+    return tl.where(grows, x, maximum), total * kept + term, kept, term
+
+
+@triton.jit
+def merge_lanes(maximum, total, factor):
+    """(maximum of the lanes, the row's sum relative to it, what each lane's sums are multiplied by)."""
+    overall = tl.max(maximum, axis=0)
+    kept = tl.exp2((maximum - overall) * factor)
+    return overall, tl.sum(total * kept, axis=0), kept
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 to 2e-7 relative: Taylor's series to x^8 for |x| < 1/2, where the difference would lose digits."""
+    series = 1.0 + x * (1.0 / 8.0)
+    series = 1.0 + x * (1.0 / 7.0) * series
+    series = 1.0 + x * (1.0 / 6.0) * series
+    series = 1.0 + x * (1.0 / 5.0) * series
+    series = 1.0 + x * (1.0 / 4.0) * series
+    series = 1.0 + x * (1.0 / 3.0) * series
+    series = 1.0 + x * (1.0 / 2.0) * series
+    return tl.where(tl.abs(x) < 0.5, x * series, tl.exp2(x * LOG2E) - 1.0)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) to 2e-7 relative: 2 artanh(x / (2 + x)) by its series for |x| < 1/2."""
+    z = x / (2.0 + x)
+    z2 = z * z
+    series = 1.0 / 11.0 + z2 * (1.0 / 13.0)
+    series = 1.0 / 9.0 + z2 * series
+    series = 1.0 / 7.0 + z2 * series
+    series = 1.0 / 5.0 + z2 * series
+    series = 1.0 / 3.0 + z2 * series
+    series = 1.0 + z2 * series
+    return tl.where(tl.abs(x) < 0.5, 2.0 * z * series, tl.log2(1.0 + x) * LN2)
