@@ -24,6 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from megapd.files import write_atomic
 from megapd.kernels.triton_dense import NUMBERS, dense_rows
 from megapd.kernels.triton_math import launch_shape
 from megapd.kernels.triton_student import student_rows
@@ -46,12 +47,14 @@ class Variant:
     flags: tuple[tuple[str, Any], ...]
 
 
-def variants() -> list[Variant]:
+def variants(registers: int | None = None) -> list[Variant]:
     """One row a kernel, divergence, type and phase: bare, and with everything that adds registers."""
     found: dict[Variant, None] = {}
     everything = {"LABELS": True, "WEIGHTS": True, "SMOOTH": True}
     for classes, (logits, gradient), full in itertools.product(VOCABULARIES, TYPES, (False, True)):
         block, compiler = launch_shape(classes, two_softmaxes=full)
+        if registers is not None:
+            compiler = {**compiler, "maxnreg": registers}
         extras = everything if full else dict.fromkeys(everything, False)
         for divergence, number in NUMBERS.items():
             common = {"DIVERGENCE": number, "SHARE": True, "ONE": full, "APART": full, **extras}
@@ -150,17 +153,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS))
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--match", default="", help="only variants whose name contains this")
+    parser.add_argument("--match", default="", help="only variants whose kernel, name and types fit this pattern")
+    parser.add_argument("--registers", type=int, help="allow this many a thread, instead of what the launches allow")
+    parser.add_argument("--output", type=Path, help="also write the rows to this CSV file")
     arguments = parser.parse_args()
     cases = [
         (variant, target)
-        for variant, target in itertools.product(variants(), arguments.targets)
-        if arguments.match in f"{variant.kernel} {variant.name}"
+        for variant, target in itertools.product(variants(arguments.registers), arguments.targets)
+        if re.search(arguments.match, f"{variant.kernel} {variant.name} {variant.logits} {variant.gradient}")
     ]
     print(f"triton {triton.__version__}; vocabularies {', '.join(map(str, VOCABULARIES))} share these {len(cases)} binaries")
     columns = ("kernel", "variant", "logits", "grad", "block", "warps", "target", "regs", "smem", "spilled")
     print("{:13} {:38} {:6} {:5} {:>5} {:>5} {:7} {:>4} {:>5} {:>7}".format(*columns))
-    failures = 0
+    failures, rows = 0, [",".join(columns)]
     with ProcessPoolExecutor(arguments.jobs) as pool:
         for variant, target, figures, error in pool.map(work, cases):
             registers, shared, spilled = figures or ("-", "-", "-")
@@ -171,6 +176,10 @@ def main() -> int:
                 f"{target:7} {registers:>4} {shared:>5} {spilled:>7} {error}",
                 flush=True,
             )
+            name = [variant.kernel, variant.name, variant.logits, variant.gradient, variant.block]
+            rows.append(",".join(map(str, [*name, dict(variant.compiler)["num_warps"], target, registers, shared, spilled])))
+    if arguments.output is not None:
+        write_atomic(arguments.output, "\n".join([f"# triton {triton.__version__}", *rows, ""]))
     print(f"{failures} of {len(cases)} spill or do not compile" if failures else f"no spill in {len(cases)} binaries")
     return 1 if failures else 0
 

@@ -70,7 +70,7 @@ class VocabularyShard:
         """(values, ids) [C, k], the largest over ranks, ties by rising id; each rank gives at most k, as many as it has."""
         pad = k - values.shape[1]
         values = torch.nn.functional.pad(values, (0, pad), value=-torch.inf)
-        ids = torch.nn.functional.pad(ids, (0, pad), value=torch.iinfo(torch.int64).max)
+        ids = torch.nn.functional.pad(ids, (0, pad), value=self.total)
         all_values, all_ids = self._gathered(values), self._gathered(ids)
         values, ids = all_values.transpose(0, 1).flatten(1), all_ids.transpose(0, 1).flatten(1)
         ids, order = ids.sort(1)
@@ -84,7 +84,7 @@ class VocabularyShard:
     def _gathered(self, x: Tensor) -> Tensor:
         group = self._group()
         out = x.new_empty(dist.get_world_size(group), *x.shape)
-        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+        dist.all_gather(list(out.unbind()), x.contiguous(), group=group)
         return out
 
     def _group(self) -> dist.ProcessGroup:

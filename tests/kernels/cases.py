@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -15,15 +17,28 @@ from megapd.kernels import (
     LossResult,
     distillation_loss,
     linear_distillation_loss,
+    ops,
 )
 
 DIVERGENCES = ["forward_kl", "reverse_kl", "jsd", "tvd", "soft_cross_entropy"]
 FORMS = ["none", "ids", "logits", "hidden"]
+SPARSE = ["tail", "renormalised", "support", "sampled"]
 F64 = torch.float64
 N, V, D, E = 13, 37, 8, 5
 
 
 def possible(divergence: str, form: str, teacher_temperature: float = 1.0) -> bool:
+    if form in ("support", "sampled") and divergence not in ("forward_kl", "soft_cross_entropy"):
+        return False
+    if (
+        form in SPARSE
+        and teacher_temperature != 1.0
+        and form != "renormalised"
+        and (teacher_temperature > 0 or form == "sampled")
+    ):
+        return False
+    if form == "renormalised" and divergence == "reverse_kl":
+        return False
     return divergence != "reverse_kl" or (form != "ids" and teacher_temperature > 0)
 
 
@@ -57,7 +72,20 @@ class Case:
     def teacher_logits(self) -> Tensor:
         return F.linear(self.teacher_hidden, self.teacher_weight, self.teacher_bias)
 
-    def teacher(self, form: str) -> dict[str, Tensor | None]:
+    def sparse(self, convention: str, k: int = 5) -> dict[str, Any]:
+        """The teacher's top k, or k draws of it; as exact as the sums are, whatever the type of the hidden states."""
+        log_q = torch.log_softmax(self.to(F64).teacher_logits(), 1)
+        if convention == "sampled":
+            ids = torch.multinomial(log_q.exp(), k, replacement=True, generator=torch.Generator().manual_seed(0))
+            logprobs = torch.full_like(ids, 1 / k, dtype=F64).log()
+        else:
+            logprobs, ids = log_q.topk(k, 1)
+        dtype = torch.promote_types(self.hidden.dtype, torch.float32)
+        return {"teacher_ids": ids, "teacher_logprobs": logprobs.to(dtype), "convention": convention}
+
+    def teacher(self, form: str) -> dict[str, Any]:
+        if form in SPARSE:
+            return self.sparse(form)
         if form == "none":
             return {}
         if form == "ids":
@@ -97,6 +125,21 @@ def make_case(n: int = N, v: int = V, d: int = D, e: int = E, *, seed: int = 0, 
     )
 
 
+def below(call: Callable[[], Any]) -> tuple[Any, ...]:
+    """What `call` hands to an operation, (hidden, weight, bias, problem) or (logits, problem, in_place), without running it.
+
+    A dispatch mode does not see inside an operation: tests that must look there call the function below it.
+    """
+    scalars = (torch.zeros(()),) * 4
+    with (
+        mock.patch.object(ops, "linear", return_value=scalars) as linear,
+        mock.patch.object(ops, "logits", return_value=scalars) as logits,
+    ):
+        call()
+    ((arguments, _),) = linear.call_args_list + logits.call_args_list
+    return tuple(arguments)
+
+
 def row_bytes(v: int, dtype: torch.dtype = F64) -> int:
     """chunk_bytes of one row of the widest case, five buffers: smaller ones give the same single row."""
     return 5 * v * dtype.itemsize
@@ -109,14 +152,27 @@ def relative(value: Tensor, wanted: Tensor) -> float:
 
 
 def assert_equal_losses(case: Case, form: str, options: LossOptions, upstream: float, bound: float, **targets: Any) -> None:
-    result, wanted = case.loss(form, options, **targets), case.reference(form, options, **targets)
-    gradients = torch.autograd.grad(result.loss, case.student, torch.tensor(upstream, dtype=result.loss.dtype))
-    wanted_gradients = torch.autograd.grad(wanted.loss, case.student, torch.tensor(upstream, dtype=F64))
-    for name, value, expected in zip(LossResult._fields, result, wanted, strict=True):
-        assert relative(value, expected) < bound, name
-    for name, value, expected in zip(("dX", "dW", "db"), gradients, wanted_gradients, strict=False):
-        assert expected.norm() > 0, name
-        assert relative(value, expected) < bound, name
+    assert_equal_results(
+        case.loss(form, options, **targets), case.student, case.reference(form, options, **targets), upstream, bound
+    )
+
+
+def assert_equal_results(
+    result: LossResult,
+    leaves: tuple[Tensor, ...],
+    wanted: LossResult,
+    upstream: float,
+    bound: float,
+    wanted_leaves: tuple[Tensor, ...] | None = None,
+) -> None:
+    """The four numbers and the gradients, by relative norm."""
+    gradients = torch.autograd.grad(result.loss, leaves, torch.tensor(upstream, dtype=result.loss.dtype))
+    expected = torch.autograd.grad(wanted.loss, wanted_leaves or leaves, torch.tensor(upstream, dtype=wanted.loss.dtype))
+    for name, value, want in zip(LossResult._fields, result, wanted, strict=True):
+        assert relative(value, want) < bound, name
+    for name, value, want in zip(("dX", "dW", "db"), gradients, expected, strict=False):
+        assert want.norm() > 0, name
+        assert relative(value, want) < bound, name
 
 
 class Recorder(TorchDispatchMode):

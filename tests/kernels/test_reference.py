@@ -247,7 +247,7 @@ def test_arguments_without_a_meaning_are_refused() -> None:
         ("^teacher_logits: expected shape", {"teacher_logits": teacher[:3]}),
         ("^teacher_ids: reverse_kl", {"teacher_ids": ids, "options": LossOptions("reverse_kl")}),
         ("^labels: expected shape", {"labels": ids[:2]}),
-        ("^labels: expected int64", {"labels": ids.int()}),
+        ("^labels: expected torch.int64", {"labels": ids.int()}),
         ("^token_weights: expected shape", {"labels": ids, "token_weights": torch.ones(6, 1)}),
         ("^denominator: must be finite", {"labels": ids, "denominator": -1.0}),
         ("^denominator: expected one number", {"labels": ids, "denominator": torch.ones(2)}),
