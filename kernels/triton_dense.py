@@ -23,22 +23,21 @@ import triton
 import triton.language as tl
 
 from .triton_math import (
-    BEST,
     LN2,
     LOG2E,
-    LOG_SUM,
-    LOG_SUM_ONE,
     LOWEST,
-    MAXIMUM,
     MOMENT,
     SECOND_MOMENT,
-    SUM,
     TEACHER_LOG_SUM,
     TEACHER_MAXIMUM,
     expm1,
+    load_student,
     log1p,
     merge_lanes,
+    minus_target,
     online,
+    store_student,
+    zero_row,
 )
 
 FORWARD_KL = tl.constexpr(0)
@@ -123,11 +122,8 @@ def dense_rows(
     if WEIGHTS:
         weight = tl.load(weights + row)
         if weight == 0:
-            # Whatever such a row holds, NaN too, is not read.
             if GRADIENT:
-                for start in range(0, classes, BLOCK):
-                    zeros = tl.zeros([BLOCK], gradient.dtype.element_ty)
-                    tl.store(gradient + start + columns, zeros, mask=start + columns < classes)
+                zero_row(gradient, classes, BLOCK)
             return
     factor = LOG2E / temperature
     teacher_factor = LOG2E / teacher_temperature
@@ -167,7 +163,9 @@ def dense_rows(
                 moment = kept_of(moved(moment, -a_moved, teacher_mass), teacher_kept) + tl.where(q == 0, 0.0, q * -a)
             elif DIVERGENCE == REVERSE_KL:
                 moment = kept_of(moved(moment, a_moved - b_moved, mass), kept) + tl.where(p == 0, 0.0, p * (a - b))
-        m, z, kept = merge_lanes(maximum, total, factor)
+        m, log_sum, log_sum_one, kept = store_student(
+            statistics, statistics_stride, maximum, total, total_one, logits, best, factor, LABELS, APART, SMOOTH
+        )
         m_t, z_t, teacher_kept = merge_lanes(teacher_maximum, teacher_total, teacher_factor)
         a_moved, b_moved = (maximum - m) * factor, (teacher_maximum - m_t) * teacher_factor
         e = 0.0
@@ -176,27 +174,13 @@ def dense_rows(
         elif DIVERGENCE == SOFT_CROSS_ENTROPY:
             e = tl.sum(kept_of(moved(moment, -a_moved, teacher_total), teacher_kept), axis=0) / z_t
         elif DIVERGENCE == REVERSE_KL:
-            e = tl.sum(kept_of(moved(moment, a_moved - b_moved, total), kept), axis=0) / z
-        log_sum, log_sum_t = tl.log2(z), tl.log2(z_t)
-        log_sum_one = log_sum
-        if APART:
-            _, z_one, _ = merge_lanes(maximum, total_one, LOG2E)
-            log_sum_one = tl.log2(z_one)
-        tl.store(statistics + MAXIMUM * statistics_stride, m)
-        tl.store(statistics + LOG_SUM * statistics_stride, log_sum * LN2)
-        tl.store(statistics + LOG_SUM_ONE * statistics_stride, log_sum_one * LN2)
+            e = tl.sum(kept_of(moved(moment, a_moved - b_moved, total), kept), axis=0) / tl.exp2(log_sum)
+        log_sum_t = tl.log2(z_t)
         tl.store(statistics + TEACHER_MAXIMUM * statistics_stride, m_t)
         tl.store(statistics + TEACHER_LOG_SUM * statistics_stride, log_sum_t * LN2)
         tl.store(statistics + MOMENT * statistics_stride, e * LN2)
-        if LABELS:
-            first = tl.min(tl.where(maximum == m, best, 2147483647), axis=0)
-            tl.store(statistics + BEST * statistics_stride, first.to(tl.float32))
-        if SMOOTH:
-            tl.store(statistics + SUM * statistics_stride, tl.sum(logits, axis=0))
     else:
-        m = tl.load(statistics + MAXIMUM * statistics_stride)
-        log_sum = tl.load(statistics + LOG_SUM * statistics_stride) * LOG2E
-        log_sum_one = tl.load(statistics + LOG_SUM_ONE * statistics_stride) * LOG2E
+        m, log_sum, log_sum_one = load_student(statistics, statistics_stride)
         m_t = tl.load(statistics + TEACHER_MAXIMUM * statistics_stride)
         log_sum_t = tl.load(statistics + TEACHER_LOG_SUM * statistics_stride) * LOG2E
         e = tl.load(statistics + MOMENT * statistics_stride) * LOG2E
@@ -269,8 +253,5 @@ def dense_rows(
                 if APART:
                     p = tl.exp2((s - m) * LOG2E - log_sum_one)
                 g += c_one * p
-            if SMOOTH:
-                g -= c_smooth
-            if LABELS:
-                g = tl.where(start + columns == label, g - c_label, g)
+            g = minus_target(g, start + columns, label, c_label, c_smooth, LABELS, SMOOTH)
             tl.store(gradient + start + columns, g.to(gradient.dtype.element_ty), mask=inside)

@@ -63,6 +63,65 @@ def merge_lanes(maximum, total, factor):
 
 
 @triton.jit
+def store_student(
+    statistics,
+    stride,
+    maximum,  # [BLOCK] lanes
+    total,
+    total_one,
+    logits,
+    best,
+    factor,
+    LABELS: tl.constexpr,
+    APART: tl.constexpr,
+    SMOOTH: tl.constexpr,
+):
+    """Bring the lanes of a row together and store its statistics. Returns (M, log2 of the sums at T and at 1, lanes' factors)."""
+    m, z, kept = merge_lanes(maximum, total, factor)
+    log_sum = tl.log2(z)
+    log_sum_one = log_sum
+    if APART:
+        _, z_one, _ = merge_lanes(maximum, total_one, LOG2E)
+        log_sum_one = tl.log2(z_one)
+    tl.store(statistics + MAXIMUM * stride, m)
+    tl.store(statistics + LOG_SUM * stride, log_sum * LN2)
+    tl.store(statistics + LOG_SUM_ONE * stride, log_sum_one * LN2)
+    if LABELS:
+        first = tl.min(tl.where(maximum == m, best, 2147483647), axis=0)
+        tl.store(statistics + BEST * stride, first.to(tl.float32))
+    if SMOOTH:
+        tl.store(statistics + SUM * stride, tl.sum(logits, axis=0))
+    return m, log_sum, log_sum_one, kept
+
+
+@triton.jit
+def load_student(statistics, stride):
+    """(M, log2 of the sums at T and at 1) of a row."""
+    log_sum = tl.load(statistics + LOG_SUM * stride) * LOG2E
+    log_sum_one = tl.load(statistics + LOG_SUM_ONE * stride) * LOG2E
+    return tl.load(statistics + MAXIMUM * stride), log_sum, log_sum_one
+
+
+@triton.jit
+def zero_row(gradient, classes, BLOCK: tl.constexpr):
+    """The gradient of a row that does not count: whatever that holds, NaN too, is not read."""
+    columns = tl.arange(0, BLOCK)
+    zeros = tl.zeros([BLOCK], gradient.dtype.element_ty)
+    for start in range(0, classes, BLOCK):
+        tl.store(gradient + start + columns, zeros, mask=start + columns < classes)
+
+
+@triton.jit
+def minus_target(g, columns, label, by_label, everywhere, LABELS: tl.constexpr, SMOOTH: tl.constexpr):
+    """The gradient without its target: by_label at the label's column, and `everywhere`."""
+    if SMOOTH:
+        g -= everywhere
+    if LABELS:
+        g = tl.where(columns == label, g - by_label, g)
+    return g
+
+
+@triton.jit
 def expm1(x):
     """exp(x) - 1 to 2e-7 relative: Taylor's series to x^8 for |x| < 1/2, where the difference would lose digits."""
     series = 1.0 + x * (1.0 / 8.0)

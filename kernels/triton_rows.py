@@ -7,6 +7,7 @@ the algebra of its few ids in torch between them.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class _Sweeps(RowLoss):
                 launch_dense(self, student, teacher, gradient, statistics, labels, start, stop)
             return
         if teacher is None:
-            launch_student(self, student, None, statistics, labels, start, stop, statistics_only=True)
+            launch_student(self, student, None, statistics, labels, start, stop)
             self._merge(statistics, dense=False)
             if gradient is not None:
                 launch_student(self, student, gradient, statistics, labels, start, stop, statistics_known=True)
@@ -183,7 +184,7 @@ class TritonRows(_Sweeps):
         mean_sum = student.sum(1) if labels is not None and self.options.label_smoothing > 0 else None
         # From here on the student's logits are those of the classes outside the ids. amin with inf leaves another rank's alone.
         student.scatter_reduce_(1, columns, low, "amin")
-        launch_student(self, student, None, statistics, labels, start, stop, statistics_only=True)
+        launch_student(self, student, None, statistics, labels, start, stop)
         if mean_sum is not None:
             statistics[_SUM] = mean_sum
         self._merge(statistics, dense=False)
@@ -263,7 +264,6 @@ def launch_student(
     start: int,
     stop: int,
     *,
-    statistics_only: bool = False,
     statistics_known: bool = False,
     factors: tuple[Tensor, Tensor | None] | None = None,
     scale: Tensor | None = None,
@@ -271,34 +271,14 @@ def launch_student(
     """student_rows over rows start:stop: the statistics, the gradient if given, or both. factors: see the kernel."""
     if student.shape[0] == 0:
         return
-    weights, block, compiler = _common(rows, student, start, stop)
     outside, outside_one = factors if factors is not None else (None, None)
-    output = student if gradient is None else gradient
     student_rows[(student.shape[0],)](
-        student,
-        output,
-        statistics,
-        student if labels is None else labels,
-        student if weights is None else weights,
-        student if outside is None else outside,
-        student if outside_one is None else outside_one,
-        student if scale is None else scale,
-        student.stride(0),
-        output.stride(0),
-        statistics.stride(0),
-        student.shape[1],
-        rows.problem.temperature,
-        **_label_factors(rows),
+        **_arguments(rows, student, gradient, statistics, labels, start, stop, scale),
+        outside=student if outside is None else outside,
+        outside_one=student if outside_one is None else outside_one,
         STATISTICS=not statistics_known and factors is None,
-        GRADIENT=gradient is not None and not statistics_only,
-        LABELS=labels is not None,
-        WEIGHTS=weights is not None,
-        SCALE=scale is not None,
         FACTORS=factors is not None,
         APART=rows.apart if factors is None else outside_one is not None,
-        SMOOTH=labels is not None and rows.options.label_smoothing > 0,
-        BLOCK=block,
-        **compiler,
     )
 
 
@@ -320,54 +300,60 @@ def launch_dense(
     if student.shape[0] == 0:
         return
     options, problem = rows.options, rows.problem
-    weights, block, compiler = _common(rows, student, start, stop)
-    output = student if gradient is None else gradient
     dense_rows[(student.shape[0],)](
-        student,
-        teacher,
-        output,
-        statistics,
-        student if labels is None else labels,
-        student if weights is None else weights,
-        student if scale is None else scale,
-        student.stride(0),
-        teacher.stride(0),
-        output.stride(0),
-        statistics.stride(0),
-        student.shape[1],
-        problem.temperature,
-        options.teacher_temperature,
-        problem.share / problem.temperature,
-        **_label_factors(rows),
+        **_arguments(rows, student, gradient, statistics, labels, start, stop, scale),
+        teacher=teacher,
+        teacher_stride=teacher.stride(0),
+        teacher_temperature=options.teacher_temperature,
+        share=problem.share / problem.temperature,
         beta=options.beta,
         log_beta=math.log(options.beta),
         log_rest=math.log1p(-options.beta),
         DIVERGENCE=NUMBERS[options.divergence],
         STATISTICS=not statistics_known,
         MOMENTS=moments,
-        GRADIENT=gradient is not None,
-        LABELS=labels is not None,
-        WEIGHTS=weights is not None,
-        SCALE=scale is not None,
         SHARE=problem.share > 0,
         ONE=problem.softmax_one and (problem.label_share > 0 or options.z_loss > 0),
         APART=rows.apart,
-        SMOOTH=labels is not None and options.label_smoothing > 0,
-        BLOCK=block,
-        **compiler,
     )
 
 
-def _common(rows: RowLoss, student: Tensor, start: int, stop: int) -> tuple[Tensor | None, int, dict[str, int]]:
-    weights = rows.targets.weights
-    return (None if weights is None else weights[start:stop], *launch_shape(student.shape[1], two_softmaxes=rows.apart))
-
-
-def _label_factors(rows: RowLoss) -> dict[str, float]:
-    share, smoothing = (rows.problem.label_share if rows.targets.labels is not None else 0.0), rows.options.label_smoothing
+def _arguments(
+    rows: RowLoss,
+    student: Tensor,
+    gradient: Tensor | None,
+    statistics: Tensor,
+    labels: Tensor | None,
+    start: int,
+    stop: int,
+    scale: Tensor | None,
+) -> dict[str, Any]:
+    """What both kernels take. A pointer that a variant does not read is the student's."""
+    weights, smoothing = rows.targets.weights, rows.options.label_smoothing
+    share = rows.problem.label_share if labels is not None else 0.0
+    output = student if gradient is None else gradient
+    block, compiler = launch_shape(student.shape[1], two_softmaxes=rows.apart)
     return {
+        "student": student,
+        "gradient": output,
+        "statistics": statistics,
+        "labels": student if labels is None else labels,
+        "weights": student if weights is None else weights[start:stop],
+        "scale": student if scale is None else scale,
+        "student_stride": student.stride(0),
+        "gradient_stride": output.stride(0),
+        "statistics_stride": statistics.stride(0),
+        "classes": student.shape[1],
+        "temperature": rows.problem.temperature,
         "label_share": share,
         "label_factor": share * (1.0 - smoothing),
         "smooth_factor": share * smoothing / rows.classes,
         "z_loss": rows.options.z_loss,
+        "GRADIENT": gradient is not None,
+        "LABELS": labels is not None,
+        "WEIGHTS": weights is not None,
+        "SCALE": scale is not None,
+        "SMOOTH": labels is not None and smoothing > 0,
+        "BLOCK": block,
+        **compiler,
     }

@@ -16,16 +16,14 @@ import triton
 import triton.language as tl
 
 from .triton_math import (
-    BEST,
     LN2,
     LOG2E,
-    LOG_SUM,
-    LOG_SUM_ONE,
     LOWEST,
-    MAXIMUM,
-    SUM,
-    merge_lanes,
+    load_student,
+    minus_target,
     online,
+    store_student,
+    zero_row,
 )
 
 
@@ -67,11 +65,8 @@ def student_rows(
     if WEIGHTS:
         weight = tl.load(weights + row)
         if weight == 0:
-            # Whatever such a row holds, NaN too, is not read.
             if GRADIENT:
-                for start in range(0, classes, BLOCK):
-                    zeros = tl.zeros([BLOCK], gradient.dtype.element_ty)
-                    tl.store(gradient + start + columns, zeros, mask=start + columns < classes)
+                zero_row(gradient, classes, BLOCK)
             return
     factor = LOG2E / temperature
 
@@ -91,24 +86,11 @@ def student_rows(
             if APART:
                 _, total_one, _, _ = online(s, maximum, total_one, LOG2E)
             maximum, total, _, _ = online(s, maximum, total, factor)
-        m, z, _ = merge_lanes(maximum, total, factor)
-        log_sum = tl.log2(z)
-        log_sum_one = log_sum
-        if APART:
-            _, z_one, _ = merge_lanes(maximum, total_one, LOG2E)
-            log_sum_one = tl.log2(z_one)
-        tl.store(statistics + MAXIMUM * statistics_stride, m)
-        tl.store(statistics + LOG_SUM * statistics_stride, log_sum * LN2)
-        tl.store(statistics + LOG_SUM_ONE * statistics_stride, log_sum_one * LN2)
-        if LABELS:
-            first = tl.min(tl.where(maximum == m, best, 2147483647), axis=0)
-            tl.store(statistics + BEST * statistics_stride, first.to(tl.float32))
-        if SMOOTH:
-            tl.store(statistics + SUM * statistics_stride, tl.sum(logits, axis=0))
+        m, log_sum, log_sum_one, _ = store_student(
+            statistics, statistics_stride, maximum, total, total_one, logits, best, factor, LABELS, APART, SMOOTH
+        )
     else:
-        m = tl.load(statistics + MAXIMUM * statistics_stride)
-        log_sum = tl.load(statistics + LOG_SUM * statistics_stride) * LOG2E
-        log_sum_one = tl.load(statistics + LOG_SUM_ONE * statistics_stride) * LOG2E
+        m, log_sum, log_sum_one = load_student(statistics, statistics_stride)
 
     if GRADIENT:
         if FACTORS:
@@ -138,8 +120,5 @@ def student_rows(
             g = c * tl.exp2((s - m) * factor - log_sum)
             if APART:
                 g += c_one * tl.exp2((s - m) * LOG2E - log_sum_one)
-            if SMOOTH:
-                g -= c_smooth
-            if LABELS:
-                g = tl.where(start + columns == label, g - c_label, g)
+            g = minus_target(g, start + columns, label, c_label, c_smooth, LABELS, SMOOTH)
             tl.store(gradient + start + columns, g.to(gradient.dtype.element_ty), mask=inside)

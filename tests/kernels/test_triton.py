@@ -24,6 +24,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUND = 1e-5
 
 
+# The interpreter computes with numpy, which warns of what the kernels mean to do: exp2(-inf), inf - inf behind a where.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+
+
 @pytest.fixture(autouse=True)
 def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGAPD_KERNELS", "triton")
