@@ -36,7 +36,14 @@ SPREAD = 2.0
 
 
 def make_tensors(
-    operation: str, tokens: int, vocabulary: int, student: int, teacher: int, dtype: torch.dtype, device: torch.device, k: int = TOP_K
+    operation: str,
+    tokens: int,
+    vocabulary: int,
+    student: int,
+    teacher: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    k: int = TOP_K,
 ) -> tuple[Tensor, ...]:
     """An operation's arguments, the same for the same sizes; those that are differentiated require a gradient.
 
