@@ -169,13 +169,14 @@ class RowLoss(ABC):
         total, divergence, cross_entropy, correct = self.sums()
         return total * reciprocal_or_zero(self.targets.denominator), divergence, cross_entropy, correct
 
-    def sparse_rows(self, start: int, stop: int) -> SparseTeacher | None:
-        """The rows' teacher by ids; for a dense one at temperature 0, in teacher(), its argmax."""
+    def sparse_rows(self, start: int, stop: int, teacher: Tensor | None) -> SparseTeacher | None:
+        """The rows' teacher by ids; for a dense one at temperature 0, of logits `teacher` [stop - start, V], its argmax."""
         if self.targets.sparse is not None:
             return self.targets.sparse.select(slice(start, stop))
         if self.problem.form == "none" or self.dense:
             return None
-        value, column = self.teacher(start, stop).max(1)
+        assert teacher is not None
+        value, column = teacher.max(1)
         if self.problem.shard is not None:
             _, column = self.problem.shard.best(value, column)
         return one_hot_teacher(column, self.problem.dtype)

@@ -8,35 +8,58 @@ from torch import Tensor
 from .divergences import DENSE
 from .rows import Problem, RowLoss, best_of
 
+# What the operations on rows need beside their logits is as large as a block, not as a chunk: the budget buys half as many rows
+# again, and each chunk's product reads and writes all of dW. Blocks of 1 MiB to 1 GiB took the same time.
+BLOCK_BYTES = 4 << 20
+
 
 class TorchRows(RowLoss):
+    """Logits of a chunk, for the products; on a CPU, scratch for a block of its rows."""
+
     def __init__(self, problem: Problem, n: int, v: int, device: torch.device, *, grad: bool) -> None:
         super().__init__(problem, n, v, device, grad=grad)
-        self.buffers = [torch.empty(self.rows, v, dtype=problem.dtype, device=device) for _ in range(self._count())]
+        logits, itemsize = 1 + (problem.form == "dense"), problem.dtype.itemsize
+        # Ranks of a vocabulary shard speak to each other once or twice a block.
+        whole = device.type != "cpu" or problem.shard is not None
+        most = BLOCK_BYTES // max(1, v * itemsize * (logits + self._scratch_count()))
+        self.block = max(1, self.rows if whole else min(self.rows, most))
+        self._logits = [torch.empty(self.rows, v, dtype=problem.dtype, device=device) for _ in range(logits)]
+        self._scratch = [
+            torch.empty(min(self.block, self.rows), v, dtype=problem.dtype, device=device) for _ in range(self._scratch_count())
+        ]
 
-    def _count(self) -> int:
-        return 2 + self.dense + (self.dense and self.options.divergence == "jsd") + self._keep_one()
+    def _scratch_count(self) -> int:
+        return 1 + (self.dense and self.options.divergence == "jsd") + self._keep_one()
 
     def _keep_one(self) -> bool:
         """Whether the softmax at temperature 1 lives beside the divergence's until the gradient."""
         return self.apart and self.grad and (self.problem.label_share > 0 or self.options.z_loss > 0)
 
     def bytes_per_row(self) -> int:
-        return self._count() * self.v * self.problem.dtype.itemsize
+        whole = self.device.type != "cpu" or self.problem.shard is not None
+        return (1 + (self.problem.form == "dense") + whole * self._scratch_count()) * self.v * self.problem.dtype.itemsize
 
     def student(self, start: int, stop: int) -> Tensor:
-        return self.buffers[0][: stop - start]
+        return self._logits[0][: stop - start]
 
     def teacher(self, start: int, stop: int) -> Tensor:
-        return self.buffers[1][: stop - start]
+        return self._logits[1][: stop - start]
 
     def __call__(self, start: int, stop: int) -> Tensor | None:
+        for first in range(start, stop, self.block):
+            last = min(first + self.block, stop)
+            s, *teacher = (buffer[first - start : last - start] for buffer in self._logits)
+            g = self._rows(first, last, s, teacher[0] if teacher else None)
+            if g is not None and g is not s:
+                s.copy_(g)
+        return self.student(start, stop) if self.grad else None
+
+    def _rows(self, start: int, stop: int, s: Tensor, teacher: Tensor | None) -> Tensor | None:
+        """The gradient of some rows, in one of the buffers; their logits are overwritten."""
         options, problem, shard, rows = self.options, self.problem, self.problem.shard, slice(start, stop)
-        s, *free = (buffer[: stop - start] for buffer in self.buffers)
         w = self.weights(start, stop)
-        sparse = self.sparse_rows(start, stop)
-        teacher = free.pop(0) if self.dense else None
-        log_p = free.pop(0)
+        sparse = self.sparse_rows(start, stop, teacher)
+        log_p, *free = (buffer[: stop - start] for buffer in self._scratch)
 
         labels, columns, mine = self.targets.labels, None, None
         label_logit = mean = None
@@ -92,7 +115,8 @@ class TorchRows(RowLoss):
             if options.z_loss > 0:
                 self.log_sum[rows] = maximum + log_sum_one
 
-        if teacher is not None:
+        if self.dense:
+            assert teacher is not None
             log_q = self._log_softmax(teacher, s)
             value, g, p = DENSE[options.divergence](log_p, log_q, [teacher, *free], options.beta, self.total)
             self.divergence[rows] = value

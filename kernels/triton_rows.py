@@ -165,7 +165,7 @@ class TritonRows(_Sweeps):
         student, teacher = self.student(start, stop), self.teacher(start, stop)
         gradient = self._gradient[: stop - start, : self.v] if self.grad else None
         statistics = self.statistics[:, start:stop]
-        sparse = self.sparse_rows(start, stop)
+        sparse = self.sparse_rows(start, stop, teacher)
         labels = self._label_columns(start, stop)
         label_logit = None
         if labels is not None:

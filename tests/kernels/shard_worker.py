@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -54,10 +55,13 @@ def names(world: int) -> Iterator[tuple[str, Callable[[Split], Errors]]]:
             continue
         plain = LossOptions(divergence, 1.0, 2.0, 0.3, beta=0.3, scale_t2=True, chunk_bytes=CHUNK)
         terms = dataclasses.replace(plain, label_smoothing=0.1, z_loss=0.05)
-        yield f"{form} {divergence}", linear(form, plain)
         yield f"{form} {divergence} smoothing and z-loss, recomputed", linear(form, dataclasses.replace(terms, recompute=True))
         at_one = dataclasses.replace(terms, student_temperature=1.0)
         yield f"{form} {divergence} smoothing and z-loss at temperature 1, float32", linear(form, at_one, dtype=torch.float32)
+        # The interpreter is slow: each statistic's exchange once.
+        if world == WORLD and (form in ("none", "hidden") or (form == "tail" and divergence == "jsd")):
+            apart = dataclasses.replace(terms, recompute=True)
+            yield f"triton {form} {divergence} float32", in_triton(linear(form, apart, dtype=torch.float32, n=5))
         if form != "none":
             cold = dataclasses.replace(plain, student_temperature=0.6, alpha=0.0)
             yield f"{form} {divergence} without labels", linear(form, cold, labels=False)
@@ -71,7 +75,11 @@ def names(world: int) -> Iterator[tuple[str, Callable[[Split], Errors]]]:
     for form, divergence in itertools.product(("none", "ids", "logits"), divergences):
         if possible(divergence, form) and (form != "none" or divergence == "forward_kl"):
             options = LossOptions(divergence, 0.5, 2.0, 0.3, label_smoothing=0.1, z_loss=0.05, chunk_bytes=CHUNK)
-            yield f"softmax_kl {form} {divergence}", logits(form, options, in_place=divergence in ("jsd", "soft_cross_entropy"))
+            in_place = divergence in ("jsd", "soft_cross_entropy")
+            yield f"softmax_kl {form} {divergence}", logits(form, options, in_place=in_place)
+            if world == WORLD and form == "logits" and divergence in ("reverse_kl", "tvd"):
+                case = in_triton(logits(form, options, in_place=in_place, dtype=torch.float32))
+                yield f"triton softmax_kl {form} {divergence} float32", case
     for k, temperature, banned in itertools.product((1, 30, V), (1.0, 0.5), (False, True)):
         yield f"topk k={k} temperature={temperature} banned={banned}", topk(k, temperature, banned)
     yield "topk saturated", topk_saturated
@@ -97,6 +105,19 @@ def second(shard: VocabularyShard) -> slice:
 
 def compare(result: LossResult, wanted: LossResult) -> Errors:
     return {name: relative(value, want) for name, value, want in zip(LossResult._fields, result, wanted, strict=True)}
+
+
+def in_triton(run: Callable[[Split], Errors]) -> Callable[[Split], Errors]:
+    """The case by the Triton kernels, whole and sharded."""
+
+    def with_kernels(part: Split) -> Errors:
+        os.environ["MEGAPD_KERNELS"] = "triton"
+        try:
+            return run(part)
+        finally:
+            del os.environ["MEGAPD_KERNELS"]
+
+    return with_kernels
 
 
 def linear(
@@ -138,9 +159,9 @@ def linear(
     return run
 
 
-def logits(form: str, options: LossOptions, in_place: bool) -> Callable[[Split], Errors]:
+def logits(form: str, options: LossOptions, in_place: bool, dtype: torch.dtype = F64) -> Callable[[Split], Errors]:
     def run(part: Split) -> Errors:
-        case = make_case(v=V)
+        case = make_case(v=V).to(dtype)
         teacher = case.teacher(form)
         whole = F.linear(case.hidden, case.weight, case.bias).detach().requires_grad_()
         wanted = softmax_kl(whole, labels=case.labels, **teacher, options=options)

@@ -96,17 +96,16 @@ def test_small_fp16_gradients_do_not_underflow_before_the_loss_scale(recompute: 
 def test_nothing_of_tokens_times_vocabulary_is_made(
     divergence: str, form: str, extra: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    n, v, d, e, rows = 256, 300, 4, 3, 16
+    n, v, d, e, rows = 256, 300, 4, 3, 8
     case = make_case(n, v, d, e).to(dtype)
     options = LossOptions(divergence, student_temperature=2.0, chunk_bytes=rows * row_bytes(v, torch.float32), **extra)
     arguments = below(lambda: case.loss(form, options, labels=case.labels))
     with torch.no_grad(), Recorder() as recorder:
         inside = linear_loss(*arguments, ALL)
     assert all(g is not None and g.norm() > 0 for g in inside[4:])
-    # The buffers together keep to chunk_bytes: with five of them 16 rows each, with two 40.
+    # The logits keep to chunk_bytes: the student's alone has 40 rows, and more buffers have fewer each.
     assert options.chunk_bytes is not None
-    assert recorder.largest * 4 * 2 <= options.chunk_bytes
-    assert recorder.largest < n * v // 4
+    assert recorder.largest * 4 <= options.chunk_bytes < n * v * 4 // 6
 
 
 def test_the_recorder_sees_what_plain_torch_makes() -> None:
@@ -134,12 +133,11 @@ def test_logits_are_read_in_chunks(divergence: str) -> None:
 
 def test_the_default_chunk_is_the_devices() -> None:
     """64 MiB on a CPU: nothing larger is made where the logits together are larger."""
-    case = make_case(300, 30000, 2, 2, bias=False).to(torch.float32)
+    case = make_case(600, 30000, 2, 2, bias=False).to(torch.float32)
     arguments = below(lambda: case.loss("none", LossOptions(), labels=case.labels))
     with torch.no_grad(), Recorder() as recorder:
         linear_loss(*arguments, ALL)
-    assert 300 * 30000 > recorder.largest > 1 << 20
-    assert recorder.largest * 4 <= default_chunk_bytes(torch.device("cpu")) == 64 << 20
+    assert 4 << 20 < recorder.largest * 4 <= default_chunk_bytes(torch.device("cpu")) == 64 << 20 < 600 * 30000 * 4
 
 
 class Kept:

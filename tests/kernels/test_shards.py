@@ -14,7 +14,7 @@ from megapd.kernels import LossOptions, VocabularyShard, linear_distillation_los
 from . import shard_worker
 from .shard_worker import PARTS, WORLD, Errors, V
 
-FAMILIES = list(dict.fromkeys(name.split()[0] for name, _ in shard_worker.names(WORLD)))
+FAMILIES = [(name, world) for world in PARTS for name in dict.fromkeys(n.split()[0] for n, _ in shard_worker.names(world))]
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,7 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, dict[str,
     return [torch.load(Path(folder, f"rank{rank}.pt")) for rank in range(WORLD)]
 
 
-@pytest.mark.parametrize("world", list(PARTS))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "world"), FAMILIES)
 def test_shards_give_the_whole(errors: list[dict[int, dict[str, Errors]]], world: int, family: str) -> None:
     checked = [name for name, _ in shard_worker.names(world) if name.split()[0] == family]
     wrong = {

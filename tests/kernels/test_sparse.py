@@ -74,11 +74,10 @@ def test_float32_equals_the_reference(convention: str, divergence: str) -> None:
 
 
 @pytest.mark.parametrize(("convention", "divergence"), PAIRS)
-@pytest.mark.parametrize("student_temperature", [1.0, 2.0])
-def test_gradcheck(convention: str, divergence: str, student_temperature: float) -> None:
+def test_gradcheck(convention: str, divergence: str) -> None:
     case = make_case(4, 6, 3, 2, ignored=1)
     teacher = case.sparse(convention, 3)
-    options = LossOptions(divergence, 1.0, student_temperature, 0.3, beta=0.3, scale_t2=True, chunk_bytes=2 * row_bytes(6))
+    options = LossOptions(divergence, 1.0, 2.0, 0.3, beta=0.3, scale_t2=True, chunk_bytes=2 * row_bytes(6))
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return linear_distillation_loss(hidden, weight, bias, labels=case.labels, **teacher, options=options).loss

@@ -43,7 +43,7 @@ def test_smoothing_and_z_loss_equal_the_reference(divergence: str, form: str) ->
     if not possible(divergence, form):
         return
     case = make_case()
-    grid = itertools.product((0.0, 0.2), (0.0, 0.05), (1.0, 0.6, 2.0), (0.0, 0.3, 1.0))
+    grid = itertools.product((0.0, 0.2), (0.0, 0.05), (1.0, 2.0), (0.0, 0.3, 1.0))
     for smoothing, z_loss, temperature, alpha in grid:
         if smoothing == z_loss == 0:
             continue
