@@ -98,7 +98,7 @@ def divergence(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
     if kind == "tvd":
         return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1).mean()
     if kind != "jsd":
-        raise ValueError(f"divergence: {kind!r} is not forward_kl, reverse_kl, jsd or tvd")
+        raise ValueError(f"divergence: {kind!r} is not one of forward_kl, reverse_kl, jsd, tvd")
     log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
     return 0.5 * (
         F.kl_div(log_m, log_q, reduction="batchmean", log_target=True)
@@ -129,21 +129,27 @@ def topk_logits(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def plain(operation: str, kind: str) -> Contestant:
-    return {
+    found: dict[str, Contestant] = {
         "softmax_kl": partial(divergence, kind),
         "linear_softmax_kl": partial(linear_divergence, kind),
         "linear_cross_entropy": linear_cross_entropy,
         "linear_sparse_kl": linear_sparse_kl,
         "topk_logits": topk_logits,
-    }[operation]
+    }
+    return found[operation]
 
 
 # ---------------------------------------------------------------------------------------------------------------- megapd
 
 
+def loss_options(kind: str, **settings: Any) -> LossOptions:
+    """kind: a divergence, or "" for losses that have none."""
+    return LossOptions(**({"divergence": kind} if kind else {}), **settings)
+
+
 def megapd(operation: str, kind: str, *, in_place: bool = False, **settings: Any) -> Contestant:
     """settings: fields of LossOptions."""
-    options = LossOptions(divergence=kind, **settings)  # type: ignore[arg-type]
+    options = loss_options(kind, **settings)
     if operation == "topk_logits":
         return lambda hidden, weight: kernels.topk_logits(hidden, weight, None, TOP_K)[:2]
     if operation == "softmax_kl":
@@ -196,7 +202,7 @@ class LigerLike(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = ctx.saved_tensors
         return dx * upstream, dw * upstream, None, None
 
@@ -245,10 +251,10 @@ def liger_fused_cross_entropy() -> Contestant:
 
 
 def torch_linear_cross_entropy() -> Contestant:
-    """torch's own chunked loss. Raises ImportError where this torch has none."""
-    if not hasattr(F, "linear_cross_entropy"):
-        raise ImportError(f"torch {torch.__version__} has no linear_cross_entropy")
-    return F.linear_cross_entropy
+    """torch's own loss in chunks. Raises ImportError where this torch has none."""
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise ImportError(f"torch {torch.__version__} has no linear_cross_entropy in chunks")
+    return partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
 
 
 def _liger_beta(kind: str) -> float:

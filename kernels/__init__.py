@@ -9,14 +9,17 @@ topk_logits                a teacher's top-k classes with exact log probabilitie
 distillation_loss          the reference: plain torch over whole logits
 """
 
-from .backend import implementation
-from .dispatch import linear_cross_entropy, linear_distillation_loss, linear_softmax_kl, linear_sparse_kl, softmax_kl
-from .options import Divergence, LossOptions, LossResult
-from .reference import distillation_loss
-from .rows import default_chunk_bytes
-from .shard import VocabularyShard
-from .sparse import Convention
-from .topk import TopK, topk_logits
+# Where the repository's root is on the path, `import kernels` finds this folder, and transformers does that import to look for a
+# distribution of the same name: it finds an empty package. A second set of operations would tear down the first.
+if __name__ == "megapd.kernels":
+    from .backend import implementation
+    from .dispatch import linear_cross_entropy, linear_distillation_loss, linear_softmax_kl, linear_sparse_kl, softmax_kl
+    from .options import Divergence, LossOptions, LossResult
+    from .reference import distillation_loss
+    from .rows import default_chunk_bytes
+    from .shard import VocabularyShard
+    from .sparse import Convention
+    from .topk import TopK, topk_logits
 
 __all__ = [
     "Convention",

@@ -19,29 +19,50 @@ from .rows import Problem
 from .shard import VocabularyShard
 from .sparse import SparseTeacher
 
+if __name__ != "megapd.kernels.ops":
+    # See __init__.py.
+    raise ImportError(f"{__name__} is a part of megapd: import megapd.kernels")
+
 # Everything of a Problem: first its tensors, then the rest. A missing tensor is None.
-_PROBLEM = (
-    "Tensor? labels, Tensor? counted, Tensor? weights, Tensor denominator, "
-    "Tensor? ids, Tensor? log_q, Tensor? log_rest, Tensor? first, "
-    "Tensor? teacher_logits, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
-    "str divergence, float[] numbers, int[] whole, str group"
+_TENSORS = (
+    "labels",
+    "counted",
+    "weights",
+    "denominator",
+    "ids",
+    "log_q",
+    "log_rest",
+    "first",
+    "teacher_logits",
+    "teacher_hidden",
+    "teacher_weight",
+    "teacher_bias",
 )
-_FLOATS = ("teacher_temperature", "student_temperature", "alpha", "beta", "label_smoothing", "z_loss")
+_OPTIONS = {
+    "divergence": "str",
+    "teacher_temperature": "float",
+    "student_temperature": "float",
+    "alpha": "float",
+    "beta": "float",
+    "scale_t2": "bool",
+    "label_smoothing": "float",
+    "z_loss": "float",
+    "recompute": "bool",
+    "chunk_bytes": "int?",
+}
+_REST = {"buckets": "bool", "entropy_free": "bool", "group": "str", "start": "int", "total": "int"}
+_PROBLEM = ", ".join(
+    [f"Tensor{'' if name == 'denominator' else '?'} {name}" for name in _TENSORS]
+    + [f"{kind} {name}" for name, kind in {**_OPTIONS, **_REST}.items()]
+)
+_COUNT = len(_TENSORS) + len(_OPTIONS) + len(_REST)
+_RECOMPUTE = len(_TENSORS) + list(_OPTIONS).index("recompute")
 _SCALARS = 4  # fields of LossResult
 
 
 def pack(problem: Problem) -> tuple[Any, ...]:
     """A Problem as arguments of the operations."""
     targets, sparse, options, shard = problem.targets, problem.targets.sparse, problem.options, problem.shard
-    whole = [
-        int(options.scale_t2),
-        int(options.recompute),
-        -1 if options.chunk_bytes is None else options.chunk_bytes,
-        0 if sparse is None else int(sparse.buckets),
-        0 if sparse is None else int(sparse.entropy_free),
-        0 if shard is None else shard.start,
-        0 if shard is None else shard.total,
-    ]
     return (
         targets.labels,
         targets.counted,
@@ -55,32 +76,31 @@ def pack(problem: Problem) -> tuple[Any, ...]:
         problem.teacher_hidden,
         problem.teacher_weight,
         problem.teacher_bias,
-        options.divergence,
-        [getattr(options, name) for name in _FLOATS],
-        whole,
+        *[getattr(options, name) for name in _OPTIONS],
+        sparse is not None and sparse.buckets,
+        sparse is not None and sparse.entropy_free,
         "" if shard is None else shard.group,
+        0 if shard is None else shard.start,
+        0 if shard is None else shard.total,
     )
 
 
 def _unpack(arguments: Sequence[Any]) -> Problem:
     labels, counted, weights, denominator, ids, log_q, log_rest, first = arguments[:8]
-    logits, hidden, head, bias, divergence, numbers, whole, group = arguments[8:]
-    scale_t2, recompute, chunk_bytes, buckets, entropy_free, start, total = whole
-    options = LossOptions(
-        divergence=divergence,
-        scale_t2=bool(scale_t2),
-        recompute=bool(recompute),
-        chunk_bytes=None if chunk_bytes < 0 else chunk_bytes,
-        **dict(zip(_FLOATS, numbers, strict=True)),
-    )
-    sparse = None if ids is None else SparseTeacher(ids, log_q, log_rest, first, bool(buckets), bool(entropy_free))
+    logits, hidden, head, bias = arguments[8 : len(_TENSORS)]
+    rest = len(_TENSORS) + len(_OPTIONS)
+    options = LossOptions(**dict(zip(_OPTIONS, arguments[len(_TENSORS) : rest], strict=True)))
+    buckets, entropy_free, group, start, total = arguments[rest:]
+    sparse = None if ids is None else SparseTeacher(ids, log_q, log_rest, first, buckets, entropy_free)
     shard = VocabularyShard(group, start, total) if group else None
     targets = Targets(labels, sparse, counted, weights, denominator)
     return Problem(targets, denominator.dtype, options, logits, hidden, head, bias, shard)
 
 
-def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], *problem: Any) -> tuple[Tensor, ...]:
-    *scalars, dx, dw, db = linear_loss(hidden, weight, bias, _unpack(problem), (needs[0], needs[1], needs[2]))
+def _linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, need_x: bool, need_w: bool, need_b: bool, *problem: Any
+) -> tuple[Tensor, ...]:
+    *scalars, dx, dw, db = linear_loss(hidden, weight, bias, _unpack(problem), (need_x, need_w, need_b))
     return *scalars, *(hidden.new_empty(0) if g is None else g for g in (dx, dw, db))
 
 
@@ -88,31 +108,33 @@ _linear_op = torch.library.custom_op(
     "megapd::linear_loss",
     _linear,
     mutates_args=(),
-    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, bool[] needs, {_PROBLEM}) "
+    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, bool need_x, bool need_w, bool need_b, {_PROBLEM}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @_linear_op.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], *problem: Any) -> tuple[Tensor, ...]:
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, need_x: bool, need_w: bool, need_b: bool, *problem: Any
+) -> tuple[Tensor, ...]:
     dtype = problem[3].dtype
     gradients = [
         like.new_empty(like.shape if need else (0,), dtype=dtype if need else hidden.dtype)
-        for like, need in zip((hidden, weight, weight[:, 0]), needs, strict=True)
+        for like, need in zip((hidden, weight, weight[:, 0]), (need_x, need_w, need_b), strict=True)
     ]
     return *(hidden.new_empty((), dtype=dtype) for _ in range(_SCALARS)), *gradients
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, _needs, *problem = inputs
+    hidden, weight, bias, _need_x, _need_w, _need_b, *problem = inputs
     ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden, weight, bias))
-    ctx.recompute = bool(problem[-2][1])
+    ctx.recompute = problem[_RECOMPUTE]
     ctx.set_materialize_grads(False)
     # The weight is not kept unless asked for: under ZeRO-3 it is there in forward only, and comes back in backward at a price.
     tensors = [reciprocal_or_zero(problem[3])]
     if ctx.recompute:
-        tensors += [hidden, weight, bias, *problem[:12]]
-        ctx.settings = problem[12:]
+        tensors += [hidden, weight, bias, *problem[: len(_TENSORS)]]
+        ctx.settings = problem[len(_TENSORS) :]
     else:
         tensors += output[_SCALARS:]
     ctx.save_for_backward(*tensors)
@@ -121,7 +143,7 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 @once_differentiable
 def _linear_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    count = 4 + 16
+    count = 6 + _COUNT
     if upstream is None:
         return (None,) * count
     reciprocal, *saved = ctx.saved_tensors
@@ -129,7 +151,7 @@ def _linear_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor
     gradients = saved
     if ctx.recompute:
         hidden, weight, bias, *tensors = saved
-        _, _, _, _, *gradients = _linear_op(hidden, weight, bias, needed, *tensors, *ctx.settings)
+        _, _, _, _, *gradients = _linear_op(hidden, weight, bias, *needed, *tensors, *ctx.settings)
     # The saved gradients times upstream / denominator, out of place: a second backward finds them unchanged.
     scale = upstream * reciprocal
     scaled = [(g * scale).to(dtype) if need else None for g, dtype, need in zip(gradients, ctx.dtypes, needed, strict=True)]
@@ -143,7 +165,7 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem
     """The fields of LossResult, the first differentiable in hidden [N, D], weight [V, D] and bias [V]."""
     wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias)]
     needs = [False] * 3 if problem.options.recompute else wanted
-    return _linear_op(hidden, weight, bias, needs, *pack(problem))[:_SCALARS]
+    return _linear_op(hidden, weight, bias, *needs, *pack(problem))[:_SCALARS]
 
 
 def _logits(logits: Tensor, in_place: bool, *problem: Any) -> tuple[Tensor, ...]:
@@ -203,15 +225,15 @@ def _(logits: Tensor, scale: Tensor, statistics: Tensor, *problem: Any) -> None:
 
 def _logits_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, ctx.in_place, *problem = inputs
-    ctx.settings = problem[12:]
+    ctx.settings = problem[len(_TENSORS) :]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, output[_SCALARS], *problem[:12])
+    ctx.save_for_backward(logits, output[_SCALARS], *problem[: len(_TENSORS)])
     ctx.mark_non_differentiable(*output[1:])
 
 
 @once_differentiable
 def _logits_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    count = 2 + 16
+    count = 2 + _COUNT
     if upstream is None:
         return (None,) * count
     logits, statistics, *tensors = ctx.saved_tensors

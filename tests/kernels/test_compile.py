@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -127,7 +130,7 @@ def test_inductor() -> None:
 
 def linear_arguments(call: Callable[[], Any], needs: list[bool]) -> tuple[Any, ...]:
     hidden, weight, bias, problem = below(call)
-    return (hidden, weight, bias, needs, *ops.pack(problem))
+    return (hidden, weight, bias, *needs, *ops.pack(problem))
 
 
 def problems(recompute: bool) -> list[Callable[[], Any]]:
@@ -194,3 +197,19 @@ def test_a_problem_survives_the_operations_arguments() -> None:
             *((getattr(again, name), getattr(problem, name)) for name in ("teacher_logits", "teacher_hidden", "teacher_weight")),
         ):
             assert value is wanted or tuple(value) == tuple(wanted)
+
+
+def test_the_folder_is_no_package_of_its_own() -> None:
+    """With the repository's root on the path transformers would find it, and its operations would replace megapd's."""
+    code = (
+        "import kernels, torch\n"
+        "assert not hasattr(kernels, 'softmax_kl')\n"
+        "from megapd.kernels import softmax_kl\n"
+        "try:\n    import kernels.ops\n"
+        "except ImportError as error:\n    assert 'import megapd.kernels' in str(error)\n"
+        "else:\n    raise SystemExit('registered twice')\n"
+        "assert softmax_kl(torch.zeros(2, 3), torch.zeros(2, 3)).loss.item() == 0\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
