@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -116,6 +117,7 @@ def measure_time(arguments: argparse.Namespace, operation: str) -> dict[str, Any
         name: {
             "seconds": statistics.median(r[name] for r in rounds),
             "ratio": statistics.median(r[name] / r[PLAIN] for r in rounds),
+            "rounds": [round(r[name], 4) for r in rounds],
             "ratios": [round(r[name] / r[PLAIN], 4) for r in rounds],
             "difference_from_torch": differences[name],
         }
@@ -205,12 +207,15 @@ def main() -> int:
             bars[name] = {"ratio": value, "bar": bar, "met": None if value is None else value <= bar}
             verdict = "not measured" if value is None else f"{value:.3f}: {'met' if value <= bar else 'missed'}"
             print(f"{OPERATIONS[0]}, {sizes}: {name} at most {bar:g} of plain torch's: {verdict}")
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    if importlib.util.find_spec("liger_kernel") is not None:
+        versions["liger-kernel"] = importlib.metadata.version("liger-kernel")
     result = {
         "question": "seconds and extra bytes of the linear losses, forward and backward, over plain torch on whole logits",
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} processors, {torch.get_num_threads()} threads",
         "load_average": load,
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions,
         "settings": {k: v for k, v in vars(arguments).items() if k not in ("output", "count_memory")},
         "results": results,
         "bars": bars,
