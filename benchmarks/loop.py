@@ -9,23 +9,18 @@ step times, per round and over all. megapd's loop runs as `megapd train` does, w
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
-import platform
 import statistics
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 import deepspeed
 import torch
+from common import step_seconds, write_result
 
 from megapd.config import Config, load
-from megapd.files import write_atomic
 from megapd.tasks import build_task
 from megapd.training.engine import deepspeed_config, parameter_groups, start_world, tile
-from megapd.training.loop import train
 from megapd.training.run import build_student, start
 
 WARM_UP = 5  # steps left out of each round: allocator and thread start-up
@@ -76,19 +71,7 @@ def bare(config: Config) -> list[float]:
 
 def megapd(config: Config) -> list[float]:
     """Seconds between the ends of consecutive updates in megapd's loop."""
-    run = start(config)
-    ends: list[float] = []
-    update = run.engine.step
-
-    def timed(lr: float) -> bool:
-        applied = update(lr)
-        ends.append(time.perf_counter())
-        return applied
-
-    run.engine.step = timed  # type: ignore[method-assign]
-    train(run)
-    run.close()
-    return [b - a for a, b in itertools.pairwise(ends)]
+    return step_seconds(start(config))
 
 
 def main() -> None:
@@ -114,18 +97,10 @@ def main() -> None:
             medians = {name: statistics.median(both[name](config)[WARM_UP:]) for name in order}
             rounds.append({**medians, "ratio": medians["megapd"] / medians["bare"]})
             print({name: round(value, 5) for name, value in rounds[-1].items()})
-    result = {
-        "question": "seconds a step, megapd's loop over a bare DeepSpeed loop",
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
-        "settings": {key: value for key, value in vars(arguments).items() if key != "output"},
-        "rounds": rounds,
-        "median_ratio": statistics.median(r["ratio"] for r in rounds),
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(arguments.output, json.dumps(result, indent=1))
-    print(f"median ratio {result['median_ratio']:.4f}")
+    ratio = statistics.median(r["ratio"] for r in rounds)
+    question = "seconds a step, megapd's loop over a bare DeepSpeed loop"
+    write_result(arguments.output, question, arguments, ("torch", "deepspeed"), rounds=rounds, median_ratio=ratio)
+    print(f"median ratio {ratio:.4f}")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -40,20 +45,66 @@ class Batch:
         return self.positions.numel()
 
     @cached_property
+    def counts(self) -> NDArray[np.int64]:
+        """Labelled positions of each sample, int64 [B], on the host."""
+        return np.bincount(self.positions.numpy(force=True) // self.ids.shape[1], minlength=self.samples)
+
+    @cached_property
+    def sample_digests(self) -> NDArray[np.void]:
+        """What a teacher is asked about each sample, 16 bytes of blake2b [B]: its ids, document boundaries and labelled positions
+        (not the labels). They do not depend on the batch that a sample is part of."""
+        rows = [tensor.numpy(force=True).astype("<i8", copy=False) for tensor in (self.ids, self.segments) if tensor is not None]
+        rows = [np.ascontiguousarray(tensor) for tensor in rows]
+        positions = (self.positions % self.ids.shape[1]).numpy(force=True).astype("<i8", copy=False)
+        length = self.ids.shape[1]
+        prefix = hashlib.blake2b(f"{length} {len(rows)} ".encode(), digest_size=DIGEST_BYTES)
+        digests = bytearray()
+        start = 0
+        for sample, count in enumerate(self.counts.tolist()):
+            digest = prefix.copy()
+            for tensor in rows:
+                digest.update(tensor[sample].data)
+            digest.update(positions[start : start + count].data)
+            digests += digest.digest()
+            start += count
+        return np.frombuffer(bytes(digests), dtype=f"V{DIGEST_BYTES}")
+
+    @cached_property
     def digest(self) -> str:
-        """Names what a teacher is asked: ids, document boundaries and labelled positions (not the labels)."""
-        digest = hashlib.blake2b(digest_size=16)
-        for tensor in (self.ids, self.segments, self.positions):
-            if tensor is None:
-                digest.update(b"none")
-            else:
-                tensor = tensor.to("cpu", torch.int64).contiguous()
-                digest.update(repr(tuple(tensor.shape)).encode())
-                digest.update(tensor.numpy().data)
-        return digest.hexdigest()
+        """Names what a teacher is asked: hexadecimal blake2b of the samples' digests, in order."""
+        return hashlib.blake2b(self.sample_digests.tobytes(), digest_size=DIGEST_BYTES).hexdigest()
+
+    def select(self, rows: slice) -> Batch:
+        """Some samples, rows[start:stop]; a view."""
+        start, stop, step = rows.indices(self.samples)
+        assert step == 1
+        first, last = int(self.counts[:start].sum()), int(self.counts[:stop].sum())
+        return Batch(
+            ids=self.ids[start:stop],
+            segments=None if self.segments is None else self.segments[start:stop],
+            positions=self.positions[first:last] - start * self.ids.shape[1],
+            labels=self.labels[first:last],
+            sample_ids=self.sample_ids[start:stop],
+        )
+
+    @staticmethod
+    def concatenate(batches: Sequence[Batch]) -> Batch:
+        """The samples of several batches as one. They must be of one length, all or none with segments."""
+        length = batches[0].ids.shape[1]
+        starts = np.cumsum([0, *(batch.ids.numel() for batch in batches[:-1])]).tolist()
+        assert all(batch.ids.shape[1] == length for batch in batches)
+        segments = [batch.segments for batch in batches if batch.segments is not None]
+        assert len(segments) in (0, len(batches))
+        return Batch(
+            ids=torch.cat([batch.ids for batch in batches]),
+            segments=torch.cat(segments) if segments else None,
+            positions=torch.cat([batch.positions + start for batch, start in zip(batches, starts, strict=True)]),
+            labels=torch.cat([batch.labels for batch in batches]),
+            sample_ids=torch.cat([batch.sample_ids for batch in batches]),
+        )
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on a device, with its digest where that is known: hashing there would copy the ids back."""
+        """The same batch on a device, with its digests where they are known: hashing there would copy the ids back."""
         moved = replace(
             self,
             ids=self.ids.to(device, non_blocking=True),
@@ -61,6 +112,5 @@ class Batch:
             positions=self.positions.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
         )
-        if "digest" in self.__dict__:
-            moved.__dict__["digest"] = self.digest
+        moved.__dict__.update({key: self.__dict__[key] for key in ("counts", "sample_digests", "digest") if key in self.__dict__})
         return moved

@@ -1,7 +1,7 @@
 """The command line: one thin function a verb.
 
-Exit codes: 0 done (or stopped on request, with a checkpoint); 1 the run diverged, a followed teacher wrote no
-checkpoint in time, or the demo did not show its effect;
+Exit codes: 0 done (or stopped on request, with a checkpoint); 1 the run diverged, a followed teacher wrote no checkpoint in time, a
+served teacher was lost or another one than scheduled, or the demo did not show its effect;
 2 a mistake in the settings or files, told in one line.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -18,14 +19,18 @@ from rich.markup import escape
 
 from megapd import __version__
 from megapd.config import Config, Follow, dump, load
-from megapd.errors import Diverged, UserError
+from megapd.errors import Diverged, TeacherLost, UserError
+from megapd.signal import SignalMismatch
 from megapd.trajectory import CheckpointTimeout
 
 
 def main(argv: list[str] | None = None) -> int:
     # The deepspeed launcher hands each rank its number on the command line as well as in LOCAL_RANK.
     argv = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank=")]
-    arguments, overrides = _parser().parse_known_args(argv)
+    # Settings are taken out first: argparse would take one with a space in it, such as --model={kind: gpt}, for the file's name.
+    settings = [argument for argument in argv if _is_setting(argument)]
+    arguments, unknown = _parser().parse_known_args([argument for argument in argv if not _is_setting(argument)])
+    overrides = settings + unknown
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank a machine: what is missing may be missing on one of them
     try:
@@ -37,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         if speaks:
             print(f"megapd: error: {error}", file=sys.stderr)
         return 2
-    except (CheckpointTimeout, Diverged) as error:
+    except (CheckpointTimeout, Diverged, SignalMismatch, TeacherLost) as error:
         if speaks:
             print(f"megapd: {error}", file=sys.stderr)
         return 1
@@ -63,6 +68,21 @@ def train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def teacher(arguments: argparse.Namespace) -> int:
+    from megapd.teacher.command import serve_teacher
+
+    own = [] if arguments.config is None else [str(arguments.config)]
+    return serve_teacher(_load(arguments), ["teacher", *own, *arguments.overrides])
+
+
+def record(arguments: argparse.Namespace) -> int:
+    from megapd.teacher.command import record_signals
+
+    summary = record_signals(_load(arguments))
+    print(summary, flush=True)
+    return 0
+
+
 def prepare(arguments: argparse.Namespace) -> int:
     from megapd.corpus import prepare as prepare_corpus
 
@@ -73,7 +93,7 @@ def prepare(arguments: argparse.Namespace) -> int:
 def plan(arguments: argparse.Namespace) -> int:
     from megapd.analysis.plots import plot_plan
     from megapd.analysis.timeline import describe_plan
-    from megapd.training.run import open_trajectory, resolve_plan
+    from megapd.teacher.setup import open_trajectory, resolve_plan
 
     config = _load(arguments)
     if config.teacher is None:
@@ -111,6 +131,11 @@ def demo(arguments: argparse.Namespace) -> int:
     return run_demo(arguments.folder)
 
 
+def _is_setting(argument: str) -> bool:
+    match = re.match(r"--(\w+)[.=]", argument)
+    return match is not None and match[1] in Config.model_fields
+
+
 def _load(arguments: argparse.Namespace) -> Config:
     return load(arguments.config, arguments.overrides)
 
@@ -139,6 +164,8 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("train", train, "train a teacher or a student", config=True)
     sub.add_argument("--dry-run", action="store_true", help="print what would run, and train nothing")
+    verb("teacher", teacher, "serve a teacher's signals to students in other processes", config=True)
+    verb("record", record, "fill teacher.cache with the signals of a whole schedule", config=True)
     verb("prepare", prepare, "build the corpus: tokenizer, packed blocks, held-out split", config=True)
     sub = verb("plan", plan, "print and plot which checkpoint teaches when", config=True)
     sub.add_argument("--output", type=Path, help="PNG of the timeline; default: plots/plan.png in the run's folder")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -178,11 +179,88 @@ Model = Annotated[MLPModel | TransformerModel, Field(discriminator="kind")]
 # ------------------------------------------------------------------------------------------- teacher, schedule, loss
 
 
-class Teacher(Section):
-    """The trajectory that teaches, and how its signals are made."""
+class TeacherServer(Section):
+    """What `megapd teacher` listens on and how it answers."""
 
-    trajectory: Path = Field(description="folder of a teacher run's trajectory: runs/NAME/trajectory")
-    signal: Literal["auto", "dense", "hidden", "argmax"] = Field("auto", description="auto: the cheapest exact kind")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all, which needs teacher.token")
+    port: int = Field(8470, ge=0, lt=1 << 16, description="replica i listens on port + i; 0: any free one")
+    metrics_port: int | None = Field(None, ge=0, lt=1 << 16, description="HTTP /metrics and /health, replica i on + i; none: off")
+    replicas: int = Field(1, ge=1, description="independent copies of the teacher that one command starts")
+    ranks: int = Field(1, ge=1, description="processes that share one replica's weights, see teacher.sharding")
+    token_budget: int = Field(1 << 16, ge=1, description="small requests are answered together, up to this many tokens")
+    queue: int = Field(64, ge=1, description="requests that wait at most; more are told to come again")
+    certificate: Path | None = Field(None, description="PEM of the server's TLS certificate; with it, key is needed")
+    key: Path | None = Field(None, description="PEM of its private key")
+    client_authority: Path | None = Field(None, description="PEM; clients must show a certificate that it signed (mutual TLS)")
+    drain_seconds: float = Field(25.0, gt=0.0, description="after SIGTERM, longest time for requests that are already here")
+
+    @model_validator(mode="after")
+    def _tls(self) -> TeacherServer:
+        if (self.certificate is None) != (self.key is None):
+            missing = "certificate" if self.certificate is None else "key"
+            raise ValueError(f"{missing}: certificate and key go together; give both, or neither")
+        if self.client_authority is not None and self.certificate is None:
+            raise ValueError("client_authority: clients' certificates are checked over TLS alone; set certificate and key")
+        return self
+
+
+class Teacher(Section):
+    """The trajectory that teaches, how its signals are made and what carries them."""
+
+    trajectory: str | None = Field(
+        None,
+        description="folder of a teacher run's trajectory, runs/NAME/trajectory; or a Hugging Face model, as a folder or "
+        "hf:REPO[@REVISION], with {step} or {kstep} where the step stands; none: what the endpoints serve",
+    )
+    steps: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="steps of a trajectory that is written with {step}")
+    same_vocabulary: bool = Field(False, description="trust that the teacher's ids mean what the task's do, if nothing proves it")
+    signal: Literal["auto", "dense", "hidden", "topk", "sampled", "argmax"] = Field("auto", description="auto: cheapest exact kind")
+    k: int | None = Field(None, ge=1, description="classes of topk, default 64; draws of sampled, default 12")
+    encoding: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field("auto", description="auto: the teacher's precision")
+    precision: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="of the teacher; default: training.precision")
+    sharding: Literal["whole", "zero", "tensor"] = Field("whole", description="how ranks hold it: all of it each, ZeRO-3, tensor")
+    resident: int = Field(1, ge=1, description="checkpoints held at once, so that students steps apart do not wait for swaps")
+    carrier: Literal["colocated", "served", "shared_memory", "cached"] = "colocated"
+    cache: Path | None = Field(None, description="folder of recorded signals: read first, and what it lacks is added")
+    endpoints: tuple[str, ...] = Field((), description="grpc://HOST:PORT or grpc+tls://HOST:PORT of the replicas")
+    token: Path | None = Field(None, description="file with the bearer token that server and clients share")
+    root_certificate: Path | None = Field(None, description="PEM of the authority that signed the server's certificate")
+    certificate: Path | None = Field(None, description="PEM of the client's certificate (mutual TLS)")
+    key: Path | None = Field(None, description="PEM of its private key")
+    depth: int = Field(2, ge=1, description="steps whose signals are asked for ahead")
+    call_seconds: float = Field(60.0, gt=0.0, description="longest wait for one answer before another replica is asked")
+    deadline_seconds: float = Field(
+        300.0, gt=0.0, le=540.0, description="longest wait for a signal before on_failure; below the process group's 600"
+    )
+    on_failure: Literal["wait", "cache", "labels"] = Field(
+        "wait", description="at the deadline: stop the run; or read the cache, used for this alone; or learn from the labels"
+    )
+    server: TeacherServer = TeacherServer()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Teacher:
+        remote = self.carrier in ("served", "shared_memory")
+        if remote and not self.endpoints:
+            raise ValueError(f"endpoints: carrier {self.carrier} needs the address of a teacher, grpc://HOST:PORT")
+        if self.trajectory is None and not remote:
+            raise ValueError(f"trajectory: carrier {self.carrier} needs the folder of a teacher run, runs/NAME/trajectory")
+        for endpoint in self.endpoints:
+            if not re.fullmatch(r"grpc(\+tls)?://[^/:]+:\d+", endpoint):
+                raise ValueError(f"endpoints: {endpoint!r} is not grpc://HOST:PORT or grpc+tls://HOST:PORT")
+        if self.carrier == "cached" and self.cache is None:
+            raise ValueError("cache: carrier cached needs the folder that `megapd record` wrote")
+        if self.on_failure == "cache" and (self.cache is None or self.carrier == "cached"):
+            raise ValueError("on_failure: cache needs teacher.cache, and a carrier that can fail; set both, or choose wait")
+        if self.on_failure == "labels" and not remote:
+            raise ValueError(f"on_failure: labels is for a served teacher; carrier {self.carrier} cannot be lost, choose wait")
+        if self.k is not None and self.signal not in ("topk", "sampled"):
+            raise ValueError(f"k: has no meaning for signal {self.signal}; choose topk or sampled")
+        if self.encoding == "int8" and self.signal not in ("hidden", "auto"):
+            raise ValueError(f"encoding: int8 is for hidden states, not for signal {self.signal}; choose fp16")
+        if (self.certificate is None) != (self.key is None):
+            missing = "certificate" if self.certificate is None else "key"
+            raise ValueError(f"{missing}: certificate and key go together; give both, or neither")
+        return self
 
 
 class OneShot(Section):
@@ -390,6 +468,12 @@ class Config(BaseSettings):
         argmax_asked = self.teacher is not None and self.teacher.signal == "argmax"
         if argmax_asked and (self.loss.teacher_temperature > 0 or self.loss.divergence == "reverse_kl"):
             raise ValueError("teacher.signal: argmax is exact at loss.teacher_temperature 0 alone; set that, or choose auto")
+        if self.teacher is not None and self.teacher.signal in ("topk", "sampled"):
+            kind, sampled = self.teacher.signal, self.teacher.signal == "sampled"
+            if self.loss.teacher_temperature == 0:
+                raise ValueError(f"teacher.signal: at loss.teacher_temperature 0 the argmax is all of it, not {kind}; choose auto")
+            if sampled and self.loss.divergence not in ("forward_kl", "soft_cross_entropy"):
+                raise ValueError(f"teacher.signal: sampled is unbiased for forward_kl, not for {self.loss.divergence}; choose topk")
         for key in ("warmup", "decay"):
             if getattr(self.lr, key) > self.training.steps:
                 raise ValueError(f"lr.{key}: {getattr(self.lr, key):g} steps exceed training.steps {self.training.steps}")

@@ -11,3 +11,7 @@ class UserError(ValueError):
 
 class Diverged(RuntimeError):
     """Loss or gradients stayed non-finite for longer than the run allows; exit code 1."""
+
+
+class TeacherLost(RuntimeError):
+    """The signal of a step did not come in time, or every replica refuses to give it."""

@@ -138,6 +138,11 @@ def test_under_the_launcher_one_rank_tells(trajectory, tmp_path):
     assert not (tmp_path / "s").exists()
 
 
+def test_a_setting_may_hold_spaces(tmp_path, capsys):
+    assert main(["train", "--model={kind: mlp, width: 7}", f"--runs_dir={tmp_path}", "--dry-run"]) == 0
+    assert "width: 7" in capsys.readouterr().out
+
+
 def test_dry_run_trains_nothing(trajectory, tmp_path, capsys):
     assert main([*runs.student(tmp_path, "s", trajectory, "--lr.kind=cosine"), "--dry-run"]) == 0
     output = capsys.readouterr().out

@@ -9,7 +9,8 @@ other code touches it. A tied head registers the embedding's Parameter a second 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,8 @@ class LossHead(nn.Module):
         options, teacher = self.options, _teacher_arguments(signal)
         if signal is None:
             options = dataclasses.replace(options, alpha=1.0)
+        elif signal.kind in ("topk", "sampled"):
+            options = dataclasses.replace(options, teacher_temperature=1.0)  # their probabilities have the temperature already
         return linear_distillation_loss(
             hidden, self.weight, self.bias, labels=labels, denominator=denominator, options=options, **teacher
         )
@@ -61,12 +64,23 @@ class LossHead(nn.Module):
         return self(hidden, mode="logits")
 
 
-def _teacher_arguments(signal: Signal | None) -> dict[str, Tensor | None]:
+def _teacher_arguments(signal: Signal | None) -> dict[str, Any]:
     if signal is None:
         return {}
     if signal.kind == "dense":
         return {"teacher_logits": signal.values}
     if signal.kind == "argmax":
         return {"teacher_ids": signal.values}
+    if signal.kind == "topk":
+        return {
+            "teacher_ids": signal.values,
+            "teacher_logprobs": signal.logprobs,
+            "teacher_log_rest": signal.log_rest,
+            "convention": "tail",
+        }
+    if signal.kind == "sampled":
+        draws = signal.values.shape[1]
+        weights = torch.full(signal.values.shape, -math.log(draws), dtype=torch.float32, device=signal.values.device)
+        return {"teacher_ids": signal.values, "teacher_logprobs": weights, "convention": "sampled"}
     assert signal.head is not None  # Signal's own invariant
     return {"teacher_hidden": signal.values, "teacher_weight": signal.head.weight, "teacher_bias": signal.head.bias}

@@ -34,6 +34,8 @@ class Stream(IntEnum):
     SELECT_HELDOUT = 6
     REPLACE_TRAIN = 7
     REPLACE_HELDOUT = 8
+    SAMPLED_SIGNAL = 9
+    CANARY = 10
 
 
 def bits(seed: int, stream: int, index: ArrayLike, counter: ArrayLike = 0) -> Words:

@@ -17,7 +17,8 @@ from typing import Any
 
 from megapd.errors import UserError
 from megapd.files import fsync_folder, fsync_path, sha256_file, write_atomic
-from megapd.training.engine import Engine, World
+from megapd.training.engine import Engine
+from megapd.world import World
 
 MANIFEST = "manifest.json"
 log = logging.getLogger(__name__)

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-import deepspeed.ops
 import deepspeed.utils
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megapd.batch import Batch
@@ -27,66 +22,14 @@ from megapd.errors import Diverged, UserError
 from megapd.models import Learner
 from megapd.models.transformer import Block
 from megapd.signal import Signal
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class World:
-    """The ranks of this run. `control` carries small host tensors (counts, flags) without touching the device."""
-
-    rank: int
-    size: int
-    device: torch.device
-    control: dist.ProcessGroup
-
-    def sum(self, *values: int) -> list[int]:
-        """Each value summed over the ranks; one host-side collective."""
-        if self.size == 1:
-            return list(values)
-        tensor = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(tensor, group=self.control)
-        return tensor.tolist()
-
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, in rank order, on every rank."""
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
-        return values
-
-    def barrier(self) -> None:
-        dist.barrier(group=self.control)
+from megapd.world import World, init_deepspeed, join_world
 
 
 def start_world() -> World:
-    """Join the ranks that the deepspeed launcher started, or be the one rank of a plain `megapd train`."""
-    alone = "WORLD_SIZE" not in os.environ
-    os.environ.setdefault("LOCAL_RANK", "0")  # the one variable that DeepSpeed asks for itself
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    if cuda:
-        local_rank, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local_rank >= devices:
-            raise UserError(f"rank {local_rank} of this machine has no GPU, there are {devices}: start fewer ranks")
-        torch.cuda.set_device(local_rank)
-    else:
-        # DeepSpeed would build a shared-memory all-reduce with g++ at its first start on a CPU, up to 2.5 minutes, that only its
-        # tensor-parallel inference uses.
-        for name in ("deepspeed_shm_comm", "deepspeed_ccl_comm"):
-            deepspeed.ops.__compatible_ops__[name] = False
-    if not dist.is_initialized():
-        # A lone rank needs no port that another run on the machine could hold.
-        store = dist.HashStore() if alone else None
-        dist.init_process_group(
-            "nccl" if cuda else "gloo",
-            store=store,
-            rank=0 if alone else -1,
-            world_size=1 if alone else -1,
-            timeout=timedelta(minutes=10),
-        )
-    deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    return World(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
+    """The student's ranks, with DeepSpeed's communication on top."""
+    world = join_world()
+    init_deepspeed(world)
+    return world
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from megapd.batch import Batch
 from megapd.config import Config
 from megapd.tasks import Task
-from megapd.training.engine import World
+from megapd.world import World
 
 
 def held_out(task: Task, config: Config, world: World, micro_batch: int, sums_of: Callable[[Batch], Tensor]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -14,14 +15,22 @@ class BatchFeed:
     """Micro-batches by step number. A batch is a pure function of the step, so a resume needs the number and replays nothing."""
 
     def __init__(
-        self, task: Task, rows: list[range], steps: range, depth: int, device: torch.device, *, digests: bool = True
+        self,
+        task: Task,
+        rows: list[range],
+        steps: range,
+        depth: int,
+        device: torch.device,
+        *,
+        built: Callable[[int, list[Batch]], None] | None = None,
     ) -> None:
         """rows: those of each micro-batch within the global batch; steps: the steps to come; depth: steps built ahead.
 
-        digests: compute the batches' digests, which signals are checked against, off the loop's thread.
+        built: told of every step's batches as soon as they are built, on the host, in order, off the loop's thread; with it the
+        batches' digests are computed there too, which signals are checked against.
         """
         self._task, self._rows, self._steps, self._depth, self._device = task, rows, steps, depth, device
-        self._digests = digests
+        self._built = built
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: dict[int, Future[list[Batch]]] = {}
 
@@ -38,7 +47,8 @@ class BatchFeed:
 
     def _build(self, step: int) -> list[Batch]:
         batches = [self._task.batch(step, rows) for rows in self._rows]
-        if self._digests:
+        if self._built is not None:
             for batch in batches:
                 _ = batch.digest  # cached in the batch
+            self._built(step, batches)
         return batches

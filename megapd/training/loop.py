@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from megapd.training.evaluation import held_out
 from megapd.training.feed import BatchFeed
 from megapd.training.run import Run
 from megapd.training.schedules import learning_rate
+from megapd.training.signals import take_signals
 from megapd.training.telemetry import peak_tflops
 from megapd.trajectory import CheckpointTimeout, write_checkpoint
 
@@ -32,9 +32,9 @@ def train(run: Run) -> bool:
         run.task,
         engine.tiling.rows(world.rank),
         range(run.start, steps),
-        config.training.prefetch,
+        max(config.training.prefetch, config.teacher.depth if config.teacher is not None else 0),
         world.device,
-        digests=run.stream is not None,
+        built=None if run.stream is None else run.stream.request,
     )
     stop = StopRequest(config.folder / "stop", watches_file=run.writes)
     eval_micro = config.evaluation.micro_batch or engine.tiling.micro_batch
@@ -52,7 +52,7 @@ def train(run: Run) -> bool:
             # The teacher of this step; a rotation is written where it begins.
             if run.stream is not None:
                 announce_rotation(run, step)
-            signals = repeat(None) if run.stream is None else run.stream.signals(step, batches)
+            signals, source = take_signals(run, step, batches)
 
             # Forward and backward of each micro-batch, then one update.
             sums = torch.zeros(3, dtype=torch.float64, device=world.device)
@@ -66,7 +66,7 @@ def train(run: Run) -> bool:
 
             # What is due at this step.
             if due(step, config.telemetry.every, steps):
-                telemetry.write("train", step, **meter.line(sums, labelled, step, lr))
+                telemetry.write("train", step, **meter.line(sums, labelled, step, lr, source))
             telemetry.tick()
             if due(step, config.evaluation.every, steps):
                 telemetry.write("eval", step, **held_out(run.task, config, world, eval_micro, engine.evaluate))
@@ -186,7 +186,8 @@ class Meter:
         self._peak = peak_tflops(run.config, run.world.device)
         self._step, self._time = run.start, time.perf_counter()
 
-    def line(self, sums: Tensor, labelled: int, step: int, lr: float) -> dict[str, Any]:
+    def line(self, sums: Tensor, labelled: int, step: int, lr: float, source: str) -> dict[str, Any]:
+        """source: where the step's signals came from, see `take_signals`."""
         run = self._run
         if run.world.size > 1:
             dist.all_reduce(sums)
@@ -195,7 +196,9 @@ class Meter:
         tokens = run.config.training.global_batch * run.task.length
         rate = (step - self._step) * tokens / (now - self._time)
         self._step, self._time = step, now
-        values: dict[str, Any] = {"loss": self._loss(divergence, cross_entropy)}
+        values: dict[str, Any] = {"loss": cross_entropy if source == "labels" else self._loss(divergence, cross_entropy)}
+        if run.config.teacher is not None and run.config.teacher.on_failure != "wait":
+            values |= {key: run.state[key] for key in ("steps_from_cache", "steps_from_labels")}
         if run.plan is not None:
             values |= {"divergence": divergence, "teacher_step": run.plan.checkpoint_at(step - 1)}
         values |= {"cross_entropy": cross_entropy, "accuracy": correct, "lr": lr, "grad_norm": run.engine.grad_norm}
@@ -207,7 +210,5 @@ class Meter:
 
     def _loss(self, divergence: float, cross_entropy: float) -> float:
         loss = self._run.config.loss
-        if self._run.plan is None:
-            return cross_entropy
         scale = loss.student_temperature**2 if loss.scale_t2 else 1.0
         return loss.alpha * cross_entropy + (1.0 - loss.alpha) * scale * divergence

@@ -12,12 +12,14 @@ from megapd.config import Config
 from megapd.errors import UserError
 from megapd.files import write_atomic
 from megapd.models.weights import copy_weights
+from megapd.signal import DTYPES
 from megapd.tasks import build_task
 from megapd.training.checkpoint import CheckpointStore
-from megapd.training.engine import DTYPES, Engine, World, start_world, tile
+from megapd.training.engine import Engine, start_world, tile
 from megapd.training.evaluation import held_out
 from megapd.training.run import build_student
 from megapd.trajectory import Trajectory
+from megapd.world import World
 
 
 def evaluate_run(config: Config, folder: Path) -> Iterator[str]:

@@ -12,7 +12,9 @@ from megapd.kernels import default_chunk_bytes
 from megapd.models import flops_per_token, parameter_count
 from megapd.tasks import Task, build_task
 from megapd.training.engine import tile
-from megapd.training.run import build_student, open_trajectory, resolve_plan, signal_kind
+from megapd.teacher.build import checkpoint_shape
+from megapd.teacher.setup import describe_signal, open_trajectory, resolve_plan, signal_spec
+from megapd.training.run import build_student
 
 GIB = 2**30
 
@@ -44,11 +46,14 @@ def dry_run(config: Config) -> str:
     if config.teacher is not None:
         trajectory = open_trajectory(config)
         plan = resolve_plan(config, trajectory)
-        lines.append(f"teacher        {config.teacher.trajectory}, {len(trajectory.steps)} checkpoints")
+        source = config.teacher.trajectory or ", ".join(config.teacher.endpoints)
+        lines.append(f"teacher        {source}, {len(trajectory.steps)} checkpoints, {config.teacher.carrier}")
         if trajectory.steps:
             checkpoint = trajectory.checkpoint(trajectory.steps[-1])
-            lines[-1] += f", signal {signal_kind(config, task, checkpoint)}"
-            teacher_bytes = sum(file.stat().st_size for file in checkpoint.path.glob("*.safetensors"))
+            spec = signal_spec(config, task, plan, checkpoint)
+            lines.append(f"               {describe_signal(config, task, spec, checkpoint_shape(checkpoint))}")
+            if config.teacher.carrier == "colocated":
+                teacher_bytes = sum(file.stat().st_size for file in checkpoint.path.glob("*.safetensors"))
         elif isinstance(config.schedule, Follow):
             lines.append("               nothing written yet: its memory is not counted")
         if trajectory.incomplete:

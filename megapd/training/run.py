@@ -7,24 +7,30 @@ from typing import Any
 
 import yaml
 
-from megapd.config import Config, Follow, dump, flatten
+from megapd.config import Config, dump, flatten
 from megapd.errors import UserError
 from megapd.files import write_atomic
 from megapd.kernels import LossOptions
 from megapd.models import Learner, build_model, flops_per_token, parameter_count
-from megapd.schedule.policies import Plan, build_plan
+from megapd.schedule.policies import Plan
 from megapd.schedule.record import ScheduleRecord
-from megapd.signal import Kind, negotiate
 from megapd.tasks import Task, build_task
-from megapd.teacher.engine import Teacher
-from megapd.teacher.stream import ColocatedStream, Stream
+from megapd.teacher.cache import SignalCache
+from megapd.teacher.engine import Checkpoints
+from megapd.teacher.setup import open_stream, open_trajectory, resolve_plan
+from megapd.teacher.stream import Stream
 from megapd.training.checkpoint import CheckpointStore
-from megapd.training.engine import DTYPES, Engine, World, start_world
+from megapd.training.engine import Engine, start_world
 from megapd.training.telemetry import Telemetry
-from megapd.trajectory import Checkpoint, Trajectory
+from megapd.world import World
 
 # What may differ between a run's start and its resumption: nothing here changes what the run learns.
+FREE_SECTIONS: tuple[str, ...]
 FREE_SECTIONS = ("checkpoint.", "telemetry.", "runs_dir", "corpus.sources", "evaluation.micro_batch", "training.prefetch")
+# Streams are interchangeable, and schedule.json holds a resumed run to the digests of its teachers, wherever they lie.
+FREE_TEACHER = "trajectory sharding resident carrier cache endpoints token root_certificate certificate key depth call_seconds"
+FREE_TEACHER += " deadline_seconds on_failure server."
+FREE_SECTIONS += tuple(f"teacher.{key}" for key in FREE_TEACHER.split())
 
 
 @dataclass
@@ -34,6 +40,7 @@ class Run:
     start   student steps done before: 0, or where the run resumes
     saved   student steps of the newest checkpoint, -1: none
     state   what a checkpoint carries beside DeepSpeed's own: equal on all ranks
+    fallback  recorded signals for teacher.on_failure cache
     """
 
     config: Config
@@ -48,6 +55,7 @@ class Run:
     start: int
     saved: int
     state: dict[str, Any]
+    fallback: SignalCache | None
     flops_per_token: float
 
     @property
@@ -79,27 +87,6 @@ def build_student(config: Config, task: Task) -> Learner:
     )
 
 
-def resolve_plan(config: Config, trajectory: Trajectory) -> Plan:
-    """The schedule of the run over the checkpoints there are; `follow` does not need them yet."""
-    assert config.schedule is not None
-    return build_plan(config.schedule, available=trajectory.steps, steps=config.training.steps)
-
-
-def signal_kind(config: Config, task: Task, checkpoint: Checkpoint) -> Kind:
-    """The kind asked for, or for `auto` the cheapest exact one, given one of the teacher's checkpoints."""
-    assert config.teacher is not None
-    if config.teacher.signal != "auto":
-        return config.teacher.signal
-    model = checkpoint.config["model"]
-    width = model["width"] if model["kind"] == "mlp" else model["hidden"]
-    return negotiate(task.classes, width, config.loss.teacher_temperature, config.loss.divergence)
-
-
-def open_trajectory(config: Config) -> Trajectory:
-    assert config.teacher is not None
-    return Trajectory(config.teacher.trajectory, must_exist=not isinstance(config.schedule, Follow))
-
-
 def start(config: Config) -> Run:
     """Build the run, or resume it where its folder stopped. Raises UserError before anything is written."""
     task = build_task(config)
@@ -116,6 +103,7 @@ def start(config: Config) -> Run:
     resumed = _check_folder(config, store)
     world.barrier()  # no rank may look at the folder after rank 0 has begun to write it
     state: dict[str, Any] = {"step": 0, "nonfinite": 0, "nonfinite_in_a_row": 0, "overflows": 0}
+    state |= {"steps_from_cache": 0, "steps_from_labels": 0}
     restored = store.restore(engine) if resumed else None
     saved = -1 if restored is None else int(restored["step"])
     state |= {key: value for key, value in (restored or {}).items() if key in state}
@@ -124,6 +112,10 @@ def start(config: Config) -> Run:
         record = ScheduleRecord(config.folder / "schedule.json", plan, resumed=resumed, writes=world.rank == 0)
         if state["step"] < config.training.steps:
             stream = _open_stream(config, task, trajectory, plan, world, record, state["step"])
+    fallback = None
+    if stream is not None and config.teacher is not None and config.teacher.on_failure == "cache":
+        assert config.teacher.cache is not None
+        fallback = SignalCache(config.teacher.cache)
     if world.rank == 0:
         try:
             write_atomic(config.folder / "config.yaml", dump(config))
@@ -137,22 +129,19 @@ def start(config: Config) -> Run:
         length=task.length,
         labelled_share=task.labelled_per_sample / task.length,
     )
-    return Run(config, world, task, engine, plan, stream, record, store, telemetry, state["step"], saved, state, flops)
+    return Run(config, world, task, engine, plan, stream, record, store, telemetry, state["step"], saved, state, fallback, flops)
 
 
 def _open_stream(
-    config: Config, task: Task, trajectory: Trajectory, plan: Plan, world: World, record: ScheduleRecord, step: int
+    config: Config, task: Task, trajectory: Checkpoints, plan: Plan, world: World, record: ScheduleRecord, step: int
 ) -> Stream:
-    """A stream whose teacher of `step` is in place: a damaged or foreign one shows before the run's folder is touched."""
-    wait = config.schedule.timeout_seconds if isinstance(config.schedule, Follow) else None
-    teacher = Teacher(trajectory, task, world.device, DTYPES[config.training.precision], config.loss.chunk_bytes, wait)
+    stream = open_stream(config, task, trajectory, plan, world, step)
     try:
-        checkpoint = teacher.rotate(plan.checkpoint_at(step))
-        record.confirm(checkpoint)
-        return ColocatedStream(teacher, plan, signal_kind(config, task, checkpoint))
+        record.confirm(stream.teacher(step))
     except BaseException:
-        teacher.close()  # its reader may be waiting for a file, and would keep the process alive
+        stream.close()
         raise
+    return stream
 
 
 def _check_folder(config: Config, store: CheckpointStore) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors import safe_open
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megapd.errors import UserError
 from megapd.files import sha256_file
+from megapd.slices import Part, take
 from megapd.trajectory.format import META, Checkpoint, parse_step, read_meta, step_folder
 
 
@@ -79,6 +80,27 @@ class Trajectory:
                 for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
                     yield name, file.get_tensor(name)
 
+    def read(self, step: int, wanted: Mapping[str, Part]) -> dict[str, Tensor]:
+        """The parts of tensors that `wanted` names, on the host; of the rest of the files nothing is read, nor verified.
+
+        Raises UserError unless the checkpoint holds exactly the tensors that are named, in shapes that have those parts.
+        """
+        checkpoint = self.checkpoint(step)
+        found: dict[str, Tensor] = {}
+        stored: set[str] = set()
+        for shard in checkpoint.shards:
+            with safe_open(checkpoint.path / shard, framework="pt") as file:
+                names = set(file.keys())
+                stored |= names
+                for name in names & wanted.keys():
+                    found[name] = take(file.get_slice(name), wanted[name])
+        if stored != wanted.keys():
+            odd = sorted(stored ^ wanted.keys())[:3]
+            raise UserError(
+                f"{checkpoint.path}: its tensors are not those of the model in its meta.json, e.g. {', '.join(odd)}"
+            )
+        return found
+
     def verify(self) -> list[str]:
         """Problems, one line each: incomplete or damaged checkpoints, files that changed, equal weights at different steps."""
         self.refresh()
@@ -124,9 +146,12 @@ class Trajectory:
         return f"no complete checkpoint in {self.folder}{incomplete}"
 
 
-def check_files(checkpoint: Checkpoint) -> None:
-    """UserError unless every file that the checkpoint lists is there with its size and sha256."""
-    for name, expected in checkpoint.files.items():
+def check_files(checkpoint: Checkpoint, share: int = 0, of: int = 1) -> None:
+    """UserError unless every file that the checkpoint lists is there with its size and sha256.
+
+    share, of: check this one of `of` parts of the files, so that ranks can divide the work.
+    """
+    for name, expected in sorted(checkpoint.files.items())[share::of]:
         path = checkpoint.path / name
         try:
             size = path.stat().st_size

@@ -9,13 +9,13 @@ from torch.nn import functional as F
 from megapd.config import MLPModel
 from megapd.kernels import LossOptions
 from megapd.models import LossHead, build_model
-from megapd.signal import Head, Signal
+from megapd.signal import Head, Signal, SignalSpec
 
 from .test_transformer import KINDS, VOCAB, build, config, make_batch
 
 
 def signal(kind, values, batch, head=None):
-    return Signal(kind=kind, teacher="t", samples=batch.digest, values=values, head=head)
+    return Signal(spec=SignalSpec(kind), teacher="t", samples=batch.digest, values=values, head=head)
 
 
 def with_options(kind, **options):

@@ -10,12 +10,13 @@ import torch
 from megapd.config import load
 from megapd.errors import UserError
 from megapd.schedule.policies import Plan
-from megapd.signal import Signal, SignalMismatch, negotiate
+from megapd.signal import Signal, SignalMismatch, SignalSpec, negotiate
 from megapd.tasks import build_task
-from megapd.teacher.engine import Teacher
+from megapd.teacher.engine import Demands, Teacher, TeacherOptions
 from megapd.teacher.stream import ColocatedStream
 from megapd.training.run import build_student
 from megapd.trajectory import CheckpointTimeout, Trajectory, write_checkpoint
+from megapd.world import join_world
 
 STEPS = (10, 20, 30)
 
@@ -57,9 +58,14 @@ def trajectory(tmp_path, config, task, models):
     return Trajectory(tmp_path)
 
 
+def make_teacher(trajectory, task, wait_seconds=None, resident=1):
+    options = TeacherOptions(chunk_bytes=64, wait_seconds=wait_seconds, resident=resident)
+    return Teacher(trajectory, join_world(), options, Demands(task.vocabulary_digest, length=task.length))
+
+
 @pytest.fixture
 def teacher(trajectory, task):
-    teacher = Teacher(trajectory, task, torch.device("cpu"), torch.float32, chunk_bytes=64)
+    teacher = make_teacher(trajectory, task)
     yield teacher
     teacher.close()
 
@@ -69,7 +75,7 @@ PLAN = Plan("explicit", 9, (0, 4, 6), STEPS)
 
 @pytest.mark.parametrize("kind", ["dense", "hidden", "argmax"])
 def test_every_step_has_the_signal_of_the_teacher_that_the_plan_names(teacher, trajectory, task, models, kind):
-    stream = ColocatedStream(teacher, PLAN, kind)
+    stream = ColocatedStream(teacher, PLAN, SignalSpec(kind))
     for step in range(PLAN.steps):
         batches = [task.batch(step, range(0, 4)), task.batch(step, range(4, 6))]
         signals = list(stream.signals(step, batches))
@@ -90,23 +96,23 @@ def test_exact_kinds_give_one_loss(teacher, task):
     student = build_student(configuration("--seed=5", "--loss.teacher_temperature=0"), task)
     batch = task.batch(0, range(6))
     teacher.rotate(10)
-    losses = [student(batch, teacher.signal(batch, kind), 6)[0].item() for kind in ("dense", "hidden", "argmax")]
+    losses = [student(batch, teacher.signal(batch, SignalSpec(kind)), 6)[0].item() for kind in ("dense", "hidden", "argmax")]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
     assert losses[0] > 0.1
 
 
 def test_the_next_checkpoint_is_read_before_it_is_needed(teacher, trajectory, task):
-    loaded, load = [], trajectory.load
+    loaded, load = [], trajectory.read
     done = {step: threading.Event() for step in STEPS}
 
-    def recording(step):
-        tensors = load(step)
+    def recording(step, wanted):
+        tensors = load(step, wanted)
         loaded.append((step, threading.current_thread().name))
         done[step].set()
         return tensors
 
-    trajectory.load = recording
-    stream = ColocatedStream(teacher, PLAN, "dense")
+    trajectory.read = recording
+    stream = ColocatedStream(teacher, PLAN, SignalSpec("dense"))
     stream.teacher(0)
     assert done[20].wait(10)  # three steps before the rotation
     assert [step for step, _ in loaded] == [10, 20]
@@ -119,21 +125,21 @@ def test_the_next_checkpoint_is_read_before_it_is_needed(teacher, trajectory, ta
 def test_a_wrong_signal_is_refused(teacher, task):
     batch, other = task.batch(0, range(6)), task.batch(1, range(6))
     held = teacher.rotate(10)
-    signal = teacher.signal(batch, "dense")
+    signal = teacher.signal(batch, SignalSpec("dense"))
     signal.check(held.digest, batch)
     with pytest.raises(SignalMismatch, match=held.digest):
         signal.check("another", batch)
     with pytest.raises(SignalMismatch, match=other.digest):
         signal.check(held.digest, other)
     with pytest.raises(SignalMismatch, match="3 positions"):
-        Signal("dense", held.digest, batch.digest, signal.values[:3]).check(held.digest, batch)
+        Signal(SignalSpec("dense"), held.digest, batch.digest, signal.values[:3]).check(held.digest, batch)
 
 
 def test_the_wait_for_a_checkpoint_counts_from_when_it_is_needed(trajectory, task):
     """Not from when it was prepared: a teacher's refresh may be longer than the time-out."""
     hidden = trajectory.folder / "step_20"
     aside = hidden.rename(trajectory.folder / "aside")
-    teacher = Teacher(trajectory, task, torch.device("cpu"), torch.float32, chunk_bytes=64, wait_seconds=0.3)
+    teacher = make_teacher(trajectory, task, wait_seconds=0.3)
     teacher.prepare(20)
     time.sleep(0.6)
     assert not teacher.ready(20)
@@ -143,7 +149,7 @@ def test_the_wait_for_a_checkpoint_counts_from_when_it_is_needed(trajectory, tas
 
 
 def test_a_wait_that_is_given_up_ends_at_once(trajectory, task):
-    teacher = Teacher(trajectory, task, torch.device("cpu"), torch.float32, chunk_bytes=64, wait_seconds=60.0)
+    teacher = make_teacher(trajectory, task, wait_seconds=60.0)
     teacher.prepare(25)
     waiting = teacher._ahead[25]
     teacher.close()
@@ -152,7 +158,7 @@ def test_a_wait_that_is_given_up_ends_at_once(trajectory, task):
 
 
 def test_a_checkpoint_that_does_not_come_in_time(trajectory, task):
-    teacher = Teacher(trajectory, task, torch.device("cpu"), torch.float32, chunk_bytes=64, wait_seconds=0.2)
+    teacher = make_teacher(trajectory, task, wait_seconds=0.2)
     with pytest.raises(CheckpointTimeout, match="step 25"):
         teacher.rotate(25)
     teacher.close()
@@ -160,7 +166,7 @@ def test_a_checkpoint_that_does_not_come_in_time(trajectory, task):
 
 def test_another_vocabulary_is_refused(trajectory, task):
     other = build_task(configuration("--task.seed=1"))
-    teacher = Teacher(trajectory, other, torch.device("cpu"), torch.float32, chunk_bytes=64)
+    teacher = make_teacher(trajectory, other)
     with pytest.raises(UserError, match=r"teacher\.trajectory"):
         teacher.rotate(10)
 

@@ -14,9 +14,10 @@ import torch
 
 from megapd.config import Config, load
 from megapd.tasks import build_task
-from megapd.training.engine import Engine, World, start_world
+from megapd.training.engine import Engine, start_world
 from megapd.training.evaluation import held_out
 from megapd.training.run import build_student
+from megapd.world import World
 
 STEPS = 20
 GPT = [

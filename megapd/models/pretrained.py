@@ -1,0 +1,440 @@
+"""Pretrained: a model of transformers as a teacher, without the logits of positions that nobody asked about.
+
+Its output layer is replaced by one that takes the labelled rows of what it is given: these are the final hidden states, all
+that a language model's head multiplies (for BERT what comes after its transform). transformers is imported where it is
+needed, for that takes seconds.
+"""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from megapd.batch import Batch
+from megapd.errors import UserError
+from megapd.models.hub import WEIGHT_FILES, _shards
+from megapd.models.sharding import allocate, whole_shape
+from megapd.slices import Part, take
+
+PROBE_LOGIT = 64.0  # as large as logits get: a soft cap of 30 makes 29.2 of it
+PROBE_TOKENS = 4  # of each of two documents
+
+# What architectures do to their logits after the head, as config.json calls it, with the values that do nothing.
+_AFTER_HEAD: dict[str, tuple[Any, ...]] = {
+    "final_logit_softcapping": (None, 0),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+    "lm_head_multiplier": (None, 1),
+    "output_multiplier_scale": (None, 1),
+}
+_RENAMED = {"lm_head.weight": "embed_out.weight"}  # GPT-NeoX's head in published files: transformers 5 calls it as others do
+_WINDOWS = ("sliding_window", "attention_chunk_size")
+
+
+class OutputLayer(nn.Module):
+    """Stands for an output layer and owns its weight [V, D] and bias [V] or None, under their old names.
+
+    It notes the hidden states that it gets. What it returns is for the network's forward alone, and not of the size of logits
+    unless `answer` says so.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.hidden: Tensor | None = None
+        self.answer: Tensor | Literal["nothing", "logits"] = "nothing"
+
+    def forward(self, hidden: Tensor, mode: Literal["note", "logits"] = "note") -> Tensor:
+        """note: [.., D] -> [.., 1], or the logits [.., V], or the tensor [V] that `answer` is at every position.
+
+        logits: [.., D] -> [.., V] and nothing noted; through a call, so that ZeRO-3's hooks gather the weight.
+        """
+        if mode == "logits":
+            return self.logits(hidden)
+        self.hidden = hidden
+        if isinstance(self.answer, Tensor):
+            return self.answer.expand(*hidden.shape[:-1], -1).clone()
+        return hidden[..., :1] if self.answer == "nothing" else self.logits(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight, self.bias)
+
+
+class Pretrained(nn.Module):
+    """A causal or masked language model of transformers with the interface of a Learner: batch -> hidden states or logits.
+
+    One forward at a time: the output layer keeps what it is given until the network returns.
+
+    network   the model, its output layer replaced
+    causal    whether a position sees only those before it
+    """
+
+    def __init__(self, network: Any, causal: bool) -> None:
+        """network: a PreTrainedModel with a language modelling head; it is changed. Raises UserError for other models."""
+        super().__init__()
+        self.network, self.causal = network, causal
+        self.kind: str = network.config.model_type
+        output = network.get_output_embeddings()
+        if type(output) is not nn.Linear:
+            what = "no output layer" if output is None else f"a {type(output).__name__} for its output layer"
+            raise UserError(f"teacher.trajectory: {self.kind} has {what}, not a linear one; choose another model")
+        (self._head_name,) = [name for name, module in network.named_modules() if module is output]
+        owner, _, leaf = self._head_name.rpartition(".")
+        setattr(network.get_submodule(owner), leaf, OutputLayer(output))
+        self._mask_form: str | None = None
+        text = network.config.get_text_config()
+        self.max_length: int | None = getattr(text, "max_position_embeddings", None)
+        self._window = min((size for name in _WINDOWS if (size := _window(text, name)) is not None), default=None)
+        self.requires_grad_(False).eval()
+
+    @property
+    def head(self) -> OutputLayer:
+        """The output layer: weight [V, D], bias [V] or None, or what a rank has of them."""
+        return self.network.get_submodule(self._head_name)
+
+    def forward(self, batch: Batch, mode: Literal["hidden", "logits"] = "hidden") -> Tensor:
+        """mode hidden -> final hidden states [N, D]; logits -> [N, V], or a rank's classes of them; N labelled positions.
+
+        Raises UserError for samples longer than the model's positions, and for a batch with segments if the architecture does
+        not keep documents apart: the first such batch is preceded by a few tiny ones that find out.
+        """
+        mask = None if batch.segments is None else self._document_mask(batch.segments)
+        hidden = self._run(batch.ids, mask)
+        if batch.labelled != batch.tokens:
+            hidden = hidden.index_select(0, batch.positions)
+        return hidden if mode == "hidden" else self.head(hidden, mode="logits")
+
+    def _run(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Final hidden states [B * L, D] of all positions."""
+        if self.max_length is not None and ids.shape[1] > self.max_length:
+            raise UserError(
+                f"teacher.trajectory: {self.kind} has {self.max_length} positions, but samples have {ids.shape[1]} tokens; "
+                "shorten corpus.block_length, or choose another teacher"
+            )
+        self._network_logits(ids, mask, "nothing")
+        return self._take_hidden(ids)
+
+    def _network_logits(self, ids: Tensor, mask: Tensor | None, answer: Tensor | Literal["nothing", "logits"]) -> Tensor:
+        head = self.head
+        head.answer = answer
+        try:
+            return self.network(input_ids=ids, attention_mask=mask).logits
+        finally:
+            head.answer = "nothing"
+
+    def _take_hidden(self, ids: Tensor) -> Tensor:
+        hidden, self.head.hidden = self.head.hidden, None
+        if hidden is None or hidden.shape[:-1].numel() != ids.numel():
+            raise UserError(
+                f"teacher.trajectory: {self.kind} does not give every position to its output layer; choose another model"
+            )
+        return hidden.flatten(0, -2)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Pretrained:
+        """Casts parameters alone: rotary frequencies that were rounded to half precision would turn later positions wrongly."""
+        kept = [(module, name, b) for module in self.modules() for name, b in module._buffers.items() if b is not None]
+        super()._apply(fn, recurse)
+        for module, name, buffer in kept:
+            now = module._buffers[name]
+            if now is not None and now.dtype != buffer.dtype:
+                module._buffers[name] = buffer.to(now.device)
+        return self
+
+    # ------------------------------------------------------------------------------------------------------------ documents
+
+    def _document_mask(self, segments_BL: Tensor) -> Tensor:
+        if self._window is not None and segments_BL.shape[1] > self._window:
+            raise UserError(
+                f"task.document_mask: {self.kind} attends within {self._window} tokens, which a document mask would replace; "
+                "set task.document_mask=false, or shorten corpus.block_length"
+            )
+        if self._mask_form is None:
+            self._mask_form = self._find_mask_form(segments_BL.device)
+        return self._mask(segments_BL, self._mask_form)
+
+    def _mask(self, segments_BL: Tensor, form: str) -> Tensor:
+        """True where query (row) and key (column) are of one document, as the architecture wants to be told.
+
+        bool [B, 1, L, L] is what scaled dot product attention takes; additive what code that adds it to the scores does;
+        0 and 1 [B, L, L] what transformers' BERT turned into an additive one before release 5.
+        """
+        seen_BLL = segments_BL[:, :, None] == segments_BL[:, None, :]
+        if self.causal:
+            seen_BLL = seen_BLL.tril()
+        if form == "bool":
+            return seen_BLL.unsqueeze(1)
+        dtype = next(p.dtype for p in self.parameters() if p.is_floating_point())
+        if form == "additive":
+            zero = torch.zeros((), dtype=dtype, device=seen_BLL.device)
+            return torch.where(seen_BLL, zero, torch.finfo(dtype).min).unsqueeze(1)
+        return seen_BLL.to(dtype)
+
+    @torch.no_grad()
+    def _find_mask_form(self, device: torch.device) -> str:
+        failures = []
+        for form in ("bool", "additive", "0 and 1"):
+            failure = self._mask_failure(form, device)
+            if failure is None:
+                return form
+            failures.append(f"{form}: {failure}")
+        raise UserError(
+            f"task.document_mask: {self.kind} does not keep documents apart ({'; '.join(failures)}); "
+            "set task.document_mask=false, or choose another teacher"
+        )
+
+    def _mask_failure(self, form: str, device: torch.device) -> str | None:
+        """Why masks of this form do not do, None if they do: a change in one document must not move a bit of another, and a
+        mask that hides nothing must change nothing."""
+        length = 2 * PROBE_TOKENS
+        if self.max_length is not None:
+            length = min(length, self.max_length)
+        vocab = self.network.get_input_embeddings().num_embeddings
+        # The highest ids, since special ones are low: a padding token moves the positions of RoBERTa's other tokens.
+        ids = (-1 - torch.arange(length, device=device))[None] % vocab
+        first = torch.arange(length, device=device) < length // 2
+        documents = self._mask(torch.where(first, 0, 1)[None], form)
+        try:
+            plain, open_ = self._run(ids, None), self._run(ids, self._mask(torch.zeros_like(ids), form))
+            apart = self._run(ids, documents)
+            changed = [self._run(torch.where(which, (ids - PROBE_TOKENS) % vocab, ids), documents) for which in (first, ~first)]
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            return " ".join(str(error).split())[:100]
+        scale = plain.abs().max().item()
+        if not (open_ - plain).abs().max().item() <= 16 * torch.finfo(plain.dtype).eps * scale:
+            return "a mask that hides nothing changes the output"
+        for other, which in zip(changed, (first, ~first), strict=True):
+            if not torch.equal(other[~which], apart[~which]):
+                return "a document sees another"
+        return None
+
+
+@torch.no_grad()
+def check_head(model: Pretrained, batch: Batch) -> None:
+    """That the model's own logits are those of its head: hidden @ weight.T + bias, nothing after it.
+
+    batch: small, for logits of all its positions are formed; all ranks that share the model check at once, and where classes are
+    split each checks its own. Compared twice: with the model's weights, within 2^-5 of the largest logit (bf16), 2^-8 (fp16) or
+    1e-5 (fp32), and with made-up logits of up to 64 in the head's place, which must come out as they are: a soft cap of 30 moves
+    logits of 1 by 0.04 % only. Raises UserError that names the architecture and, if its configuration tells, what it does.
+    """
+    head = model.head
+    own = model._network_logits(batch.ids, None, "logits").flatten(0, -2)
+    hidden = model._take_hidden(batch.ids)
+    wanted = head(hidden, mode="logits").float()
+    probe = torch.linspace(-PROBE_LOGIT, PROBE_LOGIT, wanted.shape[1], device=wanted.device).to(hidden.dtype)
+    answered = model._network_logits(batch.ids, None, probe)
+    model._take_hidden(batch.ids)
+    tolerance = {torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8}.get(hidden.dtype, 1e-5) * wanted.abs().max().item()
+    near = own.shape == wanted.shape and (own.float() - wanted).abs().max().item() <= tolerance
+    if not near or not torch.equal(answered.float(), probe.float().expand_as(answered)):
+        text = model.network.config.get_text_config()
+        causes = [f"{name} {getattr(text, name)}" for name, none in _AFTER_HEAD.items() if getattr(text, name, None) not in none]
+        told = f" ({', '.join(causes)})" if causes else ", by soft-capping, scaling or the like"
+        raise UserError(f"teacher.trajectory: {model.kind} changes its logits after the head{told}; choose another teacher")
+
+
+# --------------------------------------------------------------------------------------------------------------- building
+
+
+def build_pretrained(config_json: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Pretrained:
+    """The model that a config.json describes, its weights uninitialised: to be filled from `read_pretrained`.
+
+    Parameters are of `dtype` on `device`, which may be meta; buffers have their contents, and are on the host then. Raises
+    UserError for architectures that transformers has no causal or masked language model of, or only with code from the hub.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = config_json.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise UserError(f"teacher.trajectory: transformers {transformers.__version__} has no model_type {kind!r}; upgrade it")
+    try:
+        config = CONFIG_MAPPING[kind].from_dict({k: v for k, v in config_json.items() if k != "quantization_config"})
+    except Exception as error:  # transformers checks configurations with exceptions of several libraries
+        raise UserError(f"teacher.trajectory: config.json of {kind}: {' '.join(str(error).split())[:200]}") from error
+    if "quantization_config" in config_json or getattr(config, "is_encoder_decoder", False):
+        what = "quantized weights" if "quantization_config" in config_json else "an encoder and a decoder"
+        raise UserError(f"teacher.trajectory: {kind} with {what} is not supported; choose another model")
+    causal = _is_causal(config, modeling_auto)
+    if causal is None:
+        raise UserError(f"teacher.trajectory: transformers has no language model of model_type {kind!r}; choose another model")
+    config.use_cache = False
+    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMaskedLM
+    with _parameters_on_meta():
+        try:
+            network = auto.from_config(config, attn_implementation="sdpa")
+        except ValueError as error:
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            network = auto.from_config(config, attn_implementation="eager")
+    for parameter in network.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    _promote_buffers(network)
+    model = Pretrained(network, causal)
+    return model if device.type == "meta" else allocate(model, device)  # type: ignore[return-value]
+
+
+def _is_causal(config: Any, auto: Any) -> bool | None:
+    """Whether to build its causal model (True) or its masked one; None: it has neither."""
+    causal = config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    masked = config.model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if causal and masked:  # BERT and its kin have both; published files say which, or are masked models without a head named
+        named = " ".join(config.architectures or ())
+        return "CausalLM" in named or "LMHeadModel" in named or bool(getattr(config, "is_decoder", False))
+    return causal if causal or masked else None
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters that this thread registers go to the meta device at once; buffers keep what the constructors compute.
+
+    Under torch.device("meta") the buffers would be lost, and without it memory and time go to weights that are to be replaced.
+    The constructors' torch.empty for a parameter costs nothing, since none of its pages is touched.
+    """
+    thread = threading.get_ident()
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta or threading.get_ident() != thread:
+            return None  # as it is
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type] # its type says that hooks return None
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _promote_buffers(network: nn.Module) -> None:
+    """Buffers that files hold and that are no integers become parameters, so that they are read, swapped and split like them."""
+    for module in network.modules():
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                del module._buffers[name]
+                module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+
+
+def _window(config: Any, name: str) -> int | None:
+    size = getattr(config, name, None)
+    return size if isinstance(size, int) and getattr(config, "use_sliding_window", True) is not False else None
+
+
+# ---------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_pretrained(model: nn.Module, folder: Path, wanted: Mapping[str, Part]) -> dict[str, Tensor]:
+    """The parts of the folder's tensors that `wanted` asks for, by the names of the model's parameters; on the host, as stored.
+
+    model: a Pretrained, also one that is sharded. Of safetensors files only those parts are read. A name may be stored with or
+    without the base model's prefix, and a shared weight under any of its names. Files that torch.save wrote are mapped into
+    memory where their format allows, and what has another name by now is left to transformers, which loads the whole model;
+    neither runs code from a file. Raises UserError for tensors that are missing, or not of the model's shape.
+    """
+    names = _stored_names(model, wanted)
+    shapes = {name: whole_shape(parameter) for name, parameter in model.named_parameters()}
+    found: dict[str, Tensor] = {}
+    for path, stored, source in _stored_tensors(folder):
+        own = names.get(stored)
+        if own is None:
+            continue
+        shape = tuple(source.shape if isinstance(source, Tensor) else source.get_shape())
+        if shape != shapes[own]:
+            raise UserError(f"{path}: {stored} has shape {shape}, but config.json asks for {shapes[own]}; is it this model's?")
+        tensor = take(source, wanted[own])
+        if own in found and not torch.equal(tensor, found[own]):
+            raise UserError(
+                f"{path}: {stored} differs from the tensor it is tied to; set tie_word_embeddings to false in config.json"
+            )
+        # A view of a mapped file would keep all of it.
+        found.setdefault(own, tensor.clone() if isinstance(source, Tensor) else tensor)
+    return found if found.keys() == wanted.keys() else _read_renamed(model, folder, wanted, shapes)
+
+
+def _stored_names(model: Any, wanted: Mapping[str, Part]) -> dict[str, str]:
+    """Names that files may have -> the parameter's. Exact names go before the variants of others."""
+    prefix = f"{model.network.base_model_prefix}."
+    first: dict[int, str] = {}
+    exact: dict[str, str] = {}
+    for alias, parameter in model.named_parameters(remove_duplicate=False):
+        own = first.setdefault(id(parameter), alias)
+        if own in wanted:
+            exact[alias.removeprefix("network.")] = own
+    names = dict(exact)
+    for alias, own in exact.items():
+        names.setdefault(_RENAMED.get(alias, alias), own)
+    for alias, own in exact.items():
+        for variant in (alias, alias.removeprefix(prefix), prefix + alias):
+            names.setdefault(variant, own)
+            # Layer norms in TensorFlow's words, as in BERT's published files.
+            for new, old in (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
+                if variant.endswith(new):
+                    names.setdefault(variant.removesuffix(new) + old, own)
+    return names
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the folder's weights, safetensors before others. Raises UserError if there are none."""
+    present = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+    if not present:
+        raise UserError(f"{folder}: no weights; expected {', '.join(WEIGHT_FILES[:3])}")
+    return _shards(present[0]) if present[0].suffix == ".json" else [present[0]]
+
+
+def _stored_tensors(folder: Path) -> Iterator[tuple[Path, str, Any]]:
+    """(file, name, tensor or slice of an open file) of everything that the folder holds; nothing is read until it is taken."""
+    for path in weight_files(folder):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                        yield path, name, file.get_slice(name)
+            else:
+                for name, tensor in _load_pickle(path).items():
+                    yield path, name, tensor
+        except (SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError, TypeError) as error:
+            raise UserError(f"{path}: damaged, or no weights file: {' '.join(str(error).split())[:200]}") from error
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        return dict(torch.load(path, map_location="cpu", weights_only=True))  # torch's format before 1.6 cannot be mapped
+
+
+def _read_renamed(
+    model: Any, folder: Path, wanted: Mapping[str, Part], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """What `read_pretrained` returns, from the whole model as transformers loads it: it knows the names of older releases."""
+    import transformers
+
+    auto = transformers.AutoModelForCausalLM if model.causal else transformers.AutoModelForMaskedLM
+    try:
+        network, report = auto.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f"{folder}: transformers cannot load it: {' '.join(str(error).split())[:300]}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(f"{folder}: {len(missing)} tensors are missing, e.g. {missing[0]}; save the model with its head")
+    tensors = dict(network.named_parameters(remove_duplicate=False)) | dict(network.named_buffers())
+    found = {}
+    for own, part in wanted.items():
+        tensor = tensors[own.removeprefix("network.")].detach()
+        if tensor.shape != shapes[own]:
+            raise UserError(f"{folder}: {own} has shape {tuple(tensor.shape)}, but config.json asks for {shapes[own]}")
+        found[own] = take(tensor, part).clone()
+    return found

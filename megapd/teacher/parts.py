@@ -1,0 +1,122 @@
+"""Parts of the disk cache: Arrow IPC files of signals, and the index of the samples that they hold."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from megapd.batch import DIGEST_BYTES
+from megapd.files import TEMPORARY_INFIX, fsync_folder
+from megapd.signal import TEACHER_DIGEST_BYTES, SignalDamaged, SignalSpec, check_form
+
+# What the Arrow reader raises for bytes that are no IPC file; a failure of the disk is an OSError too, when the file is opened.
+NO_ARROW = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, NotImplementedError)
+
+
+class Index:
+    """Where the samples of one folder of parts lie.
+
+    Sorted digests with part and row of each: 24 bytes a sample (24 MB a million), about 70 for the moment in which parts are
+    added. A search is O(log samples).
+    """
+
+    def __init__(self, folder: Path, teacher: str, spec: SignalSpec) -> None:
+        self.folder, self.teacher, self.spec = folder, bytes.fromhex(teacher), spec
+        self.names: list[str] = []  # by number
+        self.seen: set[str] = set()  # parts indexed, and those that are not to be opened again
+        self.listed = float("-inf")  # time.monotonic() of the last listing
+        # Fixed-width strings compare as their bytes, all 16 of them, and unlike void can be sorted.
+        self._digests: NDArray[np.bytes_] = np.empty(0, dtype=f"S{DIGEST_BYTES}")
+        self._parts: NDArray[np.int32] = np.empty(0, dtype=np.int32)
+        self._rows: NDArray[np.int32] = np.empty(0, dtype=np.int32)
+
+    def add(self, found: Sequence[tuple[str, NDArray[np.bytes_]]]) -> None:
+        """Parts with the digests of their rows; of one digest's rows those that were added before come first."""
+        if not found:
+            return
+        digests, parts, rows = [self._digests], [self._parts], [self._rows]
+        for name, samples in found:
+            parts.append(np.full(len(samples), len(self.names), dtype=np.int32))
+            rows.append(np.arange(len(samples), dtype=np.int32))
+            digests.append(samples)
+            self.names.append(name)
+            self.seen.add(name)
+        merged = np.concatenate(digests)
+        order = np.argsort(merged, kind="stable")
+        self._digests, self._parts, self._rows = merged[order], np.concatenate(parts)[order], np.concatenate(rows)[order]
+
+    def find(self, samples: NDArray[np.bytes_]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """(part, row) int32 [B] of each sample, part -1 where there is none."""
+        parts, rows = np.full(len(samples), -1, dtype=np.int32), np.zeros(len(samples), dtype=np.int32)
+        if len(self._digests):
+            places = np.minimum(np.searchsorted(self._digests, samples), len(self._digests) - 1)
+            there = self._digests[places] == samples
+            parts[there], rows[there] = self._parts[places[there]], self._rows[places[there]]
+        return parts, rows
+
+    def drop(self, part: int) -> None:
+        keep = self._parts != part
+        self._digests, self._parts, self._rows = self._digests[keep], self._parts[keep], self._rows[keep]
+
+
+def read_records(path: Path) -> tuple[pa.Schema, list[pa.RecordBatch]]:
+    """The schema and record batches of an Arrow IPC file, views of a memory map. OSError, or SignalDamaged if it is none."""
+    with pa.memory_map(str(path)) as file:
+        try:
+            reader = pa.ipc.open_file(file)
+            return reader.schema, [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        except NO_ARROW as error:
+            raise SignalDamaged(f"no Arrow file: {' '.join(str(error).split())}") from error
+
+
+def check_part(records: list[pa.RecordBatch], index: Index) -> None:
+    """SignalDamaged unless it is one well-formed record batch of the index's teacher and parameters."""
+    if len(records) != 1 or not check_form(records[0]):
+        raise SignalDamaged("not one record batch of signals")
+    if records[0].schema.metadata[b"parameters"] != index.spec.parameters.encode():
+        raise SignalDamaged("its parameters are not those of its folder")
+    if not (_fixed(records[0].column("teacher"), TEACHER_DIGEST_BYTES) == np.bytes_(index.teacher)).all():
+        raise SignalDamaged("rows of another teacher than its folder's")
+
+
+def _fixed(column: pa.Array, width: int) -> NDArray[np.bytes_]:
+    buffer = column.buffers()[1]
+    return np.frombuffer(b"" if buffer is None else buffer, f"S{width}", len(column), column.offset * width if buffer else 0)
+
+
+def samples_of(record: pa.RecordBatch) -> NDArray[np.bytes_]:
+    """Digests of the rows' samples [B]; a copy, which does not hold the record."""
+    return _fixed(record.column("sample"), DIGEST_BYTES).copy()
+
+
+def concatenate(records: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    """The rows of record batches of one schema; of one alone, itself."""
+    if len(records) == 1:
+        return records[0]
+    columns = [pa.concat_arrays([record.column(name) for record in records]) for name in records[0].schema.names]
+    return pa.RecordBatch.from_arrays(columns, schema=records[0].schema)
+
+
+def write_whole(path: Path, schema: pa.Schema, records: Iterable[pa.RecordBatch]) -> int:
+    """Write an Arrow IPC file that is there whole or not at all; its bytes."""
+    temporary = path.with_name(f"{path.name}{TEMPORARY_INFIX}{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with temporary.open("wb") as file:
+            with pa.ipc.new_file(file, schema) as writer:
+                for record in records:
+                    writer.write_batch(record)
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+    return size

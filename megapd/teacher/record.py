@@ -1,0 +1,123 @@
+"""Record a schedule's signals: what `megapd record CONFIG` does, so that students can be taught without the teacher."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from megapd.batch import Batch
+from megapd.config import Config
+from megapd.errors import UserError
+from megapd.schedule.policies import Plan
+from megapd.tasks import Task
+from megapd.teacher.cache import SignalCache
+from megapd.teacher.cached import CachedStream
+from megapd.teacher.engine import Checkpoints
+from megapd.teacher.stream import Stream
+
+
+@dataclass(frozen=True)
+class RecordSummary:
+    """What one rank did.
+
+    samples    of its share of the schedule; found: of these, in the cache before; recorded: written now
+    positions  labelled positions of the samples recorded
+    bytes      of the files written, heads included
+    seconds    of the whole walk
+    """
+
+    samples: int
+    found: int
+    recorded: int
+    positions: int
+    bytes: int
+    seconds: float
+
+    @property
+    def bytes_per_position(self) -> float:
+        """Bytes on disk a labelled position recorded; 0 if none was."""
+        return self.bytes / self.positions if self.positions else 0.0
+
+
+def record(
+    config: Config,
+    task: Task,
+    plan: Plan,
+    trajectory: Checkpoints | None,
+    stream: Stream,
+    cache: SignalCache,
+    rank: int,
+    ranks: int,
+    *,
+    classes: int,
+    device: torch.device | None = None,
+    agree: Callable[[list[bool]], list[bool]] | None = None,
+) -> RecordSummary:
+    """Ask `stream` for every signal of the schedule that the cache lacks, and write it there; closes both.
+
+    What is there is read and verified, and recorded again if it is damaged, so that a walk that was killed, or is repeated, asks
+    for the rest alone. classes: of the teacher's head; device: where the batches go, default the CPU; agree: see CachedStream.
+    Raises UserError if the ranks do not divide the batch, or the cache cannot be written.
+    """
+    rows = _rows(config, rank, ranks)
+    began = time.perf_counter()
+    found, recorded, positions, size = _state(cache)
+    cached = CachedStream(cache, plan, stream.spec, trajectory, stream, record=True, classes=classes, agree=agree)
+    depth = config.teacher.depth if config.teacher is not None else 1
+    ahead: deque[list[Batch]] = deque()
+    upcoming = samples = 0
+    shown = rank == 0 and config.telemetry.progress
+    bar = tqdm(total=plan.steps, desc="record", unit=" steps", disable=not shown, file=sys.stderr, dynamic_ncols=True)
+    try:
+        for step in range(plan.steps):
+            while upcoming < min(step + depth + 1, plan.steps):
+                ahead.append([task.batch(upcoming, part) for part in rows])
+                cached.request(upcoming, ahead[-1])
+                upcoming += 1
+            batches = [batch.to(device or torch.device("cpu")) for batch in ahead.popleft()]
+            for _ in cached.signals(step, batches):
+                _check(cache)
+            samples += sum(batch.samples for batch in batches)
+            bar.update()
+        cache.flush()
+        _check(cache)
+    finally:
+        bar.close()
+        cached.close()
+    after = _state(cache)
+    return RecordSummary(
+        samples=samples,
+        found=after[0] - found,
+        recorded=after[1] - recorded,
+        positions=after[2] - positions,
+        bytes=after[3] - size,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _state(cache: SignalCache) -> tuple[int, int, int, int]:
+    return cache.counts["hits"], cache.counts["recorded"], cache.positions, cache.written_bytes
+
+
+def _rows(config: Config, rank: int, ranks: int) -> list[range]:
+    """The rows of each micro-batch of `rank`, as training tiles them: every rank has as many, since a sharded teacher answers
+    all ranks at once, and what training reads together lies together."""
+    total = config.training.global_batch
+    micro = config.training.micro_batch or total // ranks
+    if micro == 0 or total % (micro * ranks):
+        raise UserError(
+            f"training.global_batch: {total} does not divide into micro-batches of {micro} on {ranks} ranks; "
+            f"start another number of ranks, or set training.micro_batch to a divisor of {total // ranks or total}"
+        )
+    return [range(start, start + micro) for start in range(rank * micro, total, ranks * micro)]
+
+
+def _check(cache: SignalCache) -> None:
+    if cache.failure is not None:
+        raise UserError(f"{cache.failure}; free space there, or choose another folder")

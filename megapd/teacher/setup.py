@@ -1,0 +1,147 @@
+"""From a configuration to the teacher's parts: its trajectory, what is asked of it, and the stream that carries the answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from megapd.config import Config, Follow
+from megapd.schedule.policies import Plan, build_plan
+from megapd.signal import Encoding, SignalSpec, negotiate
+from megapd.tasks import Task
+from megapd.teacher.build import Shape, checkpoint_shape
+from megapd.teacher.cache import SignalCache
+from megapd.teacher.cached import CachedStream
+from megapd.teacher.engine import Checkpoints, Demands, Teacher, TeacherOptions
+from megapd.teacher.stream import ColocatedStream, Stream
+from megapd.trajectory import Checkpoint, Trajectory
+from megapd.trajectory.hugging_face import HuggingFaceTrajectory, is_hugging_face
+from megapd.world import World
+
+DEFAULT_K = {"topk": 64, "sampled": 12}
+
+
+def open_trajectory(config: Config) -> Checkpoints:
+    """The trajectory that teacher.trajectory names, or where it names none, the one that the endpoints serve."""
+    assert config.teacher is not None
+    named = config.teacher.trajectory
+    if named is None:
+        from megapd.teacher.client import FixedEndpoints, RemoteTrajectory
+
+        return RemoteTrajectory(config.teacher, FixedEndpoints(config.teacher.endpoints))
+    if is_hugging_face(named):
+        return HuggingFaceTrajectory(named, config.teacher.steps)
+    return Trajectory(Path(named), must_exist=not isinstance(config.schedule, Follow))
+
+
+def resolve_plan(config: Config, trajectory: Checkpoints) -> Plan:
+    """The schedule of the run over the checkpoints there are; `follow` does not need them yet."""
+    assert config.schedule is not None
+    return build_plan(config.schedule, available=trajectory.steps, steps=config.training.steps)
+
+
+def teacher_options(config: Config) -> TeacherOptions:
+    assert config.teacher is not None
+    return TeacherOptions(
+        precision=config.teacher.precision or config.training.precision,
+        sharding=config.teacher.sharding,
+        resident=config.teacher.resident,
+        chunk_bytes=config.loss.chunk_bytes,
+        wait_seconds=config.schedule.timeout_seconds if isinstance(config.schedule, Follow) else None,
+    )
+
+
+def demands(config: Config, task: Task) -> Demands:
+    assert config.teacher is not None
+    return Demands(task.vocabulary_digest, config.teacher.same_vocabulary, task.length)
+
+
+def signal_spec(config: Config, task: Task, plan: Plan, checkpoint: Checkpoint) -> SignalSpec:
+    """The kind asked for, or for `auto` the cheapest exact one, given one of the teacher's checkpoints."""
+    assert config.teacher is not None
+    teacher, shape = config.teacher, checkpoint_shape(checkpoint)
+    kind = teacher.signal
+    if kind == "auto":
+        positions = config.training.global_batch * task.labelled_per_sample * plan.steps / len(plan.starts)
+        kind = negotiate(shape.classes, shape.width, config.loss.teacher_temperature, config.loss.divergence, positions)
+    precision: Encoding = teacher.precision or config.training.precision
+    encoding = precision if teacher.encoding == "auto" or (teacher.encoding == "int8" and kind != "hidden") else teacher.encoding
+    if kind in ("topk", "sampled"):
+        k = min(teacher.k or DEFAULT_K[kind], shape.classes) if kind == "topk" else teacher.k or DEFAULT_K[kind]
+        seed = config.seed if kind == "sampled" else 0
+        return SignalSpec(kind, encoding, k, config.loss.teacher_temperature, seed)
+    return SignalSpec(kind, encoding)
+
+
+def describe_signal(config: Config, task: Task, spec: SignalSpec, shape: Shape) -> str:
+    """What the signal costs, in bytes a labelled position and a token, beside the other exact kinds."""
+    share = task.labelled_per_sample / task.length
+
+    def cost(asked: SignalSpec) -> str:
+        size = asked.bytes_per_position(shape.classes, shape.width)
+        return f"{size:,.0f} bytes a labelled position, {size * share:,.4g} a token"
+
+    others = [SignalSpec(kind, spec.encoding) for kind in ("dense", "hidden") if kind != spec.kind and spec.encoding != "int8"]
+    against = "".join(f"; {other.kind} would be {cost(other)}" for other in others)
+    head = shape.classes * shape.width * 4 if spec.kind == "hidden" else 0
+    once = f", and a head of up to {head:,} bytes a rotation" if head else ""
+    details = "".join(f", {key} {value}" for key, value in json.loads(spec.parameters).items() if key != "kind")
+    return f"signal {spec.kind}{details}: {cost(spec)}{once}{against}"
+
+
+def open_stream(config: Config, task: Task, trajectory: Checkpoints, plan: Plan, world: World, step: int) -> Stream:
+    """The stream of the run, the teacher of `step` in place: a damaged or foreign checkpoint shows before the run begins."""
+    assert config.teacher is not None
+    teacher = config.teacher
+    if teacher.carrier != "cached":
+        source = open_source(config, task, trajectory, plan, world, step)
+        if teacher.cache is None or teacher.on_failure == "cache":
+            return source
+        classes = checkpoint_shape(source.teacher(step)).classes
+        agree, cache = rank_agreement(config, world), SignalCache(teacher.cache)
+        return CachedStream(cache, plan, source.spec, trajectory, source, record=True, classes=classes, agree=agree)
+    assert teacher.cache is not None
+    spec = signal_spec(config, task, plan, _checked(config, task, trajectory, plan, step))
+    return CachedStream(SignalCache(teacher.cache), plan, spec, trajectory, None, record=False)
+
+
+def open_source(config: Config, task: Task, trajectory: Checkpoints, plan: Plan, world: World, step: int) -> Stream:
+    """A stream from a teacher itself, here or served; whatever was recorded is left aside."""
+    assert config.teacher is not None
+    teacher = config.teacher
+    if teacher.carrier == "colocated":
+        own = Teacher(trajectory, world, teacher_options(config), demands(config, task))
+        try:
+            checkpoint = own.rotate(plan.checkpoint_at(step))
+            return ColocatedStream(own, plan, signal_spec(config, task, plan, checkpoint))
+        except BaseException:
+            own.close()  # its reader may be waiting for a file, and would keep the process alive
+            raise
+    from megapd.teacher.client import FixedEndpoints, ServedStream
+
+    return ServedStream(
+        teacher,
+        plan,
+        signal_spec(config, task, plan, _checked(config, task, trajectory, plan, step)),
+        trajectory,
+        device=world.device,
+        shared_memory=teacher.carrier == "shared_memory",
+        endpoints=FixedEndpoints(teacher.endpoints),
+    )
+
+
+def _checked(config: Config, task: Task, trajectory: Checkpoints, plan: Plan, step: int) -> Checkpoint:
+    """The checkpoint that teaches `step`, as soon as it is written; UserError if it cannot teach the task."""
+    wanted, wait = plan.checkpoint_at(step), teacher_options(config).wait_seconds
+    checkpoint = trajectory.checkpoint(wanted) if wait is None else trajectory.wait_for(wanted, wait)
+    demands(config, task).check(checkpoint)
+    return checkpoint
+
+
+def rank_agreement(config: Config, world: World) -> Callable[[list[bool]], list[bool]] | None:
+    """For CachedStream: which of a step's flags are set on any rank, where ranks answer each other's batches."""
+    assert config.teacher is not None
+    if config.teacher.carrier != "colocated" or config.teacher.sharding == "whole":
+        return None
+    return lambda flags: [count > 0 for count in world.sum(*map(int, flags))]

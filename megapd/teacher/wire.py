@@ -1,0 +1,387 @@
+"""What a student asks a served teacher, in Arrow and JSON, and how a teacher says no. Labels never travel.
+
+A request is one record batch of one row a sample, sent by one do_exchange call whose command is `signal`:
+
+    sample     fixed_size_binary[16]    Batch.sample_digests; the teacher computes them again from what it received
+    ids        fixed_size_list[L] of uint8, uint16 or uint32, the smallest that fits
+    segments   the same, where attention stops at document boundaries
+    positions  list of the sample's labelled positions, increasing, the smallest unsigned type that fits
+
+Its schema's metadata: format, request (an id that a repeated request shares), step and teacher (the checkpoint's step and
+digest, as the student's schedule names them), parameters (SignalSpec.parameters), and memory, JSON, where the answer goes into
+the client's shared memory. The answer is megapd.signal's record batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.flight as flight
+import torch
+from numpy.typing import NDArray
+
+from megapd.batch import DIGEST_BYTES, Batch
+from megapd.errors import UserError
+from megapd.signal import SignalSpec
+from megapd.trajectory import Checkpoint
+
+FORMAT = "megapd-request/1"
+CATALOGUE_FORMAT = "megapd-catalogue/1"
+COMMAND = b"signal"
+
+# What one request may hold. A micro-batch of 1,024 samples of 2,048 tokens is 2M tokens, 4 MiB as uint16.
+MAX_SAMPLES = 1 << 16
+MAX_TOKENS = 1 << 24
+MAX_BYTES = 256 << 20
+MAX_ANSWER_BYTES = 16 << 30  # of one request; dense logits of 64k positions over 128k classes in bf16
+MAX_JSON_BYTES = 64 << 10  # of a ticket, an action's body or a value of the metadata
+MAX_MESSAGE = 1000  # characters of an error: it travels in gRPC's trailing metadata, 8 KiB with all else
+MIN_TOKEN_CHARACTERS = 16
+
+RefusalKind = Literal[
+    "wrong_teacher",  # the step is there, with other weights
+    "absent",  # no checkpoint of that step
+    "invalid",  # a request that no teacher would answer
+    "token",  # bearer token missing or another
+    "certificate",  # told by the client's own TLS: the handshake failed
+    "memory",  # the client's shared memory cannot be reached from here
+    "small",  # the client's shared memory does not hold the answer
+    "busy",  # the queue is full: come again
+    "draining",  # about to end: ask another replica
+    "failed",  # the answer could not be made
+]
+
+_TYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.uint32))
+_ARROW_TYPES = tuple(pa.from_numpy_dtype(dtype) for dtype in _TYPES)
+_STEP = re.compile(r"0|[1-9][0-9]{0,14}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_REQUEST = re.compile(r"[0-9a-f]{32}")
+
+
+class Refused(Exception):
+    """A teacher's refusal, with a kind that the client acts on. needed: bytes of shared memory, for kind small."""
+
+    def __init__(self, kind: RefusalKind, message: str, needed: int = 0) -> None:
+        super().__init__(message)
+        self.kind: RefusalKind = kind
+        self.needed = needed
+
+    def as_flight(self) -> flight.FlightError:
+        """The error that a Flight handler raises, which `refusal` turns back on the client."""
+        message = str(self)[:MAX_MESSAGE]
+        extra = json.dumps({"kind": self.kind, "message": message, "needed": self.needed}).encode()
+        if self.kind == "token":
+            return flight.FlightUnauthenticatedError(message, extra)
+        if self.kind in ("busy", "draining"):
+            return flight.FlightUnavailableError(message, extra)
+        return flight.FlightServerError(message, extra)
+
+
+def refusal(error: BaseException) -> Refused | None:
+    """The refusal that a Flight error carries; None where the teacher itself said nothing (it is away, or the call ran out)."""
+    extra = getattr(error, "extra_info", None)
+    if not extra:
+        return None
+    try:
+        tree = json.loads(extra)
+        return Refused(tree["kind"], str(tree["message"]), int(tree.get("needed", 0)))
+    except (ValueError, TypeError, KeyError):  # another server's extra_info
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------------ requests
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where a client wants its answer: file descriptor `fd` of process `pid`, a memfd of that name and at least that size."""
+
+    pid: int
+    fd: int
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question. batch: on the host, its labels and sample ids are zeros. memory: None where the answer travels."""
+
+    id: str
+    step: int
+    teacher: str
+    spec: SignalSpec
+    batch: Batch
+    memory: Memory | None
+
+
+def request_id(teacher: str, spec: SignalSpec, batch: Batch) -> str:
+    """Names the question, 32 hexadecimal digits: repeated or asked by another rank, it is the same."""
+    text = f"{teacher} {batch.digest} {spec.parameters}"
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def encode_request(step: int, teacher: str, spec: SignalSpec, batch: Batch) -> pa.RecordBatch:
+    """The question for `batch` about the checkpoint of teacher step `step`, digest `teacher`. Ids are not negative."""
+    samples, length = batch.ids.shape
+    digests = batch.sample_digests.tobytes()
+    columns: dict[str, pa.Array] = {
+        "sample": pa.FixedSizeBinaryArray.from_buffers(pa.binary(DIGEST_BYTES), samples, [None, pa.py_buffer(digests)])
+    }
+    for name, tensor in (("ids", batch.ids), ("segments", batch.segments)):
+        if tensor is not None:
+            columns[name] = pa.FixedSizeListArray.from_arrays(_small(tensor.numpy(force=True).reshape(-1)), length)
+    positions = (batch.positions % length).numpy(force=True)
+    offsets = np.concatenate([[0], np.cumsum(batch.counts)]).astype(np.int32)
+    columns["positions"] = pa.ListArray.from_arrays(pa.array(offsets), _small(positions))
+    metadata = {
+        "format": FORMAT,
+        "request": request_id(teacher, spec, batch),
+        "step": str(step),
+        "teacher": teacher,
+        "parameters": spec.parameters,
+    }
+    schema = pa.schema([pa.field(name, array.type, nullable=False) for name, array in columns.items()], metadata=metadata)
+    return pa.RecordBatch.from_arrays(list(columns.values()), schema=schema)
+
+
+def with_memory(record: pa.RecordBatch, memory: Memory) -> pa.RecordBatch:
+    """The same question, answered into shared memory."""
+    place = json.dumps({"pid": memory.pid, "fd": memory.fd, "name": memory.name, "bytes": memory.bytes})
+    return record.replace_schema_metadata({**record.schema.metadata, b"memory": place.encode()})
+
+
+def decode_request(record: pa.RecordBatch) -> Request:
+    """The question in `record`, whoever sent it. Refused, kind invalid, unless every part of it is as `encode_request` writes."""
+    metadata = {bytes(key): bytes(value) for key, value in (record.schema.metadata or {}).items()}
+    if metadata.get(b"format") != FORMAT.encode():
+        raise Refused("invalid", f"request: its format is not {FORMAT}; student and teacher run different versions of megapd")
+    step, teacher = parse_teacher(_text(metadata, b"step"), _text(metadata, b"teacher"))
+    try:
+        spec = SignalSpec.parse(_text(metadata, b"parameters"))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise Refused("invalid", f"request: {error}") from error
+    names = record.schema.names
+    if names not in (["sample", "ids", "positions"], ["sample", "ids", "segments", "positions"]):
+        raise Refused("invalid", f"request: unknown columns {', '.join(names)[:200]}")
+    try:
+        record.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise Refused("invalid", f"request: {error}") from error
+    samples = record.num_rows
+    if not 1 <= samples <= MAX_SAMPLES or record.nbytes > MAX_BYTES:
+        limits = f"between 1 and {MAX_SAMPLES} samples and {MAX_BYTES} bytes"
+        raise Refused("invalid", f"request: {samples} samples, {record.nbytes} bytes; it may hold {limits}")
+    ids = _matrix(record.column("ids"), "ids")
+    length = ids.shape[1]
+    segments = _matrix(record.column("segments"), "segments") if "segments" in names else None
+    if segments is not None and segments.shape != ids.shape:
+        raise Refused("invalid", f"request: segments of length {segments.shape[1]}, but ids of length {length}")
+    positions = _positions(record.column("positions"), length)
+    batch = Batch(
+        ids=torch.from_numpy(ids),
+        segments=None if segments is None else torch.from_numpy(segments),
+        positions=torch.from_numpy(positions),
+        labels=torch.zeros(len(positions), dtype=torch.int64),
+        sample_ids=torch.zeros(samples, dtype=torch.int64),
+    )
+    if _digests(record.column("sample")) != batch.sample_digests.tobytes():
+        raise Refused("invalid", "request: the samples' digests are not those of the ids that arrived; it was damaged on its way")
+    if spec.k * len(positions) * 4 > MAX_ANSWER_BYTES:
+        raise Refused("invalid", f"request: k {spec.k} at {len(positions)} positions is more than {MAX_ANSWER_BYTES} bytes")
+    identity = request_id(teacher, spec, batch)
+    if _text(metadata, b"request") != identity:
+        raise Refused("invalid", "request: its id is not that of its content; it was damaged on its way")
+    return Request(identity, step, teacher, spec, batch, _memory(metadata.get(b"memory")))
+
+
+def check_request(request: Request, checkpoint: Checkpoint) -> None:
+    """Refused, kind invalid, where the checkpoint's model cannot take the ids or make the answer, as far as its meta.json tells.
+
+    An id outside the embedding is an error of one request on a CPU, but on a GPU it ends the process.
+    """
+    shapes = checkpoint.config.get("shapes") or {}
+    vocabulary, length, classes = (shapes.get(name) for name in ("vocab_size", "length", "classes"))
+    largest = int(request.batch.ids.max())
+    if vocabulary is not None and largest >= vocabulary:
+        raise Refused("invalid", f"request: id {largest} is outside the teacher's vocabulary of {vocabulary}")
+    if length is not None and request.batch.ids.shape[1] > length:
+        raise Refused("invalid", f"request: {request.batch.ids.shape[1]} tokens a sample, the teacher was trained on {length}")
+    if classes is None:
+        return
+    spec = request.spec
+    if spec.kind == "topk" and spec.k > classes:
+        raise Refused("invalid", f"request: teacher.k {spec.k}, but the teacher has {classes} classes")
+    size = 0 if spec.kind == "hidden" else request.batch.labelled * spec.bytes_per_position(classes, 0)
+    if size > MAX_ANSWER_BYTES:
+        raise Refused("invalid", f"request: its answer takes {size:.0f} bytes, {MAX_ANSWER_BYTES} at most; lower the micro-batch")
+
+
+def _small(values: NDArray[np.int64]) -> pa.Array:
+    largest = int(values.max()) if len(values) else 0
+    if len(values) and int(values.min()) < 0:
+        raise ValueError(f"ids: {int(values.min())} is negative; token ids and segments count from 0")
+    dtype = next((dtype for dtype in _TYPES if largest <= np.iinfo(dtype).max), None)
+    if dtype is None:
+        raise ValueError(f"ids: {largest} does not fit into 32 bits")
+    return pa.array(values.astype(dtype))
+
+
+def _matrix(column: pa.Array, name: str) -> NDArray[np.int64]:
+    """int64 [B, L] of a column of fixed-size lists."""
+    kind = column.type
+    if not pa.types.is_fixed_size_list(kind) or kind.value_type not in _ARROW_TYPES or kind.list_size < 1:
+        raise Refused("invalid", f"request: {name} is of type {kind}")
+    tokens = len(column) * kind.list_size
+    if tokens > MAX_TOKENS:
+        raise Refused("invalid", f"request: {tokens} tokens, {MAX_TOKENS} at most; lower the micro-batch")
+    return _values(column, name).reshape(-1, kind.list_size)
+
+
+def _positions(column: pa.Array, length: int) -> NDArray[np.int64]:
+    """int64 [N], indices into the flattened B * L."""
+    if not pa.types.is_list(column.type) or column.type.value_type not in _ARROW_TYPES:
+        raise Refused("invalid", f"request: positions is of type {column.type}")
+    values = _values(column, "positions")
+    counts = np.diff(column.offsets.to_numpy())
+    if len(values) and values.max() >= length:
+        raise Refused("invalid", f"request: position {values.max()} in samples of {length} tokens")
+    flat = np.repeat(np.arange(len(column), dtype=np.int64) * length, counts) + values
+    if (np.diff(flat) <= 0).any():
+        raise Refused("invalid", "request: the positions of a sample do not increase")
+    return flat
+
+
+def _values(column: pa.Array, name: str) -> NDArray[np.int64]:
+    leaf = column.flatten()
+    if column.null_count or leaf.null_count:
+        raise Refused("invalid", f"request: {name} has nulls")
+    return leaf.to_numpy(zero_copy_only=True).astype(np.int64)
+
+
+def _digests(column: pa.Array) -> bytes:
+    if column.type != pa.binary(DIGEST_BYTES) or column.null_count:
+        raise Refused("invalid", f"request: sample is of type {column.type}, or has nulls")
+    return column.buffers()[1][column.offset * DIGEST_BYTES : (column.offset + len(column)) * DIGEST_BYTES].to_pybytes()
+
+
+def _text(metadata: dict[bytes, bytes], key: bytes) -> str:
+    value = metadata.get(key, b"")
+    if len(value) > 1024:
+        raise Refused("invalid", f"request: {key.decode()} has {len(value)} bytes")
+    return value.decode(errors="replace")
+
+
+def _memory(value: bytes | None) -> Memory | None:
+    if value is None:
+        return None
+    tree = parse_json(value)
+    pid, fd, name, size = (tree.get(key) for key in ("pid", "fd", "name", "bytes"))
+    if type(pid) is not int or type(fd) is not int or type(size) is not int or not isinstance(name, str):
+        raise Refused("invalid", "request: memory needs pid, fd, name and bytes")
+    if pid < 1 or fd < 0 or not 0 < size < 1 << 48:
+        raise Refused("invalid", "request: pid, fd or bytes of its memory out of range")
+    return Memory(pid, fd, name, size)
+
+
+# ------------------------------------------------------------------------------------------------------- JSON of calls
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """A JSON object; Refused, kind invalid, for anything else."""
+    if len(data) > MAX_JSON_BYTES:
+        raise Refused("invalid", f"{len(data)} bytes of JSON, {MAX_JSON_BYTES} at most")
+    try:
+        tree = json.loads(data) if data else {}
+    except (ValueError, RecursionError) as error:
+        raise Refused("invalid", f"not JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise Refused("invalid", "not a JSON object")
+    return tree
+
+
+def parse_teacher(step: object, teacher: object) -> tuple[int, str]:
+    """(teacher step, digest) as a call gives them. Only whole numbers name checkpoints, so no call can name a file."""
+    if isinstance(step, bool) or not isinstance(step, int | str) or not _STEP.fullmatch(str(step)):
+        raise Refused("invalid", f"step: {str(step)[:40]!r} is no teacher step")
+    if not isinstance(teacher, str) or not _DIGEST.fullmatch(teacher):
+        raise Refused("invalid", f"teacher: {str(teacher)[:80]!r} is no digest, 64 hexadecimal digits")
+    return int(step), teacher
+
+
+def head_ticket(step: int, teacher: str) -> flight.Ticket:
+    """Of a do_get that answers with megapd.signal.encode_head."""
+    return flight.Ticket(json.dumps({"head": step, "teacher": teacher}).encode())
+
+
+def parse_ticket(ticket: bytes) -> tuple[int, str]:
+    tree = parse_json(ticket)
+    if tree.keys() != {"head", "teacher"}:
+        raise Refused("invalid", "ticket: it needs head and teacher, and nothing else")
+    return parse_teacher(tree["head"], tree["teacher"])
+
+
+def encode_catalogue(steps: Sequence[int], checkpoints: Iterable[Checkpoint]) -> bytes:
+    """What a student without the trajectory's folder needs to resolve its schedule. Equal configurations are sent once."""
+    configs: list[dict[str, Any]] = []
+    entries = []
+    for checkpoint in checkpoints:
+        if checkpoint.config not in configs[-1:]:  # of neighbours: a run has one
+            configs.append(checkpoint.config)
+        entry = {"step": checkpoint.step, "digest": checkpoint.digest, "vocabulary": checkpoint.vocabulary}
+        entries.append({**entry, "config": len(configs) - 1, "metrics": checkpoint.metrics})
+    tree = {"format": CATALOGUE_FORMAT, "steps": list(steps), "configs": configs, "checkpoints": entries}
+    return json.dumps(tree).encode()
+
+
+def decode_catalogue(data: bytes, path: Path) -> tuple[tuple[int, ...], dict[int, Checkpoint]]:
+    """(steps there are, the checkpoints described, by step). path: what their messages name. Refused if it is not whole."""
+    try:
+        tree = json.loads(data)
+        if tree["format"] != CATALOGUE_FORMAT:
+            raise ValueError(f"its format is {tree['format']!r}, not {CATALOGUE_FORMAT!r}")
+        found = {}
+        for entry in tree["checkpoints"]:
+            step, digest = parse_teacher(entry["step"], entry["digest"])
+            config = tree["configs"][entry["config"]]
+            found[step] = Checkpoint(step, path, digest, str(entry["vocabulary"]), config, entry["metrics"], {})
+        return tuple(sorted(int(step) for step in tree["steps"])), found
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise Refused("failed", f"the teacher's trajectory: not as this megapd reads it: {error}") from error
+
+
+# --------------------------------------------------------------------------------------------------------------- token
+
+
+def read_token(path: Path) -> bytes:
+    """The bearer token in a file, without the white space around it. UserError if it is missing or too short to be a secret."""
+    token = read_secret(path, "teacher.token").strip()
+    if len(token) < MIN_TOKEN_CHARACTERS:
+        raise UserError(
+            f"teacher.token: {path} holds {len(token)} characters, at least {MIN_TOKEN_CHARACTERS} are needed; "
+            f"write it with `openssl rand -hex 32`"
+        )
+    if not re.fullmatch(rb"[!-~]+", token):
+        raise UserError(
+            f"teacher.token: {path} holds characters that are not printable ASCII; write it with `openssl rand -hex 32`"
+        )
+    return token
+
+
+def read_secret(path: Path, setting: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{setting}: {path}: {error.strerror or error}; name a file that can be read") from error
+
+
+def bearer(token: bytes) -> bytes:
+    """The value of the authorization header."""
+    return b"Bearer " + token

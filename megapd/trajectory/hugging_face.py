@@ -1,0 +1,317 @@
+"""Checkpoints of a published model as a trajectory: folders that transformers saved, or revisions on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from glob import escape, glob
+from pathlib import Path
+from typing import Any
+
+from megapd.errors import UserError
+from megapd.files import sha256_file
+from megapd.trajectory.format import META, Checkpoint, File
+from megapd.trajectory.reader import CheckpointTimeout, nearest_steps
+
+HUB = "hf:"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.model"
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+SMALL_FILES = (CONFIG, TOKENIZER, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
+
+_PLACEHOLDERS = re.compile(r"\{(step|kstep)\}")
+_NUMBER = r"(0|[1-9][0-9]*)"
+_STEP_IN_NAME = re.compile(r"step[_-]?([0-9]+)(k?)(?![0-9A-Za-z])")
+
+_hashes: dict[tuple[str, int, int], str] = {}  # (path, bytes, mtime in ns) -> sha256: a file is read once a process
+_hashing = threading.Lock()
+
+
+def is_hugging_face(spec: str) -> bool:
+    """Whether teacher.trajectory names checkpoints of transformers: hf:REPO, a pattern with {step}, or a folder of one.
+
+    A folder or pattern is one if a checkpoint that it stands for has a config.json and no meta.json, which megapd's own have;
+    a pattern that nothing matches is one too, since megapd's own trajectories are named by their folder.
+    """
+    if spec.startswith(HUB):
+        return True
+    if not _PLACEHOLDERS.search(spec):
+        return _is_checkpoint(Path(spec))
+    found = [path for _, path in _matching(spec)]
+    return not found or any(map(_is_checkpoint, found))
+
+
+class HuggingFaceTrajectory:
+    """Published checkpoints, with the interface of Trajectory.
+
+    spec    PATH or hf:REPO[@REVISION]; {step} stands for the step, {kstep} for thousands of steps: "runs/pythia/step_{step}",
+            "hf:EleutherAI/pythia-160m@step{step}", "hf:google/multiberts-seed_0-step_{kstep}k". Without either it is one
+            checkpoint, of the step in its name ("step3000", "step_20k") or of step 0
+    steps   which there are; empty: those of the folders that match, or of the hub's branches and tags if {step} is in REVISION
+
+    From the hub a checkpoint is fetched, into huggingface_hub's cache, when it is first asked for.
+    """
+
+    def __init__(self, spec: str, steps: tuple[int, ...] = ()) -> None:
+        """Raises UserError if there is no checkpoint, or the steps have to be told and are not."""
+        self.spec = spec
+        self._hub = spec.startswith(HUB)
+        self._pattern = spec.removeprefix(HUB)
+        self._placeholder = _PLACEHOLDERS.search(self._pattern) is not None
+        self._given = tuple(sorted(set(steps)))
+        self._steps: tuple[int, ...] = ()
+        self._incomplete: tuple[int, ...] = ()
+        self._folders: dict[int, Path] = {}
+        self._lock = threading.Lock()
+        if len(self._given) > 1 and not self._placeholder:
+            raise UserError(
+                f"teacher.steps: {len(self._given)} steps, but teacher.trajectory {spec} has no {{step}}; write it in"
+            )
+        self.refresh()
+        if not self._steps:
+            incomplete = f" ({len(self._incomplete)} without all of their weights)" if self._incomplete else ""
+            raise UserError(f"teacher.trajectory: no checkpoint of transformers matches {spec}{incomplete}; correct it")
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Steps of the checkpoints, increasing."""
+        return self._steps
+
+    @property
+    def incomplete(self) -> tuple[int, ...]:
+        """Steps whose folder lacks a file of its weights: a copy that stopped midway. The hub has none."""
+        return self._incomplete
+
+    def refresh(self) -> tuple[int, ...]:
+        """Look again which folders there are; returns `steps`. The hub's list is asked for once."""
+        if not self._hub:
+            found = self._local_steps()
+            complete = {step for step in found if self.written(step)}
+            self._steps = tuple(step for step in found if step in complete)
+            self._incomplete = tuple(step for step in found if step not in complete)
+        elif not self._steps:
+            self._steps = self._given or self._hub_steps()
+            for step in self._steps:
+                self._name(step)  # raises for a step that {kstep} cannot write
+        return self._steps
+
+    def written(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is there now, whole; of the hub: whether it is one of `steps`."""
+        if self._hub:
+            return step in self._steps
+        if self._given and step not in self._given:
+            return False
+        folder = Path(self._name(step))
+        return (self._placeholder or step == self._only_step()) and _is_checkpoint(folder) and not _missing(folder)
+
+    def wait_for(self, step: int, timeout_seconds: float, poll_seconds: float = 0.2) -> Checkpoint:
+        """The checkpoint of `step` as soon as it is whole; CheckpointTimeout if it is not after `timeout_seconds`."""
+        deadline = time.monotonic() + timeout_seconds
+        while not self.written(step):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise CheckpointTimeout(f"{self.spec}: no checkpoint of step {step} after {timeout_seconds:g} s")
+            time.sleep(min(poll_seconds, left))
+        return self.checkpoint(step)
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """Everything but the weights, in a folder on this machine. Its config is {"hugging_face": the tree of config.json}.
+
+        digest: sha256 over the lines "NAME SHA256\\n" of the weight files, sorted by name. vocabulary: sha256 of a sentencepiece
+        tokenizer.model, as a task's vocabulary_digest is of the same file, else "": unknown. Raises UserError if it is not
+        there, cannot be fetched, or its files are incomplete or damaged.
+        """
+        if not self.written(step):
+            nearest = nearest_steps(self.refresh(), step)
+            raise UserError(
+                f"teacher.trajectory: {self.spec} has no checkpoint of step {step}; the nearest are "
+                f"{', '.join(map(str, nearest))}: change the schedule, or teacher.steps"
+            )
+        folder = self._fetch(step) if self._hub else Path(self._name(step))
+        config = _read_json(folder / CONFIG)
+        missing = _missing(folder)
+        if missing:
+            raise UserError(f"{folder}: {missing[0]} is missing; fetch or copy the checkpoint again")
+        weights = _weight_files(folder)
+        names = [*weights, CONFIG, *([TOKENIZER] if (folder / TOKENIZER).is_file() else [])]
+        files = {name: File(_sha256(folder / name), (folder / name).stat().st_size) for name in names}
+        lines = "".join(f"{name} {files[name].sha256}\n" for name in sorted(weights))
+        return Checkpoint(
+            step=step,
+            path=folder,
+            digest=hashlib.sha256(lines.encode()).hexdigest(),
+            vocabulary=files[TOKENIZER].sha256 if TOKENIZER in files else "",
+            config={"hugging_face": config},
+            metrics={},
+            files=files,
+        )
+
+    def verify(self) -> list[str]:
+        """Problems, one line each: incomplete or damaged checkpoints, and equal weights at different steps.
+
+        Published trajectories have those: 86 of pythia-2.8b's 154 revisions held the weights of the end of its training
+        (EleutherAI/pythia issues 205 and 206). From the hub every checkpoint is fetched.
+        """
+        self.refresh()
+        problems = [f"{self._name(step)}: it lacks {_missing(Path(self._name(step)))[0]}" for step in self._incomplete]
+        same: dict[str, list[int]] = defaultdict(list)
+        for step in self._steps:
+            try:
+                same[self.checkpoint(step).digest].append(step)
+            except UserError as error:
+                problems.append(str(error))
+        for digest, steps in same.items():
+            if len(steps) > 1:
+                problems.append(f"{self.spec}: steps {', '.join(map(str, steps))} have the same weights, digest {digest[:12]}")
+        return problems
+
+    # -------------------------------------------------------------------------------------------------------------- names
+
+    def _name(self, step: int) -> str:
+        """The folder, or REPO[@REVISION], of a step."""
+        if "{kstep}" in self._pattern and step % 1000:
+            raise UserError(
+                f"teacher.steps: {step} is no multiple of 1000, as {{kstep}} in teacher.trajectory needs; use {{step}}"
+            )
+        return self._pattern.replace("{step}", str(step)).replace("{kstep}", str(step // 1000))
+
+    def _only_step(self) -> int:
+        """The step of a trajectory without placeholder."""
+        if self._given:
+            return self._given[0]
+        found = list(_STEP_IN_NAME.finditer(self._pattern if self._hub else Path(self._pattern).name))
+        return int(found[-1][1]) * (1000 if found[-1][2] else 1) if found else 0
+
+    def _local_steps(self) -> list[int]:
+        if not self._placeholder:
+            return [self._only_step()] if _is_checkpoint(Path(self._pattern)) else []
+        found = sorted(step for step, path in _matching(self._pattern) if _is_checkpoint(path))
+        return [step for step in found if not self._given or step in self._given]
+
+    def _hub_steps(self) -> tuple[int, ...]:
+        repo, _, revision = self._pattern.partition("@")
+        if not self._placeholder:
+            return (self._only_step(),)
+        ask = "list the steps in teacher.steps"
+        if _PLACEHOLDERS.search(repo):
+            raise UserError(f"teacher.steps: {self.spec} is a repository a step, which the hub does not list together; {ask}")
+        import huggingface_hub
+
+        try:
+            refs = huggingface_hub.HfApi().list_repo_refs(repo)
+        except Exception as error:
+            raise _hub_error(error, f"teacher.trajectory: the revisions of {repo} cannot be listed", ask) from error
+        expression = _expression(revision)
+        steps = {step for ref in [*refs.branches, *refs.tags] if (step := _step_of(expression, ref.name)) is not None}
+        if not steps:
+            raise UserError(f"teacher.trajectory: no branch or tag of {repo} is called {revision}; correct it, or {ask}")
+        return tuple(sorted(steps))
+
+    def _fetch(self, step: int) -> Path:
+        """The folder of a step's files in the hub's cache, fetched if they are not there."""
+        import huggingface_hub
+
+        repo, _, revision = self._name(step).partition("@")
+
+        def fetch(patterns: tuple[str, ...]) -> Path:
+            # Other files, nested ones (copies for other runtimes) and weights in a second format can be many times as large.
+            return Path(
+                huggingface_hub.snapshot_download(
+                    repo, revision=revision or None, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+                )
+            )
+
+        with self._lock:
+            if step not in self._folders:
+                try:
+                    folder = fetch((*SMALL_FILES, *SAFETENSORS))
+                    if not any((folder / name).is_file() for name in WEIGHTS[:2]):
+                        folder = fetch((*SMALL_FILES, *PICKLES))
+                except Exception as error:
+                    what = f"teacher.trajectory: {self._name(step)} cannot be fetched"
+                    raise _hub_error(error, what, "check name and network, or fetch it beforehand") from error
+                self._folders[step] = folder
+        return self._folders[step]
+
+
+def _hub_error(error: Exception, what: str, fix: str) -> Exception:
+    """A UserError for what the hub, the network or the disk reports, whatever library says so; any other error as it is."""
+    library = type(error).__module__.partition(".")[0]
+    if not isinstance(error, OSError) and library not in ("huggingface_hub", "httpx", "requests", "urllib3"):
+        return error
+    return UserError(f"{what}: {' '.join(str(error).split())[:200]}; {fix}")
+
+
+def _expression(pattern: str) -> re.Pattern[str]:
+    pieces = _PLACEHOLDERS.split(pattern)  # literal, placeholder, literal, ..
+    literals, names = pieces[::2], pieces[1::2]
+    groups = [f"(?P={name})" if name in names[:i] else f"(?P<{name}>{_NUMBER})" for i, name in enumerate(names)]
+    return re.compile("".join(re.escape(a) + b for a, b in zip(literals, [*groups, ""], strict=True)))
+
+
+def _step_of(expression: re.Pattern[str], name: str) -> int | None:
+    match = expression.fullmatch(name)
+    if match is None:
+        return None
+    found = match.groupdict()
+    step = int(found["step"]) if "step" in found else 1000 * int(found["kstep"])
+    return step if "kstep" not in found or step == 1000 * int(found["kstep"]) else None
+
+
+def _matching(pattern: str) -> Iterator[tuple[int, Path]]:
+    """(step, folder) of the folders that a local pattern stands for."""
+    literals = _PLACEHOLDERS.split(pattern)[::2]
+    expression = _expression(pattern)
+    for name in glob("*".join(map(escape, literals))):
+        step = _step_of(expression, name)
+        if step is not None and Path(name).is_dir():
+            yield step, Path(name)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and not (folder / META).exists()
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the files with weights, as the first of WEIGHTS that is there says; none if there is none."""
+    present = [name for name in WEIGHTS if (folder / name).is_file()]
+    if not present or not present[0].endswith(".json"):
+        return present[:1]
+    weight_map = _read_json(folder / present[0]).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(n, str) and Path(n).name == n for n in weight_map.values()):
+        raise UserError(f"{folder / present[0]}: no usable weight_map; fetch or copy the checkpoint again")
+    return sorted(set(weight_map.values()))
+
+
+def _missing(folder: Path) -> list[str]:
+    """What a whole checkpoint would have and this folder has not."""
+    weights = _weight_files(folder)
+    return [name for name in weights if not (folder / name).is_file()] if weights else [WEIGHTS[0]]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: missing; fetch or copy the checkpoint again") from error
+    except ValueError as error:
+        raise UserError(f"{path}: damaged, not valid JSON ({error}); fetch or copy the checkpoint again") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: damaged, no JSON object; fetch or copy the checkpoint again")
+    return tree
+
+
+def _sha256(path: Path) -> str:
+    stat = path.stat()
+    key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+    with _hashing:
+        if key not in _hashes:
+            _hashes[key] = sha256_file(path)
+        return _hashes[key]

@@ -1,0 +1,224 @@
+"""A teacher without a model, and a served one on a thread of the test's own process."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megapd.batch import Batch
+from megapd.config import Config, load
+from megapd.errors import UserError
+from megapd.schedule.policies import Plan
+from megapd.signal import Head, Signal, SignalSpec, as_sent
+from megapd.teacher.client import FixedEndpoints, ServedStream
+from megapd.teacher.server import TeacherFlight, serve
+from megapd.trajectory import Checkpoint
+
+VOCABULARY, CLASSES, WIDTH, LENGTH = 300, 40, 8, 12
+STEPS = (10, 20, 30)
+PLAN = Plan("explicit", 9, (0, 4, 6), STEPS)
+SPECS = {
+    "dense": SignalSpec("dense"),
+    "dense-bf16": SignalSpec("dense", "bf16"),
+    "hidden": SignalSpec("hidden", "fp16"),
+    "hidden-int8": SignalSpec("hidden", "int8"),
+    "topk": SignalSpec("topk", "fp16", k=5, temperature=1.5),
+    "sampled": SignalSpec("sampled", k=4, seed=3),
+    "argmax": SignalSpec("argmax"),
+}
+
+
+def make_batch(seed: int, samples: int = 3, segments: bool = False, length: int = LENGTH) -> Batch:
+    random = np.random.default_rng(seed)
+    ids = torch.from_numpy(random.integers(0, VOCABULARY, (samples, length)))
+    chosen = np.flatnonzero(random.random(samples * length) < 0.3)
+    labels = torch.from_numpy(random.integers(0, CLASSES, len(chosen)))
+    parts = torch.from_numpy(np.sort(random.integers(0, 3, (samples, length)), axis=1)) if segments else None
+    return Batch(ids, parts, torch.from_numpy(chosen), labels, torch.arange(samples))
+
+
+class FakeTrajectory:
+    """Checkpoints of a run without weights; runs of different names have different digests."""
+
+    def __init__(self, run: str = "run", steps: tuple[int, ...] = STEPS) -> None:
+        self.run, self.steps = run, steps
+        self.incomplete: tuple[int, ...] = ()
+
+    def refresh(self) -> tuple[int, ...]:
+        return self.steps
+
+    def written(self, step: int) -> bool:
+        return step in self.steps
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        if step not in self.steps:
+            raise UserError(f"no checkpoint of step {step}")
+        digest = hashlib.sha256(f"{self.run} {step}".encode()).hexdigest()
+        shapes = {"vocab_size": VOCABULARY, "classes": CLASSES, "length": LENGTH}
+        return Checkpoint(step, Path(self.run), digest, "words", {"shapes": shapes}, {"loss": 1.0 / step}, {})
+
+
+class FakeReplica:
+    """Answers as a function of (checkpoint, id), so that any way of putting requests together gives the same. gate: cleared, the
+    engine waits, `entered` one more; failing: batches with this id in them raise; asked: (teacher step, samples) of each forward pass."""
+
+    classes = CLASSES
+
+    def __init__(self, trajectory: FakeTrajectory | None = None, resident: int = 1) -> None:
+        self.trajectory = trajectory if trajectory is not None else FakeTrajectory()
+        self.resident = resident
+        self.held: tuple[str, ...] = ()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.failing: int | None = None
+        self.asked: list[tuple[int, int]] = []
+        self.prepared: list[int] = []
+        self.staging: dict[int, Future[Checkpoint]] = {}  # a test's own: what prepare() is to return
+        self.entered = self.idled = 0
+
+    def prepare(self, step: int) -> Future[Checkpoint]:
+        self.prepared.append(step)
+        if step in self.staging:
+            return self.staging[step]
+        future: Future[Checkpoint] = Future()
+        future.set_result(self.trajectory.checkpoint(step))
+        return future
+
+    def signal(self, step: int, batch: Batch, spec: SignalSpec) -> Signal:
+        self.entered += 1
+        assert self.gate.wait(30)
+        self.asked.append((step, batch.samples))
+        self.rotate(step)
+        if self.failing is not None and (batch.ids == self.failing).any():
+            raise RuntimeError("this id cannot be answered")
+        return self.expected(step, batch, spec)
+
+    def head(self, step: int) -> Head:
+        self.rotate(step)
+        generator = torch.Generator().manual_seed(step)
+        return Head(torch.randn(CLASSES, WIDTH, generator=generator), torch.randn(CLASSES, generator=generator))
+
+    def idle(self) -> None:
+        self.idled += 1
+
+    def rotate(self, step: int) -> None:
+        digest = self.trajectory.checkpoint(step).digest
+        self.held = (*[other for other in self.held if other != digest], digest)[-self.resident :]
+
+    def expected(self, step: int, batch: Batch, spec: SignalSpec) -> Signal:
+        ids = batch.ids.reshape(-1)[batch.positions]
+        wide = torch.sin((ids[:, None] + step) * torch.arange(1, CLASSES + 1)).float()
+        values, head, logprobs, log_rest = wide, None, None, None
+        if spec.kind == "hidden":
+            values, head = wide[:, :WIDTH].contiguous(), Head(torch.empty(0, 0), None)
+        elif spec.kind == "topk":
+            top = torch.log_softmax(wide / spec.temperature, -1).topk(spec.k)
+            values, logprobs = top.indices, top.values
+            log_rest = torch.log1p(-logprobs.exp().sum(-1))
+        elif spec.kind == "sampled":
+            values = (ids[:, None] * 7 + torch.arange(spec.k) + step) % CLASSES
+        elif spec.kind == "argmax":
+            values = wide.argmax(-1)
+        digest = self.trajectory.checkpoint(step).digest
+        return as_sent(Signal(spec, digest, batch.digest, values, head, logprobs, log_rest))
+
+
+def configuration(*overrides: str, port: int = 0) -> Config:
+    quick = ["--teacher.call_seconds=10", "--teacher.deadline_seconds=20", "--teacher.server.drain_seconds=5"]
+    fixed = ["--teacher.trajectory=unused", f"--teacher.server.port={port}", "--schedule.policy=one_shot"]
+    return load(None, [*fixed, *quick, *overrides])
+
+
+class Served:
+    """serve() on a thread. address: of the client; replica: the fake; stop(): drains and waits for the end."""
+
+    def __init__(self, replica: Any, config: Config, flight_class: type[TeacherFlight] = TeacherFlight) -> None:
+        self.replica, self.config = replica, config
+        self._stop, ready = threading.Event(), threading.Event()
+        self.port = 0
+        self.error: BaseException | None = None
+
+        def opened(port: int) -> None:
+            self.port = port
+            ready.set()
+
+        def run() -> None:
+            try:
+                serve(config, replica, ready=opened, stop=self._stop, flight_class=flight_class)
+            except BaseException as error:
+                self.error = error
+                ready.set()
+
+        self.thread = threading.Thread(target=run, daemon=True)
+        self.thread.start()
+        assert ready.wait(20)
+        if self.error is not None:
+            raise self.error
+        assert config.teacher is not None
+        scheme = "grpc+tls" if config.teacher.server.certificate else "grpc"
+        self.address = f"{scheme}://127.0.0.1:{self.port}"
+
+    def begin_stop(self) -> None:
+        self._stop.set()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if isinstance(self.replica, FakeReplica):
+            self.replica.gate.set()
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+        assert self.error is None
+
+
+@contextlib.contextmanager
+def served(
+    replica: Any = None, *overrides: str, port: int = 0, flight_class: type[TeacherFlight] = TeacherFlight
+) -> Iterator[Served]:
+    server = Served(replica or FakeReplica(), configuration(*overrides, port=port), flight_class)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
+def stream_of(
+    *servers: Served | str,
+    spec: SignalSpec = SPECS["dense"],
+    trajectory: FakeTrajectory | None = None,
+    shared_memory: bool = False,
+    plan: Plan = PLAN,
+    overrides: tuple[str, ...] = (),
+) -> Iterator[ServedStream]:
+    """A student's stream from these servers, or addresses."""
+    config = configuration(*overrides)
+    assert config.teacher is not None
+    addresses = [server if isinstance(server, str) else server.address for server in servers]
+    stream = ServedStream(
+        config.teacher,
+        plan,
+        spec,
+        trajectory or FakeTrajectory(),
+        device=torch.device("cpu"),
+        shared_memory=shared_memory,
+        endpoints=FixedEndpoints(addresses),
+    )
+    try:
+        yield stream
+    finally:
+        stream.close()
+
+
+def same(found: Signal, expected: Signal) -> bool:
+    """Whether two signals hold the same values, bitwise; heads apart."""
+    pairs = [(found.values, expected.values), (found.logprobs, expected.logprobs), (found.log_rest, expected.log_rest)]
+    tensors = all((a is None) == (b is None) and (a is None or b is None or torch.equal(a, b)) for a, b in pairs)
+    return tensors and (found.teacher, found.samples, found.spec) == (expected.teacher, expected.samples, expected.spec)

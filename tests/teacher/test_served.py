@@ -1,0 +1,647 @@
+"""Served streams: both carriers give what the teacher answers, and failures of replicas cost no step."""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import CancelledError, Future
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from megapd.errors import TeacherLost, UserError
+from megapd.signal import SignalMismatch, SignalSpec
+from megapd.teacher.client import FixedEndpoints, RemoteTrajectory
+from megapd.teacher.engine import Teacher, TeacherOptions
+from megapd.teacher.replica import Replica
+from megapd.teacher.server import TeacherFlight
+from megapd.teacher.shared_memory import Slot, Slots
+from megapd.teacher.wire import decode_request, encode_request
+from megapd.trajectory import CheckpointTimeout
+from megapd.world import join_world
+from tests.teacher.serving import (
+    PLAN,
+    SPECS,
+    STEPS,
+    FakeReplica,
+    FakeTrajectory,
+    configuration,
+    make_batch,
+    same,
+    served,
+    stream_of,
+)
+from tests.teacher.teachers import write_trajectory
+
+TOKEN = "0123456789abcdef0123"
+CARRIERS = pytest.mark.parametrize("shared_memory", [False, True], ids=["tcp", "memory"])
+
+
+def batches_of(step, count=2, **settings):
+    return [make_batch(100 * step + number, **settings) for number in range(count)]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_through(stream, replica, steps=range(PLAN.steps), ahead=2):
+    """Steps as a loop takes them, requested ahead; every signal is the teacher's own."""
+    requested = steps.start
+    for step in steps:
+        while requested < min(step + ahead + 1, steps.stop):
+            stream.request(requested, batches_of(requested, segments=requested % 2 == 0))
+            requested += 1
+        batches = batches_of(step, segments=step % 2 == 0)
+        for found, batch in zip(stream.signals(step, batches), batches, strict=True):
+            assert same(found, replica.expected(PLAN.checkpoint_at(step), batch, stream.spec))
+            yield step, found
+
+
+# -------------------------------------------------------------------------------------------------------------- values
+
+
+@CARRIERS
+@pytest.mark.parametrize("name", SPECS)
+def test_what_arrives_is_what_the_teacher_answered(name, shared_memory):
+    with served() as server, stream_of(server, spec=SPECS[name], shared_memory=shared_memory) as stream:
+        for step, found in run_through(stream, server.replica):
+            assert stream.teacher(step).digest == found.teacher
+            if SPECS[name].kind == "hidden":
+                head = server.replica.head(PLAN.checkpoint_at(step))
+                assert torch.equal(found.head.weight, head.weight)
+                assert torch.equal(found.head.bias, head.bias)
+        heads = len(STEPS) if SPECS[name].kind == "hidden" else 0
+        assert stream.counts["requests"] == 2 * PLAN.steps + heads
+        assert len(stream._heads) <= 1  # old ones are dropped
+        assert {key for key, value in stream.counts.items() if value} == {"requests"}
+
+
+@CARRIERS
+def test_a_step_that_was_not_requested(shared_memory):
+    with served() as server, stream_of(server, shared_memory=shared_memory) as stream:
+        assert len(list(run_through(stream, server.replica, ahead=-1))) == 2 * PLAN.steps
+        stream.request(1, batches_of(5))  # other batches than those that come
+        batches = batches_of(1)
+        assert same(stream.signals(1, batches)[0], server.replica.expected(10, batches[0], stream.spec))
+        assert list(stream.signals(2, [])) == []
+
+
+def test_a_batch_without_labelled_positions():
+    batch = make_batch(0)
+    nothing = type(batch)(batch.ids, None, batch.positions[:0], batch.labels[:0], batch.sample_ids)
+    with served() as server, stream_of(server) as stream:
+        assert stream.signals(0, [nothing])[0].values.shape[0] == 0
+
+
+@CARRIERS
+def test_the_real_teacher_over_the_wire_answers_as_in_the_process(tmp_path, shared_memory):
+    trajectory, world = write_trajectory(tmp_path), join_world()
+    options = TeacherOptions()
+    replica, own = Replica(trajectory, world, options), Teacher(trajectory, world, options)
+    replica.open(STEPS[0])
+    batches = [make_batch(number, segments=False, length=21) for number in range(2)]
+    for batch in batches:
+        batch.ids.remainder_(2)
+    ranges = SignalSpec("hidden"), SignalSpec("dense"), SignalSpec("topk", k=3), SignalSpec("sampled", k=4, seed=1)
+    try:
+        with served(replica) as server:
+            for spec in (*ranges, SignalSpec("argmax")):
+                with stream_of(server, spec=spec, trajectory=trajectory, shared_memory=shared_memory) as stream:
+                    for step in (0, 4, 6):
+                        own.rotate(PLAN.checkpoint_at(step))
+                        stream.request(step, batches)
+                        for found, batch in zip(stream.signals(step, batches), batches, strict=True):
+                            expected = own.signal(batch, spec)
+                            assert found.teacher == expected.teacher
+                            # Micro-batches are answered together, so that sums may be taken in another order.
+                            torch.testing.assert_close(found.values, expected.values, rtol=1e-5, atol=1e-6)
+                            if spec.kind == "hidden":
+                                assert torch.equal(found.head.weight, own.head().weight)
+    finally:
+        own.close()
+        replica.close()
+
+
+def test_requests_in_the_smallest_types_come_back_whole():
+    for largest, expected in ((255, pa.uint8()), (256, pa.uint16()), (1 << 16, pa.uint32())):
+        batch = make_batch(0, segments=True)
+        batch.ids[0, 0] = largest
+        batch.ids.clamp_(max=largest)
+        teacher = FakeTrajectory().checkpoint(10).digest
+        record = encode_request(10, teacher, SPECS["topk"], batch)
+        assert record.schema.field("ids").type.value_type == expected
+        assert record.schema.field("segments").type.value_type == pa.uint8()
+        request = decode_request(record)
+        assert (request.step, request.teacher, request.spec) == (10, teacher, SPECS["topk"])
+        for name in ("ids", "segments", "positions"):
+            assert torch.equal(getattr(request.batch, name), getattr(batch, name))
+        assert not request.batch.labels.any()  # they never travel
+    assert decode_request(record).id == decode_request(encode_request(10, teacher, SPECS["topk"], batch)).id
+    with pytest.raises(ValueError, match="negative"):
+        encode_request(10, teacher, SPECS["topk"], type(batch)(-batch.ids - 1, None, *[batch.positions] * 2, batch.sample_ids))
+
+
+# ------------------------------------------------------------------------------------------------------ shared memory
+
+
+def test_signals_stay_as_they_are_while_anything_refers_to_them():
+    with served() as server, stream_of(server, shared_memory=True) as stream:
+        kept = [found for _, found in run_through(stream, server.replica)]
+        copies = [found.values.clone() for found in kept]
+        for step in range(PLAN.steps):
+            stream.signals(step, batches_of(step + 50))
+        assert all(torch.equal(found.values, copy) for found, copy in zip(kept, copies, strict=True))
+        assert len(stream._slots._free) <= 4  # reused: one a micro-batch, and what waited ahead
+    assert torch.equal(kept[0].values, copies[0])  # after close, too
+
+
+def test_an_answer_that_does_not_fit_grows_the_memory(monkeypatch):
+    monkeypatch.setattr("megapd.teacher.shared_memory.FIRST_BYTES", 1)
+    monkeypatch.setattr("megapd.teacher.shared_memory.GRANULE", 512)
+    with served() as server, stream_of(server, shared_memory=True) as stream:
+        assert len(list(run_through(stream, server.replica))) == 2 * PLAN.steps
+        assert stream.counts["retries"] == 0
+        assert server.replica.asked
+        large = [make_batch(7, samples=60)]
+        assert same(stream.signals(8, large)[0], server.replica.expected(30, large[0], stream.spec))
+
+
+def test_memory_that_is_not_a_students_is_refused(tmp_path, monkeypatch):
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"x" * (1 << 20))
+    with secret.open("r+b") as file, served() as server, stream_of(server, shared_memory=True) as stream:
+        monkeypatch.setattr(Slot, "memory", property(lambda slot: slot_memory(os.getpid(), file.fileno(), slot.name)))
+        with pytest.raises(TeacherLost, match=r"teacher\.carrier.*use served"):
+            stream.signals(0, batches_of(0))
+        assert secret.read_bytes() == b"x" * (1 << 20)
+        assert stream.counts["refused"] >= 3
+        # A process of another namespace, whose number is none here.
+        monkeypatch.setattr(Slot, "memory", property(lambda slot: slot_memory(1 << 30, slot.fd, slot.name)))
+        with pytest.raises(TeacherLost, match=r"teacher\.carrier.*No such file"):
+            stream.signals(1, batches_of(1))
+
+
+def slot_memory(pid, fd, name):
+    from megapd.teacher.wire import Memory
+
+    return Memory(pid, fd, name, 1 << 20)
+
+
+def test_a_slot_that_a_lost_teacher_may_still_write_into_is_not_used_again():
+    replica = FakeReplica()
+    with served(replica) as server, stream_of(server, shared_memory=True, overrides=("--teacher.call_seconds=0.3",)) as stream:
+        replica.gate.clear()
+        stream.request(0, batches_of(0, 1))
+        wait_for(lambda: stream.counts["retries"] >= 1)
+        assert not stream._slots._free
+        replica.gate.set()
+        batches = batches_of(0, 1)
+        assert same(stream.signals(0, batches)[0], replica.expected(10, batches[0], stream.spec))
+
+
+def test_memory_of_a_killed_student_is_let_go():
+    script = textwrap.dedent("""
+        import sys, time
+        sys.path.insert(0, ".")
+        from tests.teacher.serving import *
+        with stream_of(sys.argv[1], shared_memory=True) as stream:
+            signal = stream.signals(0, [make_batch(0)])
+            print("got", flush=True)
+            time.sleep(60)
+    """)
+    with served() as server:
+        student = subprocess.Popen([sys.executable, "-c", script, server.address], stdout=subprocess.PIPE)
+        assert student.stdout.readline() == b"got\n"
+        mappings = flight_of(server)._mappings
+        mappings.sweep()
+        assert len(mappings) == 1
+        student.kill()
+        student.wait()
+        mappings.sweep()
+        assert len(mappings) == 0
+
+
+def flight_of(server):
+    """The Flight service of a served teacher, by way of its token check."""
+    import gc
+
+    return next(found for found in gc.get_objects() if isinstance(found, TeacherFlight) and found.port == server.port)
+
+
+def test_slots_close_their_descriptors():
+    before = len(os.listdir("/proc/self/fd"))
+    slots = Slots()
+    held = [slots.take() for _ in range(5)]
+    for _ in range(3):
+        slots.give(held.pop())
+    assert len(os.listdir("/proc/self/fd")) >= before + 5
+    slots.close()
+    while held:
+        slots.give(held.pop())  # after the end: closed at once
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# -------------------------------------------------------------------------------------------------------- many at once
+
+
+def test_small_requests_are_answered_together_and_alone_where_one_is_at_fault():
+    replica = FakeReplica()
+    with served(replica, "--teacher.server.token_budget=120") as server, stream_of(server) as stream:
+        replica.gate.clear()
+        batches = batches_of(0, 6)  # 36 tokens each
+        stream.request(0, batches)
+        wait_for(lambda: queued(stream) == 5)
+        replica.gate.set()
+        found = stream.signals(0, batches)
+        assert all(same(one, replica.expected(10, batch, stream.spec)) for one, batch in zip(found, batches, strict=True))
+        assert replica.asked == [(10, 3), (10, 9), (10, 6)]
+
+        replica.asked.clear()
+        replica.gate.clear()
+        bad, good = batches_of(1, 2)
+        replica.failing = 299
+        bad.ids[0, 0], good.ids[good.ids == 299] = 299, 1
+        stream.request(1, [batches[0], bad, good])
+        wait_for(lambda: queued(stream) == 2)
+        replica.gate.set()
+        wait_for(lambda: stream.counts["retries"] >= 1)
+        replica.failing = None
+        assert len(stream.signals(1, [batches[0], bad, good])) == 3
+        assert (10, 6) in replica.asked  # together, then each alone
+        assert replica.asked.count((10, 3)) >= 3
+
+
+def test_one_question_of_several_students_is_answered_once():
+    replica = FakeReplica()
+    with served(replica) as server, stream_of(server) as first, stream_of(server) as second:
+        replica.gate.clear()
+        blocking = [make_batch(999)]
+        first.request(0, blocking)
+        wait_for(lambda: not replica.gate.is_set() and replica.prepared)
+        batches = batches_of(1)
+        first.request(1, batches)
+        second.request(1, batches)
+        wait_for(lambda: queued(first) == 4)
+        replica.gate.set()
+        for stream in (first, second):
+            assert same(stream.signals(1, batches)[1], replica.expected(10, batches[1], stream.spec))
+        assert replica.asked[-1] == (10, 6)
+
+
+def test_requests_for_the_present_checkpoint_go_first_but_nobody_waits_long(monkeypatch):
+    monkeypatch.setattr("megapd.teacher.dispatch.PATIENCE_SECONDS", 0.5)
+    replica = FakeReplica()
+    stop = threading.Event()
+    with served(replica) as server, stream_of(server) as busy, stream_of(server) as other:
+
+        def ask():
+            for number in range(100_000):
+                if stop.is_set():
+                    return
+                busy.signals(0, [make_batch(number)])
+
+        askers = [threading.Thread(target=ask) for _ in range(1)]
+        for asker in askers:
+            asker.start()
+        wait_for(lambda: len(replica.asked) > 20)
+        try:
+            start = time.monotonic()
+            other.signals(6, batches_of(6))
+            assert time.monotonic() - start < 5
+        finally:
+            stop.set()
+            for asker in askers:
+                asker.join()
+        rotations = sum(a[0] != b[0] for a, b in zip(replica.asked, replica.asked[1:], strict=False))
+        assert rotations <= 2
+
+
+def test_a_checkpoint_that_is_being_staged_does_not_hold_others_up():
+    replica, staged = FakeReplica(), Future()
+    replica.staging[30] = staged
+    with served(replica) as server, stream_of(server) as stream, stream_of(server) as other:
+        late = batches_of(6)
+        other.request(6, late)
+        wait_for(lambda: queued(stream) == 2)
+        assert len(list(run_through(stream, replica, steps=range(0, 4)))) == 8
+        staged.set_result(None)
+        assert same(other.signals(6, late)[0], replica.expected(30, late[0], other.spec))
+
+
+def test_a_full_queue_is_waited_for():
+    replica = FakeReplica()
+    with served(replica, "--teacher.server.queue=1") as server, stream_of(server) as stream:
+        replica.gate.clear()
+        batches = batches_of(0, 8)
+        stream.request(0, batches)
+        wait_for(lambda: stream.counts["retries"] >= 5)
+        replica.gate.set()
+        found = stream.signals(0, batches)
+        assert all(same(one, replica.expected(10, batch, stream.spec)) for one, batch in zip(found, batches, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------ failures
+
+
+class Flipping(TeacherFlight):
+    """Flips a bit of each second answer."""
+
+    answered = 0
+
+    def respond(self, request, answer):
+        record = super().respond(request, answer)
+        self.answered += 1
+        if self.answered % 2 == 0:
+            return record
+        place = record.schema.get_field_index("values")
+        column = record.column(place)
+        leaf = column.values.values
+        flipped = leaf.to_numpy().copy()
+        flipped.view(np.uint8)[5] ^= 4
+        rows = pa.FixedSizeListArray.from_arrays(pa.array(flipped), column.type.value_type.list_size)
+        return record.set_column(place, record.schema.field(place), pa.LargeListArray.from_arrays(column.offsets, rows))
+
+
+@CARRIERS
+def test_flipped_bits_are_counted_and_asked_for_again(shared_memory):
+    with served(flight_class=Flipping) as server, stream_of(server, shared_memory=shared_memory) as stream:
+        assert len(list(run_through(stream, server.replica))) == 2 * PLAN.steps
+        assert stream.counts["damaged"] >= PLAN.steps
+        assert stream.counts["retries"] == stream.counts["damaged"]
+
+
+@CARRIERS
+def test_a_server_that_is_restarted(shared_memory):
+    port, replica = free_port(), FakeReplica()
+    with stream_of(f"grpc://127.0.0.1:{port}", shared_memory=shared_memory) as stream:
+        for steps in (range(0, 4), range(4, 9)):
+            stream.request(steps.start, batches_of(steps.start))  # while nobody is there
+            time.sleep(0.3)
+            with served(replica, port=port):
+                assert len(list(run_through(stream, replica, steps=steps))) == 2 * len(steps)
+        assert stream.counts["retries"] > 0
+
+
+def test_one_of_two_replicas_dies_and_no_step_is_lost():
+    with served() as staying, served() as dying, stream_of(staying, dying) as stream:
+        for step, _ in run_through(stream, staying.replica):
+            if step == 3:
+                dying.stop()
+        assert dying.replica.asked
+        assert len(staying.replica.asked) > len(dying.replica.asked)
+        assert stream.counts["lost"] == 0
+
+
+def test_a_teacher_that_hangs_is_left_for_another():
+    hanging = FakeReplica()
+    hanging.gate.clear()
+    with served(hanging) as first, served() as second:
+        with stream_of(first, second, overrides=("--teacher.call_seconds=0.5",)) as stream:
+            assert len(list(run_through(stream, second.replica))) == 2 * PLAN.steps
+            assert stream.counts["retries"] > 0
+
+
+def test_the_deadline_counts_from_when_the_signals_are_needed():
+    address = f"grpc://127.0.0.1:{free_port()}"
+    with stream_of(address, overrides=("--teacher.deadline_seconds=0.6",)) as stream:
+        stream.request(0, batches_of(0))
+        time.sleep(1.0)
+        start = time.monotonic()
+        with pytest.raises(TeacherLost, match=rf"step 0.*{address}.*refused.*deadline_seconds"):
+            stream.signals(0, batches_of(0))
+        assert 0.5 < time.monotonic() - start < 3
+        assert stream.counts["lost"] == 1
+
+
+def test_a_teacher_that_never_answers_is_lost_at_the_deadline():
+    replica = FakeReplica()
+    with served(replica) as server, stream_of(server, overrides=("--teacher.deadline_seconds=0.5",)) as stream:
+        replica.gate.clear()
+        stream.request(0, batches_of(0))
+        with pytest.raises(TeacherLost, match=rf"step 0.*{server.address}"):
+            stream.signals(0, batches_of(0))
+        replica.gate.set()
+        assert len(list(run_through(stream, replica, steps=range(1, 3)))) == 4
+
+
+@CARRIERS
+def test_another_run_of_equal_steps_is_refused_with_both_digests(shared_memory):
+    own, other = FakeTrajectory("own"), FakeTrajectory("other")
+    with served(FakeReplica(own)) as a, served(FakeReplica(own)) as b:
+        with stream_of(a, b, trajectory=other, shared_memory=shared_memory) as stream:
+            start = time.monotonic()
+            with pytest.raises(SignalMismatch) as caught:
+                stream.signals(0, batches_of(0))
+            assert time.monotonic() - start < 10  # not the deadline's 20
+            assert own.checkpoint(10).digest in str(caught.value)
+            assert other.checkpoint(10).digest in str(caught.value)
+            assert stream.counts["wrong_teacher"] >= 6
+        with stream_of(a, stream_address_of_nobody(), trajectory=other, overrides=("--teacher.deadline_seconds=1",)) as stream:
+            with pytest.raises(TeacherLost, match="schedule names"):  # one is away, and may come back with the right files
+                stream.signals(0, batches_of(0))
+
+
+def stream_address_of_nobody():
+    return f"grpc://127.0.0.1:{free_port()}"
+
+
+def test_a_replica_of_another_run_among_right_ones_costs_no_step():
+    with served(FakeReplica(FakeTrajectory("other"))) as wrong, served() as right, stream_of(wrong, right) as stream:
+        assert len(list(run_through(stream, right.replica))) == 2 * PLAN.steps
+        assert stream.counts["wrong_teacher"] > 0
+
+
+def test_a_refused_token_is_told_before_the_deadline(tmp_path):
+    token, another = tmp_path / "token", tmp_path / "another"
+    token.write_text(TOKEN + "\n")
+    another.write_text(TOKEN[::-1])
+    with served(None, f"--teacher.token={token}") as server:
+        for overrides in ((f"--teacher.token={another}",), ()):
+            with stream_of(server, overrides=overrides) as stream:
+                start = time.monotonic()
+                with pytest.raises(TeacherLost, match=r"teacher\.token"):
+                    stream.signals(0, batches_of(0))
+                assert time.monotonic() - start < 10
+                assert stream.counts["refused"] >= 3
+        with stream_of(server, overrides=(f"--teacher.token={token}",)) as stream:
+            assert len(list(run_through(stream, server.replica, steps=range(2)))) == 4
+
+
+def test_a_request_that_no_teacher_can_answer_is_told_before_the_deadline():
+    batch = make_batch(0)
+    batch.ids[0, 0] = 5000
+    with served() as server, stream_of(server) as stream, pytest.raises(TeacherLost, match="id 5000 is outside"):
+        stream.signals(0, [batch])
+
+
+def test_closing_ends_requests_under_way():
+    replica = FakeReplica()
+    with served(replica) as server, stream_of(server, overrides=("--teacher.call_seconds=60",)) as stream:
+        replica.gate.clear()
+        stream.request(0, batches_of(0))
+        stream.request(1, batches_of(1))
+        wait_for(lambda: replica.prepared)
+        start = time.monotonic()
+        stream.close()
+        assert time.monotonic() - start < 5
+        with pytest.raises((CancelledError, RuntimeError)):
+            stream.signals(0, batches_of(0))
+
+
+# ----------------------------------------------------------------------------------------------------------- rotations
+
+
+def test_the_next_checkpoint_is_prepared_on_every_replica_before_it_teaches():
+    with served() as a, served() as b, stream_of(a, b) as stream:
+        stream.request(0, batches_of(0))
+        wait_for(lambda: 20 in a.replica.prepared and 20 in b.replica.prepared)
+        assert 30 not in a.replica.prepared
+        stream.signals(0, batches_of(0))
+        stream.signals(4, batches_of(4))
+        wait_for(lambda: 30 in a.replica.prepared and 30 in b.replica.prepared)
+
+
+def test_a_checkpoint_that_cannot_be_prepared_is_an_error_long_before_its_step(caplog):
+    replica, failed = FakeReplica(), Future()
+    failed.set_exception(UserError("step_20/model.safetensors: its sha256 is another"))
+    replica.staging[20] = failed
+    with served(replica) as server, stream_of(server) as stream, caplog.at_level(logging.ERROR):
+        stream.request(0, batches_of(0))
+        wait_for(lambda: "its sha256 is another" in caplog.text)
+        line = next(record.getMessage() for record in caplog.records if record.name.endswith("announce"))
+        assert "teacher step 20" in line
+        assert "student step 4" in line
+        assert server.address in line
+
+
+def test_a_checkpoint_that_is_still_to_be_written_is_waited_for():
+    trajectory = FakeTrajectory(steps=(10,))
+    with served(FakeReplica(trajectory)) as server, stream_of(server, trajectory=trajectory) as stream:
+        assert stream.ready(0)
+        assert not stream.ready(4)
+        stream.request(4, batches_of(4))
+        time.sleep(0.5)
+        trajectory.steps = STEPS
+        assert stream.ready(4)
+        assert len(stream.signals(4, batches_of(4))) == 2
+        assert stream.counts["retries"] == 0
+
+
+# ------------------------------------------------------------------------------------------------------ RemoteTrajectory
+
+
+def test_a_student_without_the_folder_resolves_its_schedule(monkeypatch):
+    trajectory = FakeTrajectory()
+    with served(FakeReplica(trajectory)) as server:
+        remote = RemoteTrajectory(configuration().teacher, FixedEndpoints([server.address]))
+        assert remote.steps == STEPS
+        assert remote.incomplete == ()
+        found, own = remote.checkpoint(20), trajectory.checkpoint(20)
+        for name in ("step", "digest", "vocabulary", "config", "metrics"):
+            assert getattr(found, name) == getattr(own, name)
+        assert found.files == {}
+        with pytest.raises(UserError, match="nearest are 10, 20, 30"):
+            remote.checkpoint(25)
+        with pytest.raises(CheckpointTimeout, match="step 40"):
+            remote.wait_for(40, 0.2)
+        trajectory.steps = (*STEPS, 40)
+        assert remote.written(40)
+        assert remote.wait_for(40, 0.2).step == 40
+        assert remote.refresh() == (*STEPS, 40)
+        with stream_of(server, trajectory=remote) as stream:
+            assert len(list(run_through(stream, server.replica))) == 2 * PLAN.steps
+    monkeypatch.setattr("megapd.teacher.catalogue.ANSWER_SECONDS", 0.5)
+    assert remote.checkpoint(20).digest == found.digest  # known
+    with pytest.raises(UserError, match=r"teacher\.endpoints"):
+        RemoteTrajectory(configuration().teacher, FixedEndpoints([server.address]))
+
+
+# --------------------------------------------------------------------------------------------------------------- drain
+
+
+SERVER = """
+import sys
+sys.path.insert(0, ".")
+from megapd.teacher.server import serve
+from tests.teacher.serving import FakeReplica, configuration
+class Slow(FakeReplica):
+    def signal(self, *arguments):
+        import time
+        print("asked", flush=True)
+        time.sleep(0.7)
+        return super().signal(*arguments)
+serve(configuration(port=int(sys.argv[1])), Slow(), ready=lambda port: print(port, flush=True))
+print("drained", flush=True)
+"""
+
+
+def start_server(port=0):
+    process = subprocess.Popen([sys.executable, "-c", SERVER, str(port)], stdout=subprocess.PIPE, text=True)
+    return process, f"grpc://127.0.0.1:{process.stdout.readline().strip()}"
+
+
+def test_sigterm_answers_what_is_queued_and_sends_the_rest_elsewhere():
+    process, address = start_server()
+    try:
+        with served() as other, stream_of(address) as stream:
+            batches = batches_of(0)
+            stream.request(0, batches)
+            assert process.stdout.readline() == "asked\n"
+            wait_for(lambda: queued(stream) == 1)
+            process.send_signal(signal.SIGTERM)
+            found = stream.signals(0, batches)
+            assert same(found[0], FakeReplica().expected(10, batches[0], stream.spec))
+            assert process.wait(15) == 0
+            assert process.stdout.read() == "asked\ndrained\n"
+            assert stream.counts["retries"] == 0
+            with stream_of(address, other) as second:
+                assert len(list(run_through(second, other.replica, steps=range(3)))) == 6
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_killed_server_that_comes_back():
+    process, address = start_server()
+    port = int(address.rsplit(":", 1)[1])
+    with stream_of(address, shared_memory=True) as stream:
+        stream.signals(0, batches_of(0))
+        stream.request(1, batches_of(1))
+        for _ in range(3):
+            assert process.stdout.readline() == "asked\n"
+        process.kill()
+        process.wait()
+        process, _ = start_server(port)
+        try:
+            batches = batches_of(1)
+            assert same(stream.signals(1, batches)[0], FakeReplica().expected(10, batches[0], stream.spec))
+            assert stream.counts["retries"] > 0
+        finally:
+            process.kill()
+            process.wait()
+
+
+# ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def wait_for(condition, seconds=15.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.01)
+
+
+def queued(stream):
+    import json
+
+    return json.loads(stream._replicas.current()[0].action("capacity", b"", 5))["queued"]
