@@ -1,7 +1,7 @@
 """The command line: one thin function a verb.
 
-Exit codes: 0 done (or stopped on request, with a checkpoint); 1 the run diverged, a followed teacher wrote no checkpoint in time, a
-served teacher was lost or another one than scheduled, or the demo did not show its effect;
+Exit codes: 0 done (or stopped on request, with a checkpoint); 1 the run diverged, a followed teacher wrote no checkpoint in
+time, a served teacher was lost or another one than scheduled, or the demo did not show its effect;
 2 a mistake in the settings or files, told in one line.
 """
 
@@ -79,7 +79,8 @@ def record(arguments: argparse.Namespace) -> int:
     from megapd.teacher.command import record_signals
 
     summary = record_signals(_load(arguments))
-    print(summary, flush=True)
+    if summary is not None:
+        print(summary, flush=True)
     return 0
 
 

@@ -214,12 +214,14 @@ class Teacher(Section):
     )
     steps: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="steps of a trajectory that is written with {step}")
     same_vocabulary: bool = Field(False, description="trust that the teacher's ids mean what the task's do, if nothing proves it")
-    signal: Literal["auto", "dense", "hidden", "topk", "sampled", "argmax"] = Field("auto", description="auto: cheapest exact kind")
+    signal: Literal["auto", "dense", "hidden", "topk", "sampled", "argmax"] = Field("auto", description="auto: cheapest exact")
     k: int | None = Field(None, ge=1, description="classes of topk, default 64; draws of sampled, default 12")
     encoding: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field("auto", description="auto: the teacher's precision")
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="of the teacher; default: training.precision")
     sharding: Literal["whole", "zero", "tensor"] = Field("whole", description="how ranks hold it: all of it each, ZeRO-3, tensor")
-    resident: int = Field(1, ge=1, description="checkpoints held at once, so that students steps apart do not wait for swaps")
+    resident: int | None = Field(
+        None, ge=1, description="checkpoints held at once, so that students steps apart do not swap them; default 1, served 2"
+    )
     carrier: Literal["colocated", "served", "shared_memory", "cached"] = "colocated"
     cache: Path | None = Field(None, description="folder of recorded signals: read first, and what it lacks is added")
     endpoints: tuple[str, ...] = Field((), description="grpc://HOST:PORT or grpc+tls://HOST:PORT of the replicas")
@@ -469,11 +471,11 @@ class Config(BaseSettings):
         if argmax_asked and (self.loss.teacher_temperature > 0 or self.loss.divergence == "reverse_kl"):
             raise ValueError("teacher.signal: argmax is exact at loss.teacher_temperature 0 alone; set that, or choose auto")
         if self.teacher is not None and self.teacher.signal in ("topk", "sampled"):
-            kind, sampled = self.teacher.signal, self.teacher.signal == "sampled"
+            sampled = self.teacher.signal == "sampled"
             if self.loss.teacher_temperature == 0:
-                raise ValueError(f"teacher.signal: at loss.teacher_temperature 0 the argmax is all of it, not {kind}; choose auto")
+                raise ValueError("teacher.signal: at loss.teacher_temperature 0 the argmax is all there is; choose auto")
             if sampled and self.loss.divergence not in ("forward_kl", "soft_cross_entropy"):
-                raise ValueError(f"teacher.signal: sampled is unbiased for forward_kl, not for {self.loss.divergence}; choose topk")
+                raise ValueError(f"teacher.signal: sampled is unbiased for forward_kl, not {self.loss.divergence}; choose topk")
         for key in ("warmup", "decay"):
             if getattr(self.lr, key) > self.training.steps:
                 raise ValueError(f"lr.{key}: {getattr(self.lr, key):g} steps exceed training.steps {self.training.steps}")

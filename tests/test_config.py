@@ -4,6 +4,7 @@ import yaml
 from megapd.config import Config, dump, load
 from megapd.errors import UserError
 
+TAUGHT = "teacher: {trajectory: x}\nschedule: {policy: one_shot}\n"
 MODEL = "model: {kind: gpt, layers: 2, hidden: 32, heads: 2}\n"
 
 
@@ -52,6 +53,20 @@ def test_dump_is_a_configuration(tmp_path):
         ("teacher: {trajectory: x, signal: argmax}\nschedule: {policy: one_shot}\n", [], "teacher.signal"),
         ("teacher: {trajectory: x}\nschedule: {policy: explicit, ranges: [{start: 1, checkpoint: 1}]}\n", [], "schedule.ranges"),
         ("", ["--trajectory.steps=[0]"], "trajectory.steps"),
+        (TAUGHT, ["--teacher.carrier=served"], "endpoints"),
+        (TAUGHT, ["--teacher.endpoints=[localhost:8470]"], "endpoints"),
+        (TAUGHT, ["--teacher.carrier=cached"], "cache"),
+        (TAUGHT, ["--teacher.on_failure=cache"], "on_failure"),
+        (TAUGHT, ["--teacher.on_failure=labels"], "on_failure"),
+        (TAUGHT, ["--teacher.k=3"], "k:"),
+        (TAUGHT, ["--teacher.signal=dense", "--teacher.encoding=int8"], "encoding"),
+        (TAUGHT, ["--teacher.key=x"], "certificate"),
+        (TAUGHT, ["--teacher.server.client_authority=x"], "client_authority"),
+        (TAUGHT, ["--teacher.server.key=x"], "certificate"),
+        (TAUGHT, ["--teacher.deadline_seconds=600"], "teacher.deadline_seconds"),
+        (TAUGHT, ["--teacher.signal=topk", "--loss.teacher_temperature=0"], "teacher.signal"),
+        (TAUGHT, ["--teacher.signal=sampled", "--loss.divergence=jsd"], "teacher.signal"),
+        ("teacher: {}\nschedule: {policy: one_shot}\n", [], "trajectory"),
         ("", ["--lr.warmup=5000"], "lr.warmup"),
         ("", ["--lr.kind=wsd", "--lr.decay=1001"], "lr.decay"),
         ("", ["--optimizer.betas=[0.9, 1.5]"], "optimizer.betas"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 from megapd.errors import UserError
 from megapd.files import write_atomic
 from megapd.schedule.policies import Plan
 from megapd.trajectory import Checkpoint
+
+log = logging.getLogger(__name__)
 
 
 class ScheduleRecord:
@@ -40,6 +43,12 @@ class ScheduleRecord:
             raise UserError(
                 f"{checkpoint.path}: its digest is {checkpoint.digest}, but this run was taught by {recorded} at that step; "
                 f"restore the checkpoint, or start a run of another name"
+            )
+        twins = [step for step, digest in self._digests.items() if digest == recorded and step != checkpoint.step]
+        if twins and self._writes:
+            # Published trajectories have branches that serve the final weights, which undoes the method without an error.
+            log.warning(
+                "%s: the same weights as at the teacher's step %d; is the trajectory what it says?", checkpoint.path, twins[0]
             )
         if self._writes:
             write_atomic(self._path, json.dumps({"rotations": self._rotations, "digests": self._digests}, indent=1))

@@ -267,6 +267,8 @@ class ServedStream:
         """`close` ends the call."""
         with self._lock:
             self._calls.add(reader)
+        if self._replicas.closed.is_set():  # `close` may have looked before
+            reader.cancel()
         try:
             yield
         finally:

@@ -54,7 +54,7 @@ def _serve(config: Config) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     trajectory = open_trajectory(config)
-    replica = Replica(trajectory, world, teacher_options(config))
+    replica = Replica(trajectory, world, teacher_options(config, served=True))
     replica.open(resolve_plan(config, trajectory).checkpoint_at(0))
     if world.rank > 0:
         replica.follow()
@@ -132,8 +132,11 @@ class _Supervisor:
         self._stopping = True
 
 
-def record_signals(config: Config) -> RecordSummary:
-    """Fill teacher.cache with the signals of the whole schedule; each rank records its share."""
+def record_signals(config: Config) -> RecordSummary | None:
+    """Fill teacher.cache with the signals of the whole schedule; each rank records its share.
+
+    Returns what all ranks did together, on rank 0; None on the others.
+    """
     teacher = config.teacher
     if teacher is None or teacher.cache is None:
         raise UserError("teacher.cache: name the folder that signals are to be recorded in")
@@ -146,7 +149,7 @@ def record_signals(config: Config) -> RecordSummary:
     task, trajectory = build_task(config), open_trajectory(config)
     plan = resolve_plan(config, trajectory)
     stream = open_source(config, task, trajectory, plan, world, 0)
-    return record(
+    mine = record(
         config,
         task,
         plan,
@@ -159,3 +162,5 @@ def record_signals(config: Config) -> RecordSummary:
         device=world.device,
         agree=rank_agreement(config, world),
     )
+    parts = world.gather(mine)
+    return RecordSummary.together(parts) if world.rank == 0 else None

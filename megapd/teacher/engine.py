@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.2
 # Of the largest hidden state: rounding in another order, a few units in the last place a layer.
 SELF_TEST_TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "fp16": 2e-2}
+READER_NICENESS = 10  # about a tenth of the share of a thread that computes
 STAGED = 4  # checkpoints prepared and not yet used that are kept at most, beside those that fit into holders
 
 
@@ -344,10 +345,10 @@ def _concatenate(part: Tensor, width: int, total: int) -> Tensor:
 
 
 def _give_way() -> None:
-    """Lowest priority for this thread, where the system has one a thread: on a CPU, reading ahead would slow the steps it serves
-    (100 MB read, hashed and copied beside a student on two cores: the step took 1.3 times as long)."""
+    """A low priority for this thread, where the system has one a thread: on a CPU, reading ahead slows the steps beside it (100 MB
+    read, hashed and copied by the side of a student on two cores: 1.3 times the step). Not the lowest, which may starve."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), READER_NICENESS)
 
 
 def _report(step: int, done: Future[Staged]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,20 @@ class RecordSummary:
     positions: int
     bytes: int
     seconds: float
+
+    @staticmethod
+    def together(parts: Sequence[RecordSummary]) -> RecordSummary:
+        """What several ranks did side by side."""
+        sums = {
+            name: sum(getattr(part, name) for part in parts) for name in ("samples", "found", "recorded", "positions", "bytes")
+        }
+        return RecordSummary(**sums, seconds=max(part.seconds for part in parts))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.samples:,} samples: {self.recorded:,} recorded, {self.found:,} there before; {self.bytes:,} bytes, "
+            f"{self.bytes_per_position:,.1f} a labelled position; {self.seconds:.1f} s"
+        )
 
     @property
     def bytes_per_position(self) -> float:

@@ -41,12 +41,13 @@ def resolve_plan(config: Config, trajectory: Checkpoints) -> Plan:
     return build_plan(config.schedule, available=trajectory.steps, steps=config.training.steps)
 
 
-def teacher_options(config: Config) -> TeacherOptions:
+def teacher_options(config: Config, *, served: bool = False) -> TeacherOptions:
+    """served: of a server, whose students ask for the next checkpoint while others still need the present one."""
     assert config.teacher is not None
     return TeacherOptions(
         precision=config.teacher.precision or config.training.precision,
         sharding=config.teacher.sharding,
-        resident=config.teacher.resident,
+        resident=config.teacher.resident or (2 if served else 1),
         chunk_bytes=config.loss.chunk_bytes,
         wait_seconds=config.schedule.timeout_seconds if isinstance(config.schedule, Follow) else None,
     )

@@ -41,20 +41,25 @@ class Stream(Protocol):
 class ColocatedStream:
     """The teacher lives in the student's process and answers on its device.
 
-    The checkpoint of the next rotation is read in the background as soon as the present one teaches.
+    The checkpoint of the next rotation is read in the background from the second step of the present one on, so that the step
+    that rotates has no reader beside it.
     """
 
     def __init__(self, teacher: Teacher, plan: Plan, spec: SignalSpec) -> None:
         self.spec = spec
         self._teacher, self._plan = teacher, plan
+        self._rotated = -1  # the student step of the last rotation
 
     def ready(self, step: int) -> bool:
         return self._teacher.ready(self._plan.checkpoint_at(step))
 
     def teacher(self, step: int) -> Checkpoint:
+        before = self._teacher.held
         checkpoint = self._teacher.rotate(self._plan.checkpoint_at(step))
+        if checkpoint is not before:
+            self._rotated = step
         following = self._plan.next_after(step)
-        if following is not None:
+        if following is not None and (step > self._rotated or following[0] == step + 1):
             self._teacher.prepare(following[1])
         return checkpoint
 

@@ -96,9 +96,7 @@ class Trajectory:
                     found[name] = take(file.get_slice(name), wanted[name])
         if stored != wanted.keys():
             odd = sorted(stored ^ wanted.keys())[:3]
-            raise UserError(
-                f"{checkpoint.path}: its tensors are not those of the model in its meta.json, e.g. {', '.join(odd)}"
-            )
+            raise UserError(f"{checkpoint.path}: its tensors are not those of the model in its meta.json, e.g. {', '.join(odd)}")
         return found
 
     def verify(self) -> list[str]:

@@ -10,6 +10,7 @@ from megapd.config import MLPModel
 from megapd.kernels import LossOptions
 from megapd.models import LossHead, build_model
 from megapd.signal import Head, Signal, SignalSpec
+from megapd.teacher.answers import answer
 
 from .test_transformer import KINDS, VOCAB, build, config, make_batch
 
@@ -36,6 +37,25 @@ def test_without_a_signal_the_loss_is_the_cross_entropy(kind):
     torch.testing.assert_close(learner(batch, None, 7)[0].double(), expected * batch.labelled / 7, atol=1e-6, rtol=1e-6)
 
 
+def test_sparse_signals_have_the_teachers_temperature_already():
+    """All classes as the top k give the dense teacher's loss; draws give its cross entropy on average."""
+    teacher, batch = build(config("gpt"), seed=3).double(), make_batch(1)
+    with torch.no_grad():
+        logits, hidden = 30 * teacher.logits(batch), 30 * teacher.hidden(batch)
+    student = with_options("gpt", teacher_temperature=2.0)
+    dense, _ = student(batch, signal("dense", logits, batch))
+    head = Head(teacher.head.weight.detach(), None)
+    found = {}
+    for spec in (SignalSpec("topk", "fp32", VOCAB, 2.0), SignalSpec("sampled", "fp32", 20_000, 2.0)):
+        values, logprobs, log_rest = answer(spec, batch, hidden, head)
+        sparse = Signal(spec, "t", batch.digest, values, None, logprobs, log_rest)
+        found[spec.kind] = student(batch, sparse)[0].item()
+    assert found["topk"] == pytest.approx(dense.item(), rel=1e-4)
+    probabilities = (logits / 2.0).softmax(-1)
+    entropy = -(probabilities * probabilities.log()).sum(-1).mean().item()
+    assert found["sampled"] == pytest.approx(dense.item() + entropy, rel=0.02)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_signals_reach_the_loss_by_kind(kind):
     """Dense logits and hidden states of one teacher give one loss, the reference's; argmax its class's cross entropy."""
@@ -49,8 +69,8 @@ def test_signals_reach_the_loss_by_kind(kind):
     divergence = F.kl_div(own, logits.log_softmax(-1), log_target=True, reduction="batchmean")
     expected = 0.25 * cross + 0.75 * divergence
     head = Head(teacher.head.weight.detach(), bias)
-    for answer in (signal("dense", logits, batch), signal("hidden", hidden, batch, head)):
-        loss, stats = student(batch, answer)
+    for given in (signal("dense", logits, batch), signal("hidden", hidden, batch, head)):
+        loss, stats = student(batch, given)
         torch.testing.assert_close(loss.double(), expected, atol=1e-6, rtol=1e-6)
         assert stats[0].item() == pytest.approx(divergence.item() * batch.labelled, rel=1e-5)
         assert stats[1].item() == pytest.approx(cross.item() * batch.labelled, rel=1e-5)

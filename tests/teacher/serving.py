@@ -67,8 +67,13 @@ class FakeTrajectory:
 
 
 class FakeReplica:
-    """Answers as a function of (checkpoint, id), so that any way of putting requests together gives the same. gate: cleared, the
-    engine waits, `entered` one more; failing: batches with this id in them raise; asked: (teacher step, samples) of each forward pass."""
+    """Answers as a function of (checkpoint, id), so that any way of putting requests together gives the same.
+
+    gate      while it is cleared, the engine waits, `entered` one more
+    failing   batches with this id in them raise
+    asked     (teacher step, samples) of each forward pass
+    staging   what `prepare` returns for a step, where a test sets it
+    """
 
     classes = CLASSES
 
@@ -81,7 +86,7 @@ class FakeReplica:
         self.failing: int | None = None
         self.asked: list[tuple[int, int]] = []
         self.prepared: list[int] = []
-        self.staging: dict[int, Future[Checkpoint]] = {}  # a test's own: what prepare() is to return
+        self.staging: dict[int, Future[Checkpoint]] = {}
         self.entered = self.idled = 0
 
     def prepare(self, step: int) -> Future[Checkpoint]:

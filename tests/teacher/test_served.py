@@ -1,5 +1,6 @@
 """Served streams: both carriers give what the teacher answers, and failures of replicas cost no step."""
 
+import json
 import logging
 import os
 import signal
@@ -10,6 +11,7 @@ import textwrap
 import threading
 import time
 from concurrent.futures import CancelledError, Future
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -22,8 +24,8 @@ from megapd.teacher.client import FixedEndpoints, RemoteTrajectory
 from megapd.teacher.engine import Teacher, TeacherOptions
 from megapd.teacher.replica import Replica
 from megapd.teacher.server import TeacherFlight
-from megapd.teacher.shared_memory import Slot, Slots
-from megapd.teacher.wire import decode_request, encode_request
+from megapd.teacher.shared_memory import Mappings, Slot, Slots, write
+from megapd.teacher.wire import Memory, Refused, decode_request, encode_request
 from megapd.trajectory import CheckpointTimeout
 from megapd.world import join_world
 from tests.teacher.serving import (
@@ -41,6 +43,15 @@ from tests.teacher.serving import (
 from tests.teacher.teachers import write_trajectory
 
 TOKEN = "0123456789abcdef0123"
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch):
+    """Tries follow each other faster than in earnest."""
+    monkeypatch.setattr("megapd.teacher.replicas.BACKOFF", (0.02, 1.0))
+    monkeypatch.setattr("megapd.teacher.dispatch.POLL_SECONDS", 0.02)
+
+
 CARRIERS = pytest.mark.parametrize("shared_memory", [False, True], ids=["tcp", "memory"])
 
 
@@ -180,21 +191,15 @@ def test_memory_that_is_not_a_students_is_refused(tmp_path, monkeypatch):
     secret = tmp_path / "secret"
     secret.write_bytes(b"x" * (1 << 20))
     with secret.open("r+b") as file, served() as server, stream_of(server, shared_memory=True) as stream:
-        monkeypatch.setattr(Slot, "memory", property(lambda slot: slot_memory(os.getpid(), file.fileno(), slot.name)))
+        monkeypatch.setattr(Slot, "memory", property(lambda slot: Memory(os.getpid(), file.fileno(), slot.name, 1 << 20)))
         with pytest.raises(TeacherLost, match=r"teacher\.carrier.*use served"):
             stream.signals(0, batches_of(0))
         assert secret.read_bytes() == b"x" * (1 << 20)
         assert stream.counts["refused"] >= 3
         # A process of another namespace, whose number is none here.
-        monkeypatch.setattr(Slot, "memory", property(lambda slot: slot_memory(1 << 30, slot.fd, slot.name)))
+        monkeypatch.setattr(Slot, "memory", property(lambda slot: Memory(1 << 30, slot.fd, slot.name, 1 << 20)))
         with pytest.raises(TeacherLost, match=r"teacher\.carrier.*No such file"):
             stream.signals(1, batches_of(1))
-
-
-def slot_memory(pid, fd, name):
-    from megapd.teacher.wire import Memory
-
-    return Memory(pid, fd, name, 1 << 20)
 
 
 def test_a_slot_that_a_lost_teacher_may_still_write_into_is_not_used_again():
@@ -211,31 +216,45 @@ def test_a_slot_that_a_lost_teacher_may_still_write_into_is_not_used_again():
 
 def test_memory_of_a_killed_student_is_let_go():
     script = textwrap.dedent("""
-        import sys, time
-        sys.path.insert(0, ".")
-        from tests.teacher.serving import *
-        with stream_of(sys.argv[1], shared_memory=True) as stream:
-            signal = stream.signals(0, [make_batch(0)])
-            print("got", flush=True)
-            time.sleep(60)
+        import fcntl, os, time
+        fd = os.memfd_create("megapd-test", os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, 1 << 20)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        print(fd, flush=True)
+        time.sleep(60)
     """)
-    with served() as server:
-        student = subprocess.Popen([sys.executable, "-c", script, server.address], stdout=subprocess.PIPE)
-        assert student.stdout.readline() == b"got\n"
-        mappings = flight_of(server)._mappings
-        mappings.sweep()
-        assert len(mappings) == 1
-        student.kill()
-        student.wait()
-        mappings.sweep()
-        assert len(mappings) == 0
+    student = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    mappings, memory = Mappings(), Memory(student.pid, int(student.stdout.readline()), "megapd-test", 1 << 20)
+    record = pa.record_batch({"x": pa.array(range(10))})
+    assert write(record, mappings.open(memory)) > 80
+    assert mappings.open(memory).address == mappings.open(memory).address  # kept
+    with pytest.raises(Refused, match="use served"):
+        Mappings().open(replace(memory, bytes=2 << 20))
+    mappings.sweep()
+    assert len(mappings) == 1
+    student.kill()
+    student.wait()
+    with pytest.raises(Refused, match="use served"):
+        mappings.open(memory)
+    mappings.sweep()
+    assert len(mappings) == 0
 
 
-def flight_of(server):
-    """The Flight service of a served teacher, by way of its token check."""
-    import gc
+def test_memory_that_could_shrink_is_refused():
+    """A server that writes where a file has ended dies."""
+    fd = os.memfd_create("megapd-loose", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, 1 << 20)
+    with pytest.raises(Refused, match=r"teacher\.carrier"):
+        Mappings().open(Memory(os.getpid(), fd, "megapd-loose", 1 << 20))
+    os.close(fd)
 
-    return next(found for found in gc.get_objects() if isinstance(found, TeacherFlight) and found.port == server.port)
+
+def test_mappings_are_few():
+    slots, mappings = Slots(), Mappings(limit=2)
+    held = [slots.take() for _ in range(4)]
+    for slot in held:
+        mappings.open(slot.memory)
+    assert len(mappings) == 2
 
 
 def test_slots_close_their_descriptors():
@@ -259,35 +278,38 @@ def test_small_requests_are_answered_together_and_alone_where_one_is_at_fault():
     with served(replica, "--teacher.server.token_budget=120") as server, stream_of(server) as stream:
         replica.gate.clear()
         batches = batches_of(0, 6)  # 36 tokens each
-        stream.request(0, batches)
+        stream.request(8, batches[:1])
+        wait_for(lambda: replica.entered == 1)
+        stream.request(0, batches[1:])
         wait_for(lambda: queued(stream) == 5)
         replica.gate.set()
-        found = stream.signals(0, batches)
-        assert all(same(one, replica.expected(10, batch, stream.spec)) for one, batch in zip(found, batches, strict=True))
-        assert replica.asked == [(10, 3), (10, 9), (10, 6)]
+        found = stream.signals(0, batches[1:])
+        assert all(same(one, replica.expected(10, batch, stream.spec)) for one, batch in zip(found, batches[1:], strict=True))
+        assert replica.asked == [(30, 3), (10, 9), (10, 6)]
 
         replica.asked.clear()
         replica.gate.clear()
+        blocked = replica.entered
         bad, good = batches_of(1, 2)
         replica.failing = 299
         bad.ids[0, 0], good.ids[good.ids == 299] = 299, 1
+        stream.request(2, batches[:1])
+        wait_for(lambda: replica.entered > blocked)
         stream.request(1, [batches[0], bad, good])
-        wait_for(lambda: queued(stream) == 2)
+        wait_for(lambda: queued(stream) == 3)
         replica.gate.set()
         wait_for(lambda: stream.counts["retries"] >= 1)
         replica.failing = None
         assert len(stream.signals(1, [batches[0], bad, good])) == 3
-        assert (10, 6) in replica.asked  # together, then each alone
-        assert replica.asked.count((10, 3)) >= 3
+        assert replica.asked[1:5] == [(10, 9), (10, 3), (10, 3), (10, 3)]  # together, then each alone
 
 
 def test_one_question_of_several_students_is_answered_once():
     replica = FakeReplica()
     with served(replica) as server, stream_of(server) as first, stream_of(server) as second:
         replica.gate.clear()
-        blocking = [make_batch(999)]
-        first.request(0, blocking)
-        wait_for(lambda: not replica.gate.is_set() and replica.prepared)
+        first.request(0, [make_batch(999)])
+        wait_for(lambda: replica.entered == 1)
         batches = batches_of(1)
         first.request(1, batches)
         second.request(1, batches)
@@ -405,10 +427,10 @@ def test_one_of_two_replicas_dies_and_no_step_is_lost():
 def test_a_teacher_that_hangs_is_left_for_another():
     hanging = FakeReplica()
     hanging.gate.clear()
-    with served(hanging) as first, served() as second:
-        with stream_of(first, second, overrides=("--teacher.call_seconds=0.5",)) as stream:
-            assert len(list(run_through(stream, second.replica))) == 2 * PLAN.steps
-            assert stream.counts["retries"] > 0
+    short = ("--teacher.call_seconds=0.5",)
+    with served(hanging) as first, served() as second, stream_of(first, second, overrides=short) as stream:
+        assert len(list(run_through(stream, second.replica))) == 2 * PLAN.steps
+        assert stream.counts["retries"] > 0
 
 
 def test_the_deadline_counts_from_when_the_signals_are_needed():
@@ -446,13 +468,12 @@ def test_another_run_of_equal_steps_is_refused_with_both_digests(shared_memory):
             assert own.checkpoint(10).digest in str(caught.value)
             assert other.checkpoint(10).digest in str(caught.value)
             assert stream.counts["wrong_teacher"] >= 6
-        with stream_of(a, stream_address_of_nobody(), trajectory=other, overrides=("--teacher.deadline_seconds=1",)) as stream:
-            with pytest.raises(TeacherLost, match="schedule names"):  # one is away, and may come back with the right files
-                stream.signals(0, batches_of(0))
-
-
-def stream_address_of_nobody():
-    return f"grpc://127.0.0.1:{free_port()}"
+        away, short = f"grpc://127.0.0.1:{free_port()}", ("--teacher.deadline_seconds=1",)
+        with (
+            stream_of(a, away, trajectory=other, overrides=short) as stream,
+            pytest.raises(TeacherLost, match="schedule names"),  # one is away, and may come back with the right files
+        ):
+            stream.signals(0, batches_of(0))
 
 
 def test_a_replica_of_another_run_among_right_ones_costs_no_step():
@@ -595,12 +616,14 @@ def test_sigterm_answers_what_is_queued_and_sends_the_rest_elsewhere():
     try:
         with served() as other, stream_of(address) as stream:
             batches = batches_of(0)
-            stream.request(0, batches)
+            stream.request(0, batches[:1])
             assert process.stdout.readline() == "asked\n"
+            stream.request(1, batches[1:])
             wait_for(lambda: queued(stream) == 1)
             process.send_signal(signal.SIGTERM)
-            found = stream.signals(0, batches)
-            assert same(found[0], FakeReplica().expected(10, batches[0], stream.spec))
+            found = [*stream.signals(0, batches[:1]), *stream.signals(1, batches[1:])]
+            for signal_, batch in zip(found, batches, strict=True):
+                assert same(signal_, FakeReplica().expected(10, batch, stream.spec))
             assert process.wait(15) == 0
             assert process.stdout.read() == "asked\ndrained\n"
             assert stream.counts["retries"] == 0
@@ -613,22 +636,19 @@ def test_sigterm_answers_what_is_queued_and_sends_the_rest_elsewhere():
 
 def test_a_killed_server_that_comes_back():
     process, address = start_server()
-    port = int(address.rsplit(":", 1)[1])
-    with stream_of(address, shared_memory=True) as stream:
-        stream.signals(0, batches_of(0))
-        stream.request(1, batches_of(1))
-        for _ in range(3):
-            assert process.stdout.readline() == "asked\n"
-        process.kill()
-        process.wait()
-        process, _ = start_server(port)
-        try:
-            batches = batches_of(1)
-            assert same(stream.signals(1, batches)[0], FakeReplica().expected(10, batches[0], stream.spec))
-            assert stream.counts["retries"] > 0
-        finally:
+    try:
+        with stream_of(address, shared_memory=True) as stream:
+            stream.signals(0, batches_of(0, 1))
+            stream.request(1, batches_of(1))
+            assert [process.stdout.readline() for _ in range(2)] == ["asked\n"] * 2
             process.kill()
             process.wait()
+            with served(port=int(address.rsplit(":", 1)[1])) as server:
+                assert len(list(run_through(stream, server.replica, steps=range(1, 3)))) == 4
+            assert stream.counts["retries"] > 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
@@ -642,6 +662,4 @@ def wait_for(condition, seconds=15.0):
 
 
 def queued(stream):
-    import json
-
     return json.loads(stream._replicas.current()[0].action("capacity", b"", 5))["queued"]

@@ -114,10 +114,14 @@ def test_the_next_checkpoint_is_read_before_it_is_needed(teacher, trajectory, ta
     trajectory.read = recording
     stream = ColocatedStream(teacher, PLAN, SignalSpec("dense"))
     stream.teacher(0)
+    stream.teacher(0)
+    assert [step for step, _ in loaded] == [10], "nothing is read beside the step that rotates"
+    stream.teacher(1)
     assert done[20].wait(10)  # three steps before the rotation
     assert [step for step, _ in loaded] == [10, 20]
     assert all(thread.startswith("teacher-reader") for _, thread in loaded)
     stream.teacher(4)
+    stream.teacher(5)
     assert done[30].wait(10)
     assert [step for step, _ in loaded] == [10, 20, 30]
 
