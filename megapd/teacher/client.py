@@ -202,7 +202,10 @@ class ServedStream:
 
         def do(remote: Remote, seconds: float) -> Signal:
             record = self._exchange(remote, question, seconds)
-            return decode(record, self.spec, checkpoint.digest, batch, _NO_HEAD)
+            try:
+                return decode(record, self.spec, checkpoint.digest, batch, _NO_HEAD)
+            except ValueError as error:  # of Arrow, for one: column names that are no UTF-8
+                raise SignalDamaged(f"signal: {error}") from error
 
         signal = self._replicas.ask(f"step {asked.step}", do, lambda: asked.deadline)
         if self.spec.kind == "hidden":

@@ -345,8 +345,8 @@ def _concatenate(part: Tensor, width: int, total: int) -> Tensor:
 
 
 def _give_way() -> None:
-    """A low priority for this thread, where the system has one a thread: on a CPU, reading ahead slows the steps beside it (100 MB
-    read, hashed and copied by the side of a student on two cores: 1.3 times the step). Not the lowest, which may starve."""
+    """A low priority for this thread, where the system has one a thread: on a CPU, reading ahead slows the steps beside it (100
+    MB read, hashed and copied by the side of a student on two cores: 1.3 times the step). Not the lowest, which may starve."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), READER_NICENESS)
 

@@ -87,7 +87,9 @@ def record(
     ahead: deque[list[Batch]] = deque()
     upcoming = samples = 0
     shown = rank == 0 and config.telemetry.progress
-    bar = tqdm(total=plan.steps, desc="record", unit=" steps", disable=not shown, file=sys.stderr, dynamic_ncols=True)
+    bar = tqdm(
+        total=plan.steps, desc="record", unit=" steps", disable=None if shown else True, file=sys.stderr, dynamic_ncols=True
+    )
     try:
         for step in range(plan.steps):
             while upcoming < min(step + depth + 1, plan.steps):

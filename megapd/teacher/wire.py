@@ -160,21 +160,22 @@ def with_memory(record: pa.RecordBatch, memory: Memory) -> pa.RecordBatch:
 
 def decode_request(record: pa.RecordBatch) -> Request:
     """The question in `record`, whoever sent it. Refused, kind invalid, unless every part of it is as `encode_request` writes."""
+    try:
+        return _decode(record)
+    except (ValueError, pa.ArrowException) as error:  # names that are no UTF-8, for one
+        raise Refused("invalid", f"request: {error}") from error
+
+
+def _decode(record: pa.RecordBatch) -> Request:
     metadata = {bytes(key): bytes(value) for key, value in (record.schema.metadata or {}).items()}
     if metadata.get(b"format") != FORMAT.encode():
         raise Refused("invalid", f"request: its format is not {FORMAT}; student and teacher run different versions of megapd")
     step, teacher = parse_teacher(_text(metadata, b"step"), _text(metadata, b"teacher"))
-    try:
-        spec = SignalSpec.parse(_text(metadata, b"parameters"))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise Refused("invalid", f"request: {error}") from error
+    spec = SignalSpec.parse(_text(metadata, b"parameters"))
     names = record.schema.names
     if names not in (["sample", "ids", "positions"], ["sample", "ids", "segments", "positions"]):
         raise Refused("invalid", f"request: unknown columns {', '.join(names)[:200]}")
-    try:
-        record.validate(full=True)
-    except pa.ArrowInvalid as error:
-        raise Refused("invalid", f"request: {error}") from error
+    record.validate(full=True)
     samples = record.num_rows
     if not 1 <= samples <= MAX_SAMPLES or record.nbytes > MAX_BYTES:
         limits = f"between 1 and {MAX_SAMPLES} samples and {MAX_BYTES} bytes"
