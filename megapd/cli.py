@@ -87,7 +87,7 @@ def record(arguments: argparse.Namespace) -> int:
 def prepare(arguments: argparse.Namespace) -> int:
     from megapd.corpus import prepare as prepare_corpus
 
-    print(prepare_corpus(_load(arguments)))
+    print(prepare_corpus(_load(arguments), progress=sys.stderr.isatty()))
     return 0
 
 

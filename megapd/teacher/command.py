@@ -11,6 +11,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import psutil
+
 from megapd.config import Config
 from megapd.errors import UserError
 from megapd.launch.local import local_command, local_environment
@@ -94,15 +96,25 @@ class _Supervisor:
                 time.sleep(0.2)
         finally:
             for replica in replicas:
-                if replica.process.poll() is None:
-                    replica.process.terminate()
+                self._terminate(replica.process)
             deadline = time.monotonic() + self._server.drain_seconds + 10.0
             for replica in replicas:
                 try:
                     replica.process.wait(max(0.1, deadline - time.monotonic()))
                 except subprocess.TimeoutExpired:
-                    replica.process.kill()
+                    below = psutil.Process(replica.process.pid).children(recursive=True)
+                    for process in [replica.process, *below]:
+                        process.kill()
         return code
+
+    def _terminate(self, process: subprocess.Popen[bytes]) -> None:
+        """SIGTERM to a replica that runs. Of one with ranks the process is DeepSpeed's runner, which would end without a word to
+        its child, the launcher of the ranks, and leave them behind: the launcher is told, ends them, and the runner ends with it."""
+        if process.poll() is not None:
+            return
+        launchers = psutil.Process(process.pid).children() if self._server.ranks > 1 else []
+        for told in launchers or [process]:
+            told.terminate()
 
     def _watch(self, number: int, replica: _Replica) -> int:
         code = replica.process.poll()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -227,3 +230,40 @@ def same(found: Signal, expected: Signal) -> bool:
     pairs = [(found.values, expected.values), (found.logprobs, expected.logprobs), (found.log_rest, expected.log_rest)]
     tensors = all((a is None) == (b is None) and (a is None or b is None or torch.equal(a, b)) for a, b in pairs)
     return tensors and (found.teacher, found.samples, found.spec) == (expected.teacher, expected.samples, expected.spec)
+
+
+def batches_of(step: int, count: int = 2, segments: bool = False) -> list[Batch]:
+    return [make_batch(100 * step + number, segments=segments) for number in range(count)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_through(
+    stream: ServedStream, replica: FakeReplica, steps: range = range(PLAN.steps), ahead: int = 2
+) -> Iterator[tuple[int, Signal]]:
+    """Steps as a loop takes them, requested ahead; every signal is the teacher's own."""
+    requested = steps.start
+    for step in steps:
+        while requested < min(step + ahead + 1, steps.stop):
+            stream.request(requested, batches_of(requested, segments=requested % 2 == 0))
+            requested += 1
+        batches = batches_of(step, segments=step % 2 == 0)
+        for found, batch in zip(stream.signals(step, batches), batches, strict=True):
+            assert same(found, replica.expected(PLAN.checkpoint_at(step), batch, stream.spec))
+            yield step, found
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 15.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.01)
+
+
+def queued(stream: ServedStream) -> int:
+    """Requests that wait at the stream's first replica."""
+    return json.loads(stream._replicas.current()[0].action("capacity", b"", 5))["queued"]
