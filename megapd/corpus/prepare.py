@@ -185,6 +185,4 @@ def _counted(documents: Iterator[str], bar: tqdm) -> Iterator[str]:
 
 
 def _bar(name: str, unit: str, progress: bool) -> tqdm:
-    return tqdm(
-        desc=name, unit=f" {unit}s", unit_scale=True, disable=None if progress else True, file=sys.stderr, dynamic_ncols=True
-    )
+    return tqdm(desc=name, unit=f" {unit}s", unit_scale=True, disable=not progress, file=sys.stderr, dynamic_ncols=True)
