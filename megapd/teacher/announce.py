@@ -5,23 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from typing import Protocol
 
 from megapd.errors import UserError
 from megapd.teacher.replicas import Replicas, classify
 from megapd.teacher.wire import parse_json
-from megapd.trajectory import Checkpoint
+from megapd.trajectory import Checkpoints
 
 log = logging.getLogger(__name__)
 
 AGAIN_SECONDS = 1.0  # between looks whether the replicas are done
 CALL_SECONDS = 10.0
-
-
-class Checkpoints(Protocol):
-    def checkpoint(self, step: int) -> Checkpoint: ...
-
-    def written(self, step: int) -> bool: ...
 
 
 class Announcer:

@@ -12,9 +12,8 @@ from megapd.errors import UserError
 from megapd.schedule.policies import Plan
 from megapd.signal import Head, Signal, SignalSpec, as_sent
 from megapd.teacher.cache import SignalCache
-from megapd.teacher.engine import Checkpoints
 from megapd.teacher.stream import Stream
-from megapd.trajectory import Checkpoint
+from megapd.trajectory import Checkpoint, Checkpoints
 
 
 @dataclass(frozen=True)

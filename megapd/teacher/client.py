@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.flight as flight
@@ -27,7 +27,7 @@ from megapd.teacher.catalogue import RemoteTrajectory
 from megapd.teacher.replicas import Endpoints, FixedEndpoints, Remote, Replicas
 from megapd.teacher.shared_memory import Slots
 from megapd.teacher.wire import COMMAND, Refused, encode_request, head_ticket, parse_json, refusal, with_memory
-from megapd.trajectory import Checkpoint
+from megapd.trajectory import Checkpoint, Checkpoints
 
 __all__ = ["Endpoints", "FixedEndpoints", "RemoteTrajectory", "ServedStream"]
 
@@ -38,14 +38,6 @@ WRITTEN_SECONDS = 0.2  # between looks for a checkpoint that is still to be writ
 
 _DESCRIPTOR = flight.FlightDescriptor.for_command(COMMAND)
 _NO_HEAD = Head(torch.empty(0, 0), None)  # while a record is checked
-
-
-class Checkpoints(Protocol):
-    """What a stream asks a trajectory, here or remote."""
-
-    def checkpoint(self, step: int) -> Checkpoint: ...
-
-    def written(self, step: int) -> bool: ...
 
 
 @dataclass
@@ -99,6 +91,7 @@ class ServedStream:
         self._replicas = Replicas(config, endpoints)
         self._slots = Slots() if shared_memory else None
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="teacher-client")
+        self._workers.submit(lambda: pa.array([0]).to_numpy())  # imports pandas, up to 1 s, beside what the student does first
         self._announcer = Announcer(self._replicas, trajectory)
         self._asked: dict[int, _Asked] = {}
         self._checkpoints: dict[int, Checkpoint] = {}

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from megapd.config import Config
 from megapd.errors import UserError
@@ -108,8 +108,8 @@ class _Supervisor:
         return code
 
     def _terminate(self, process: subprocess.Popen[bytes]) -> None:
-        """SIGTERM to a replica that runs. Of one with ranks the process is DeepSpeed's runner, which would end without a word to
-        its child, the launcher of the ranks, and leave them behind: the launcher is told, ends them, and the runner ends with it."""
+        """SIGTERM to a replica that runs. Where it has ranks, the process is DeepSpeed's runner, which ends without a word to its
+        child, the launcher of the ranks: the launcher is told instead, ends the ranks, and the runner ends with it."""
         if process.poll() is not None:
             return
         launchers = psutil.Process(process.pid).children() if self._server.ranks > 1 else []

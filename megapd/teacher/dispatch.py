@@ -19,7 +19,7 @@ from megapd.batch import Batch
 from megapd.signal import Head, Signal, SignalSpec, encode_head
 from megapd.teacher.metrics import Metrics
 from megapd.teacher.wire import Refused, Request
-from megapd.trajectory import Checkpoint
+from megapd.trajectory import Checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -30,24 +30,11 @@ HEADS = 2  # that stay encoded on the host: of the present teacher and the next
 RATE_HALF_LIFE = 20.0  # forward passes
 
 
-class Catalogue(Protocol):
-    """What a replica says about its checkpoints; from any thread."""
-
-    @property
-    def steps(self) -> tuple[int, ...]: ...
-
-    def refresh(self) -> tuple[int, ...]: ...
-
-    def checkpoint(self, step: int) -> Checkpoint: ...
-
-    def written(self, step: int) -> bool: ...
-
-
 class Replica(Protocol):
     """One copy of the teacher: megapd.teacher.replica, or a test's."""
 
     @property
-    def trajectory(self) -> Catalogue: ...
+    def trajectory(self) -> Checkpoints: ...
 
     @property
     def held(self) -> tuple[str, ...]:

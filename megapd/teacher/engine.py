@@ -15,7 +15,7 @@ import threading
 from collections import OrderedDict
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from megapd.signal import DTYPES, Head, Signal, SignalSpec, as_sent
 from megapd.teacher.answers import Answer, answer
 from megapd.teacher.build import build_teacher, canary, check_architecture, checkpoint_length, read_parts
 from megapd.teacher.holders import HOLDERS, Holder, WholeHolder, stage
-from megapd.trajectory import Checkpoint, check_files
+from megapd.trajectory import Checkpoint, Checkpoints, check_files
 from megapd.world import World
 
 log = logging.getLogger(__name__)
@@ -37,24 +37,6 @@ POLL_SECONDS = 0.2
 SELF_TEST_TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "fp16": 2e-2}
 READER_NICENESS = 10  # about a tenth of the share of a thread that computes
 STAGED = 4  # checkpoints prepared and not yet used that are kept at most, beside those that fit into holders
-
-
-class Checkpoints(Protocol):
-    """What a teacher reads: trajectory.Trajectory, or the same interface over other stores."""
-
-    @property
-    def steps(self) -> tuple[int, ...]: ...
-
-    @property
-    def incomplete(self) -> tuple[int, ...]: ...
-
-    def refresh(self) -> tuple[int, ...]: ...
-
-    def checkpoint(self, step: int) -> Checkpoint: ...
-
-    def written(self, step: int) -> bool: ...
-
-    def wait_for(self, step: int, timeout_seconds: float) -> Checkpoint: ...
 
 
 @dataclass(frozen=True)
@@ -128,6 +110,7 @@ class Teacher:
         self._spare: list[Holder] = []
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="teacher-reader", initializer=_give_way)
         self._ahead: OrderedDict[int, Future[Staged]] = OrderedDict()
+        self._told: set[tuple[int, str]] = set()
         self._lock = threading.Lock()  # of _ahead: a server prepares from its request threads
         self._built, self._closed = threading.Event(), threading.Event()
 
@@ -149,9 +132,9 @@ class Teacher:
         """Start reading the checkpoint of teacher step `step`, as soon as it is written. From any thread."""
         with self._lock:
             future = self._ahead.get(step)
-            if future is None:
+            if future is None or _failed(future):  # what failed may have been mended
                 future = self._reader.submit(self._read, step)
-                future.add_done_callback(lambda done: _report(step, done))
+                future.add_done_callback(lambda done: self._report(step, done))
                 self._ahead[step] = future
                 while len(self._ahead) > STAGED + self.options.resident:
                     self._ahead.popitem(last=False)[1].cancel()
@@ -293,6 +276,13 @@ class Teacher:
         model = build_teacher(checkpoint, self.options.chunk_bytes)
         return HOLDERS[kind](model, self.world, DTYPES[self.options.precision])
 
+    def _report(self, step: int, done: Future[Staged]) -> None:
+        """A checkpoint that cannot be read is told when it is read, which is before a step needs it; each message once."""
+        error = None if done.cancelled() else done.exception()
+        if error is not None and not isinstance(error, CancelledError) and (step, str(error)) not in self._told:
+            self._told.add((step, str(error)))
+            log.error("teacher: the checkpoint of step %d, which is to teach later, cannot be used: %s", step, error)
+
     def _test(self, holder: Holder, checkpoint: Checkpoint) -> None:
         """A small forward pass before the checkpoint teaches: finite, and where it is sharded, once, as the whole model gives it.
 
@@ -351,10 +341,8 @@ def _give_way() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), READER_NICENESS)
 
 
-def _report(step: int, done: Future[Staged]) -> None:
-    """A checkpoint that cannot be read is told when it is read, which is before a step needs it."""
-    if not done.cancelled() and done.exception() is not None and not isinstance(done.exception(), CancelledError):
-        log.error("teacher: the checkpoint of step %d, which is to teach later, cannot be used: %s", step, done.exception())
+def _failed(future: Future[Staged]) -> bool:
+    return future.done() and (future.cancelled() or future.exception() is not None)
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -18,8 +18,8 @@ from megapd.schedule.policies import Plan
 from megapd.tasks import Task
 from megapd.teacher.cache import SignalCache
 from megapd.teacher.cached import CachedStream
-from megapd.teacher.engine import Checkpoints
 from megapd.teacher.stream import Stream
+from megapd.trajectory import Checkpoints
 
 
 @dataclass(frozen=True)

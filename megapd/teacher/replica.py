@@ -19,7 +19,8 @@ from torch import Tensor
 
 from megapd.batch import Batch
 from megapd.signal import Head, Signal, SignalSpec
-from megapd.teacher.engine import Checkpoints, Teacher, TeacherOptions
+from megapd.teacher.engine import Teacher, TeacherOptions
+from megapd.trajectory import Checkpoints
 from megapd.world import World
 
 log = logging.getLogger(__name__)

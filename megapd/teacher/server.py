@@ -310,6 +310,7 @@ def serve(
         server = _listen(options, dispatcher, token, flight_class)
         stack.callback(_shut, server, options.drain_seconds)
         stack.enter_context(_stopped_by_signals(stop))
+        pa.array([0]).to_numpy()  # imports pandas, up to 1 s that the first requests would wait for
         log.info("teacher listens on %s:%d", options.host, server.port)
         if ready is not None:
             ready(server.port)

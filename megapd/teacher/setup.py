@@ -13,9 +13,9 @@ from megapd.tasks import Task
 from megapd.teacher.build import Shape, checkpoint_shape
 from megapd.teacher.cache import SignalCache
 from megapd.teacher.cached import CachedStream
-from megapd.teacher.engine import Checkpoints, Demands, Teacher, TeacherOptions
+from megapd.teacher.engine import Demands, Teacher, TeacherOptions
 from megapd.teacher.stream import ColocatedStream, Stream
-from megapd.trajectory import Checkpoint, Trajectory
+from megapd.trajectory import Checkpoint, Checkpoints, Trajectory
 from megapd.trajectory.hugging_face import HuggingFaceTrajectory, is_hugging_face
 from megapd.world import World
 

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from megapd.batch import DIGEST_BYTES, Batch
 from megapd.errors import UserError
 from megapd.signal import SignalSpec
+from megapd.teacher.build import HUGGING_FACE, checkpoint_shape
 from megapd.trajectory import Checkpoint
 
 FORMAT = "megapd-request/1"
@@ -209,6 +210,8 @@ def check_request(request: Request, checkpoint: Checkpoint) -> None:
     An id outside the embedding is an error of one request on a CPU, but on a GPU it ends the process.
     """
     shapes = checkpoint.config.get("shapes") or {}
+    if HUGGING_FACE in checkpoint.config:
+        shapes = checkpoint_shape(checkpoint)._asdict()
     vocabulary, length, classes = (shapes.get(name) for name in ("vocab_size", "length", "classes"))
     largest = int(request.batch.ids.max())
     if vocabulary is not None and largest >= vocabulary:

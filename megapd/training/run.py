@@ -16,12 +16,12 @@ from megapd.schedule.policies import Plan
 from megapd.schedule.record import ScheduleRecord
 from megapd.tasks import Task, build_task
 from megapd.teacher.cache import SignalCache
-from megapd.teacher.engine import Checkpoints
 from megapd.teacher.setup import open_stream, open_trajectory, resolve_plan
 from megapd.teacher.stream import Stream
 from megapd.training.checkpoint import CheckpointStore
 from megapd.training.engine import Engine, start_world
 from megapd.training.telemetry import Telemetry
+from megapd.trajectory import Checkpoints
 from megapd.world import World
 
 # What may differ between a run's start and its resumption: nothing here changes what the run learns.

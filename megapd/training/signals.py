@@ -44,7 +44,8 @@ def take_signals(run: Run, step: int, batches: Sequence[Batch]) -> Taken:
     lost = isinstance(failure, TeacherLost)
     ranks_lost, ranks_wrong = run.world.sum(int(lost), int(failure is not None and not lost))
     if ranks_wrong:
-        raise failure if failure is not None and not lost else RuntimeError(f"step {step}: another rank failed; see its message")
+        messages = _messages(run, failure if not lost else None)
+        raise failure if failure is not None and not lost else RuntimeError(f"step {step}: another rank failed: {messages}")
     if not ranks_lost:
         return Taken(signals, "teacher")
     policy = run.config.teacher.on_failure
@@ -56,7 +57,16 @@ def take_signals(run: Run, step: int, batches: Sequence[Batch]) -> Taken:
     elif policy == "labels":
         _count(run, step, "steps_from_labels", "the labels", ranks_lost)
         return Taken(repeat(None), "labels")
-    raise failure if failure is not None else TeacherLost(f"step {step}: {ranks_lost} other ranks have no signal")
+    messages = _messages(run, failure)
+    if policy == "cache":
+        messages += f"; and teacher.cache {run.config.teacher.cache} lacks signals of this step"
+    raise TeacherLost(messages) from failure
+
+
+def _messages(run: Run, failure: Exception | None) -> str:
+    """What went wrong, on whichever ranks: rank 0 alone speaks, and may be well itself. A collective."""
+    found = [message for message in run.world.gather(None if failure is None else str(failure)) if message is not None]
+    return "; ".join(dict.fromkeys(found))
 
 
 def _from_cache(run: Run, step: int, batches: Sequence[Batch]) -> list[Signal] | None:

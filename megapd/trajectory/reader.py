@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 from safetensors import safe_open
 from torch import Tensor
@@ -19,6 +20,24 @@ from megapd.trajectory.format import META, Checkpoint, parse_step, read_meta, st
 
 class CheckpointTimeout(TimeoutError):
     """A checkpoint that a teacher was to write did not appear in time."""
+
+
+class Checkpoints(Protocol):
+    """What a teacher reads: trajectory.Trajectory, or the same interface over other stores."""
+
+    @property
+    def steps(self) -> tuple[int, ...]: ...
+
+    @property
+    def incomplete(self) -> tuple[int, ...]: ...
+
+    def refresh(self) -> tuple[int, ...]: ...
+
+    def checkpoint(self, step: int) -> Checkpoint: ...
+
+    def written(self, step: int) -> bool: ...
+
+    def wait_for(self, step: int, timeout_seconds: float) -> Checkpoint: ...
 
 
 class Trajectory:

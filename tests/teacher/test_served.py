@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from concurrent.futures import Future
 from dataclasses import replace
@@ -17,7 +16,9 @@ import torch
 from megapd.errors import TeacherLost, UserError
 from megapd.signal import SignalSpec
 from megapd.teacher.client import FixedEndpoints, RemoteTrajectory
+from megapd.teacher.dispatch import PATIENCE_SECONDS, Dispatcher, Job
 from megapd.teacher.engine import Teacher, TeacherOptions
+from megapd.teacher.metrics import Metrics
 from megapd.teacher.replica import Replica
 from megapd.teacher.shared_memory import Mappings, Slot, Slots, write
 from megapd.teacher.wire import Memory, Refused, decode_request, encode_request
@@ -296,32 +297,33 @@ def test_one_question_of_several_students_is_answered_once():
         assert replica.asked[-1] == (10, 6)
 
 
-def test_requests_for_the_present_checkpoint_go_first_but_nobody_waits_long(monkeypatch):
-    monkeypatch.setattr("megapd.teacher.dispatch.PATIENCE_SECONDS", 0.5)
+def test_requests_for_the_present_checkpoint_go_first_but_nobody_waits_long():
     replica = FakeReplica()
-    stop = threading.Event()
-    with served(replica) as server, stream_of(server) as busy, stream_of(server) as other:
+    dispatcher = Dispatcher(replica, Metrics(), limit=9, token_budget=36)  # one request at a time
 
-        def ask():
-            for number in range(100_000):
-                if stop.is_set():
-                    return
-                busy.signals(0, [make_batch(number)])
+    def submit(step):
+        teacher, batch = replica.trajectory.checkpoint(step).digest, make_batch(len(replica.prepared))
+        request = decode_request(encode_request(step, teacher, SPECS["dense"], batch))
+        job = Job(step, teacher, request, lambda: False)
+        dispatcher.submit(job)
+        return job
 
-        askers = [threading.Thread(target=ask) for _ in range(1)]
-        for asker in askers:
-            asker.start()
-        wait_for(lambda: len(replica.asked) > 20)
-        try:
-            start = time.monotonic()
-            other.signals(6, batches_of(6))
-            assert time.monotonic() - start < 5
-        finally:
-            stop.set()
-            for asker in askers:
-                asker.join()
-        rotations = sum(a[0] != b[0] for a, b in zip(replica.asked, replica.asked[1:], strict=False))
-        assert rotations <= 2
+    def turn():
+        dispatcher.turn(0)
+        return replica.asked[-1][0]
+
+    submit(10)
+    assert turn() == 10
+    waiting = submit(30)
+    for _ in range(3):
+        submit(10)
+    assert turn() == 10  # it is in memory
+    waiting.arrived -= 2 * PATIENCE_SECONDS
+    assert turn() == 10  # the present checkpoint has not had its time yet
+    dispatcher._rotated -= 2 * PATIENCE_SECONDS
+    assert turn() == 30
+    assert turn() == 10
+    assert dispatcher.queued == 0
 
 
 def test_a_checkpoint_that_is_being_staged_does_not_hold_others_up():
@@ -367,8 +369,9 @@ def test_a_checkpoint_that_cannot_be_prepared_is_an_error_long_before_its_step(c
     replica.staging[20] = failed
     with served(replica) as server, stream_of(server) as stream, caplog.at_level(logging.ERROR):
         stream.request(0, batches_of(0))
-        wait_for(lambda: "its sha256 is another" in caplog.text)
+        wait_for(lambda: any(record.name.endswith("announce") for record in caplog.records))
         line = next(record.getMessage() for record in caplog.records if record.name.endswith("announce"))
+        assert "its sha256 is another" in line
         assert "teacher step 20" in line
         assert "student step 4" in line
         assert server.address in line

@@ -1,0 +1,150 @@
+"""Who may ask a teacher: tokens, certificates, the addresses that it listens on."""
+
+import socket
+from pathlib import Path
+
+import pyarrow.flight as flight
+import pytest
+
+from megapd.errors import TeacherLost, UserError
+from megapd.teacher.wire import encode_request, head_ticket
+from tests.teacher.calls import act, exchange, options
+from tests.teacher.certificates import make_authority
+from tests.teacher.serving import (
+    SPECS,
+    STEPS,
+    FakeReplica,
+    FakeTrajectory,
+    Served,
+    configuration,
+    make_batch,
+    served,
+    stream_of,
+)
+
+TOKEN = b"0123456789abcdef0123"
+DIGESTS = {step: FakeTrajectory().checkpoint(step).digest for step in STEPS}
+DENSE = SPECS["dense"]
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch):
+    monkeypatch.setattr("megapd.teacher.dispatch.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("megapd.teacher.replicas.BACKOFF", (0.02, 1.0))
+
+
+# -------------------------------------------------------------------------------------------- tokens, certificates, hosts
+
+
+def test_without_the_token_nothing_is_answered(tmp_path):
+    file = tmp_path / "token"
+    file.write_bytes(TOKEN + b"\n")
+    record = encode_request(20, DIGESTS[20], DENSE, make_batch(0))
+    with served(None, f"--teacher.token={file}") as server, flight.FlightClient(server.address) as client:
+        for token in (None, b"", TOKEN, b"Bearer " + TOKEN[:-1], b"Bearer " + TOKEN + b"0", b"bearer " + TOKEN, b"Bearer \xff"):
+            for call in (
+                lambda token=token: exchange(client, record, token=token),
+                lambda token=token: act(client, "health", token=token),
+                lambda token=token: client.do_get(head_ticket(20, DIGESTS[20]), options(token)).read_all(),
+                lambda token=token: list(client.list_flights(options=options(token))),
+            ):
+                with pytest.raises((flight.FlightUnauthenticatedError, flight.FlightInternalError)):
+                    call()
+        assert not server.replica.asked
+        assert exchange(client, record, token=b"Bearer " + TOKEN).data.num_rows == 3
+
+
+def test_tokens_that_are_none(tmp_path):
+    file = tmp_path / "token"
+    for content in (b"", b"short\n", b"two words, and long enough", b"\xff" * 20):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"teacher\.token"):
+            Served(FakeReplica(), configuration(f"--teacher.token={file}"))
+    with pytest.raises(UserError, match=r"teacher\.token"):
+        Served(FakeReplica(), configuration(f"--teacher.token={tmp_path / 'none'}"))
+
+
+def test_it_listens_on_loopback_unless_there_is_a_token(tmp_path):
+    with pytest.raises(UserError, match=r"teacher\.token: teacher\.server\.host 0\.0\.0\.0"):
+        Served(FakeReplica(), configuration("--teacher.server.host=0.0.0.0"))
+    file = tmp_path / "token"
+    file.write_bytes(TOKEN)
+
+    with served() as server:
+        assert listening_on(server.port) == {"0100007F"}
+    with served(None, "--teacher.server.host=0.0.0.0", f"--teacher.token={file}") as server:
+        assert listening_on(server.port) == {"00000000"}
+        with stream_of(server, overrides=(f"--teacher.token={file}",)) as stream:
+            assert len(stream.signals(0, [make_batch(0)])) == 1
+
+
+def listening_on(port):
+    """IPv4 addresses, in hexadecimal, little-endian; those of sockets for both families too."""
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {line[1].split(":")[0][-8:] for line in lines if line[3] == "0A" and int(line[1].split(":")[1], 16) == port}
+
+
+def test_ports_that_another_has():
+    with served() as server, pytest.raises(UserError, match=rf"teacher\.server: .*:{server.port}.*choose another"):
+        Served(FakeReplica(), configuration(port=server.port))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        setting = f"--teacher.server.metrics_port={taken.getsockname()[1]}"
+        with pytest.raises(UserError, match=r"teacher\.server\.metrics_port"):
+            Served(FakeReplica(), configuration(setting))
+
+
+@pytest.fixture(scope="module")
+def authorities(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tls")
+    return make_authority(folder / "ours"), make_authority(folder / "theirs")
+
+
+def tls(authority, *, mutual):
+    settings = [f"--teacher.server.certificate={authority.server.certificate}", f"--teacher.server.key={authority.server.key}"]
+    return settings + ([f"--teacher.server.client_authority={authority.root}"] if mutual else [])
+
+
+def shown(root, pair=None):
+    settings = {"root_certificate": root} | ({} if pair is None else {"certificate": pair.certificate, "key": pair.key})
+    return tuple(f"--teacher.{name}={value}" for name, value in settings.items())
+
+
+@pytest.mark.parametrize("shared_memory", [False, True])
+def test_mutual_tls(authorities, shared_memory, monkeypatch):
+    monkeypatch.setattr("megapd.teacher.replicas.SOCKET_SECONDS", 0.2)
+    ours, theirs = authorities
+    with served(None, *tls(ours, mutual=True)) as server:
+        good = shown(ours.root, ours.client)
+        with stream_of(server, shared_memory=shared_memory, overrides=good) as stream:
+            assert len(stream.signals(0, [make_batch(0)])) == 1
+        asked = len(server.replica.asked)
+        for overrides in (
+            shown(ours.root),  # none
+            shown(ours.root, ours.expired),
+            shown(ours.root, theirs.client),
+            shown(theirs.root, ours.client),  # the student does not trust the teacher
+        ):
+            with stream_of(server, overrides=overrides) as stream:
+                with pytest.raises(TeacherLost, match=r"teacher\.certificate.*teacher\.token"):
+                    stream.signals(0, [make_batch(0)])
+                assert stream.counts["refused"] >= 3
+        with stream_of(server.address.replace("+tls", "")) as stream, pytest.raises(TeacherLost):
+            stream.signals(0, [make_batch(0)])  # in plain text
+        assert len(server.replica.asked) == asked
+
+
+def test_tls_of_the_server_alone_with_a_token(authorities, tmp_path):
+    ours, _ = authorities
+    file = tmp_path / "token"
+    file.write_bytes(TOKEN)
+    with served(None, f"--teacher.token={file}", *tls(ours, mutual=False)) as server:
+        with stream_of(server, overrides=(*shown(ours.root), f"--teacher.token={file}")) as stream:
+            assert len(stream.signals(0, [make_batch(0)])) == 1
+        with stream_of(server, overrides=shown(ours.root)) as stream, pytest.raises(TeacherLost, match=r"teacher\.token"):
+            stream.signals(0, [make_batch(0)])
+    with pytest.raises(UserError, match=r"teacher\.server\.key"):
+        Served(FakeReplica(), configuration(*tls(ours, mutual=False)[:1], f"--teacher.server.key={tmp_path / 'none'}"))
+    with pytest.raises(UserError, match=r"teacher\.root_certificate"), stream_of(server, overrides=shown(tmp_path / "none")):
+        pass
