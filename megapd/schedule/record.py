@@ -24,7 +24,7 @@ class ScheduleRecord:
         """Raises UserError if a resumed run's schedule no longer resolves to what was recorded."""
         self._path, self._writes = path, writes
         self._digests: dict[int, str] = {}
-        rotations = [list(rotation) for rotation in plan.rotations()]
+        rotations = [list(rotation) for rotation in plan.fixed()]
         if resumed and path.exists():
             recorded = json.loads(path.read_text())
             self._digests = {int(step): digest for step, digest in recorded["digests"].items()}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import psutil  # type: ignore[import-untyped]
 
-from megapd.config import Config
+from megapd.config import Adaptive, Config
 from megapd.errors import UserError
 from megapd.launch.local import local_command, local_environment
 from megapd.tasks import build_task
@@ -160,6 +160,8 @@ def record_signals(config: Config) -> RecordSummary | None:
     world = join_world()
     task, trajectory = build_task(config), open_trajectory(config)
     plan = resolve_plan(config, trajectory)
+    if isinstance(config.schedule, Adaptive):
+        raise UserError("schedule.policy: adaptive decides while a student trains, so its signals cannot be recorded ahead of it")
     stream = open_source(config, task, trajectory, plan, world, 0)
     mine = record(
         config,

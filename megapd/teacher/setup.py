@@ -38,7 +38,9 @@ def open_trajectory(config: Config) -> Checkpoints:
 def resolve_plan(config: Config, trajectory: Checkpoints) -> Plan:
     """The schedule of the run over the checkpoints there are; `follow` does not need them yet."""
     assert config.schedule is not None
-    return build_plan(config.schedule, available=trajectory.steps, steps=config.training.steps)
+    # Models of transformers come without metrics, and to describe one is to fetch and hash it.
+    metrics_of = None if isinstance(trajectory, HuggingFaceTrajectory) else lambda step: trajectory.checkpoint(step).metrics
+    return build_plan(config.schedule, available=trajectory.steps, steps=config.training.steps, metrics_of=metrics_of)
 
 
 def teacher_options(config: Config, *, served: bool = False) -> TeacherOptions:
@@ -64,7 +66,7 @@ def signal_spec(config: Config, task: Task, plan: Plan, checkpoint: Checkpoint) 
     teacher, shape = config.teacher, checkpoint_shape(checkpoint)
     kind = teacher.signal
     if kind == "auto":
-        positions = config.training.global_batch * task.labelled_per_sample * plan.steps / len(plan.starts)
+        positions = config.training.global_batch * task.labelled_per_sample * plan.steps / len(plan.fixed())
         kind = negotiate(shape.classes, shape.width, config.loss.teacher_temperature, config.loss.divergence, positions)
     precision: Encoding = teacher.precision or config.training.precision
     encoding = precision if teacher.encoding == "auto" or (teacher.encoding == "int8" and kind != "hidden") else teacher.encoding

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megapd.config import Follow
+from megapd.config import Adaptive, Follow
 from megapd.errors import Diverged
+from megapd.schedule.adaptive import AdaptivePlan, reported_kind
 from megapd.training.control import StopRequest
 from megapd.training.evaluation import held_out
 from megapd.training.feed import BatchFeed
@@ -42,9 +43,13 @@ def train(run: Run) -> bool:
     step, stopped = run.start, False
     try:
         while step < steps:
-            # The batch, its global count of labelled positions, and whether any rank was asked to stop.
+            # The batch, its global count of labelled positions, whether any rank was asked to stop, what the schedule decided.
             batches = feed.get(step)
-            labelled, stops = world.sum(sum(b.labelled for b in batches), int(stop.pending()))
+            adaptive = run.plan if isinstance(run.plan, AdaptivePlan) else None
+            news = adaptive.news() if adaptive is not None else (0, 0, 0)
+            labelled, stops, *heard = world.sum(sum(b.labelled for b in batches), int(stop.pending()), *news)
+            if adaptive is not None and adaptive.hear(*heard):
+                run.state["decisions"] = adaptive.known
             if stops or not teacher_came(run, step, stop):
                 stopped = True
                 break
@@ -66,10 +71,14 @@ def train(run: Run) -> bool:
 
             # What is due at this step.
             if due(step, config.telemetry.every, steps):
-                telemetry.write("train", step, **meter.line(sums, labelled, step, lr, source))
+                line = meter.line(sums, labelled, step, lr, source)
+                telemetry.write("train", step, **line)
+                report(run, "train", step, line)
             telemetry.tick()
             if due(step, config.evaluation.every, steps):
-                telemetry.write("eval", step, **held_out(run.task, config, world, eval_micro, engine.evaluate))
+                line = held_out(run.task, config, world, eval_micro, engine.evaluate)
+                telemetry.write("eval", step, **line)
+                report(run, "eval", step, line)
             if step in config.trajectory.steps or (config.trajectory.every and due(step, config.trajectory.every, steps)):
                 write_trajectory(run, step)
             if step < steps and due(step, config.checkpoint.every, steps):
@@ -172,7 +181,21 @@ def shapes(run: Run) -> dict[str, int]:
     return {"vocab_size": run.task.vocab_size, "classes": run.task.classes, "length": run.task.length}
 
 
+def report(run: Run, kind: str, step: int, values: dict[str, Any]) -> None:
+    """Give a line of metrics to an adaptive schedule; what it decides, durably, reaches all ranks with their next step."""
+    if run.decider is None:
+        return
+    assert isinstance(run.config.schedule, Adaptive)
+    assert isinstance(run.plan, AdaptivePlan)
+    if kind == reported_kind(run.config.schedule):
+        made = run.decider.report(step, values)
+        if made is not None:
+            run.plan.announce(made)
+
+
 def save(run: Run) -> None:
+    if run.decider is not None:
+        run.decider.sync()
     run.telemetry.sync()
     run.store.save(run.engine, run.state["step"], dict(run.state))
     run.saved = run.state["step"]

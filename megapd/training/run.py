@@ -7,11 +7,21 @@ from typing import Any
 
 import yaml
 
-from megapd.config import Config, dump, flatten
+from megapd.config import Adaptive, Config, dump, flatten
 from megapd.errors import UserError
 from megapd.files import write_atomic
 from megapd.kernels import LossOptions
 from megapd.models import Learner, build_model, flops_per_token, parameter_count
+from megapd.schedule.adaptive import (
+    FILE,
+    AdaptivePlan,
+    Decider,
+    DecisionLog,
+    EmbeddedDecider,
+    check_lead,
+    recorded_decisions,
+    subject,
+)
 from megapd.schedule.policies import Plan
 from megapd.schedule.record import ScheduleRecord
 from megapd.tasks import Task, build_task
@@ -41,6 +51,7 @@ class Run:
     saved   student steps of the newest checkpoint, -1: none
     state   what a checkpoint carries beside DeepSpeed's own: equal on all ranks
     fallback  recorded signals for teacher.on_failure cache
+    decider  what an adaptive schedule's metrics are reported to, on rank 0
     """
 
     config: Config
@@ -56,6 +67,7 @@ class Run:
     saved: int
     state: dict[str, Any]
     fallback: SignalCache | None
+    decider: Decider | None
     flops_per_token: float
 
     @property
@@ -64,6 +76,8 @@ class Run:
 
     def close(self) -> None:
         self.telemetry.close()
+        if self.decider is not None:
+            self.decider.close()
         if self.stream is not None:
             self.stream.close()
         self.engine.destroy()
@@ -103,11 +117,13 @@ def start(config: Config) -> Run:
     resumed = _check_folder(config, store)
     world.barrier()  # no rank may look at the folder after rank 0 has begun to write it
     state: dict[str, Any] = {"step": 0, "nonfinite": 0, "nonfinite_in_a_row": 0, "overflows": 0}
-    state |= {"steps_from_cache": 0, "steps_from_labels": 0}
+    state |= {"steps_from_cache": 0, "steps_from_labels": 0, "decisions": 0}
     restored = store.restore(engine) if resumed else None
     saved = -1 if restored is None else int(restored["step"])
     state |= {key: value for key, value in (restored or {}).items() if key in state}
-    stream, record = None, None
+    stream, record, decider = None, None, None
+    if isinstance(plan, AdaptivePlan):
+        decider = _resume_decisions(config, plan, world, state["decisions"])
     if plan is not None and trajectory is not None:
         record = ScheduleRecord(config.folder / "schedule.json", plan, resumed=resumed, writes=world.rank == 0)
         if state["step"] < config.training.steps:
@@ -129,7 +145,21 @@ def start(config: Config) -> Run:
         length=task.length,
         labelled_share=task.labelled_per_sample / task.length,
     )
-    return Run(config, world, task, engine, plan, stream, record, store, telemetry, state["step"], saved, state, fallback, flops)
+    return Run(
+        config, world, task, engine, plan, stream, record, store, telemetry, state["step"], saved, state, fallback, decider, flops
+    )
+
+
+def _resume_decisions(config: Config, plan: AdaptivePlan, world: World, known: int) -> Decider | None:
+    """Extend the plan by the decisions on record, `known` to the run's checkpoint; on rank 0 what decides from here on."""
+    assert isinstance(config.schedule, Adaptive)
+    assert config.teacher is not None
+    check_lead(config.schedule, max(config.training.prefetch, config.teacher.depth))
+    about = subject(config.schedule, plan.candidates)
+    decisions = DecisionLog(config.folder / FILE, about, writes=world.rank == 0)
+    for decision in recorded_decisions(decisions, known):
+        plan.take(decision)
+    return EmbeddedDecider(config.schedule, plan.candidates, decisions) if world.rank == 0 else None
 
 
 def _open_stream(
