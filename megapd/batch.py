@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -53,21 +54,19 @@ class Batch:
     def sample_digests(self) -> NDArray[np.void]:
         """What a teacher is asked about each sample, 16 bytes of blake2b [B]: its ids, document boundaries and labelled positions
         (not the labels). They do not depend on the batch that a sample is part of."""
-        rows = [tensor.numpy(force=True).astype("<i8", copy=False) for tensor in (self.ids, self.segments) if tensor is not None]
-        rows = [np.ascontiguousarray(tensor) for tensor in rows]
-        positions = (self.positions % self.ids.shape[1]).numpy(force=True).astype("<i8", copy=False)
         length = self.ids.shape[1]
+        rows = [_bytes(tensor.numpy(force=True)) for tensor in (self.ids, self.segments) if tensor is not None]
+        positions = _bytes(self.positions.numpy(force=True) % length)
         prefix = hashlib.blake2b(f"{length} {len(rows)} ".encode(), digest_size=DIGEST_BYTES)
-        digests = bytearray()
-        start = 0
-        for sample, count in enumerate(self.counts.tolist()):
+        digests = []
+        ends = [0, *(8 * np.cumsum(self.counts)).tolist()]
+        for sample, (first, last) in enumerate(pairwise(ends)):
             digest = prefix.copy()
-            for tensor in rows:
-                digest.update(tensor[sample].data)
-            digest.update(positions[start : start + count].data)
-            digests += digest.digest()
-            start += count
-        return np.frombuffer(bytes(digests), dtype=f"V{DIGEST_BYTES}")
+            for row in rows:
+                digest.update(row[8 * length * sample : 8 * length * (sample + 1)])
+            digest.update(positions[first:last])
+            digests.append(digest.digest())
+        return np.frombuffer(b"".join(digests), dtype=f"V{DIGEST_BYTES}")
 
     @cached_property
     def digest(self) -> str:
@@ -114,3 +113,8 @@ class Batch:
         )
         moved.__dict__.update({key: self.__dict__[key] for key in ("counts", "sample_digests", "digest") if key in self.__dict__})
         return moved
+
+
+def _bytes(values: NDArray[np.int64]) -> memoryview:
+    """As little-endian 64-bit integers; slices of a memoryview cost a third of an array's."""
+    return np.ascontiguousarray(values.astype("<i8", copy=False)).reshape(-1).view(np.uint8).data
