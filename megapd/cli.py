@@ -1,7 +1,8 @@
 """The command line: one thin function a verb.
 
 Exit codes: 0 done (or stopped on request, with a checkpoint); 1 the run diverged, a followed teacher wrote no checkpoint in
-time, a served teacher was lost or another one than scheduled, or the demo did not show its effect;
+time, a served teacher was lost or another one than scheduled, a trajectory is not as it was written, or the demo did not
+show its effect;
 2 a mistake in the settings or files, told in one line.
 """
 
@@ -108,6 +109,33 @@ def plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def trajectory_list(arguments: argparse.Namespace) -> int:
+    from megapd.analysis.suggest import describe_trajectory, open_folder
+
+    print(describe_trajectory(open_folder(arguments.folder)))
+    return 0
+
+
+def trajectory_verify(arguments: argparse.Namespace) -> int:
+    from megapd.analysis.suggest import open_folder
+
+    trajectory = open_folder(arguments.folder)
+    problems = trajectory.verify()
+    for problem in problems:
+        print(problem)
+    print(f"{arguments.folder}: {len(trajectory.steps)} checkpoints, {len(problems)} problems")
+    return 1 if problems else 0
+
+
+def trajectory_suggest(arguments: argparse.Namespace) -> int:
+    from megapd.analysis.suggest import describe_found, plot_found, suggest
+
+    suggestion = suggest(arguments.source, arguments.overrides, arguments.checkpoints, arguments.metric)
+    print(describe_found(suggestion.found))
+    print(plot_found(suggestion.found, arguments.output or suggestion.output))
+    return 0
+
+
 def evaluate(arguments: argparse.Namespace) -> int:
     from megapd.training.offline import evaluate_run
 
@@ -170,6 +198,25 @@ def _parser() -> argparse.ArgumentParser:
     verb("prepare", prepare, "build the corpus: tokenizer, packed blocks, held-out split", config=True)
     sub = verb("plan", plan, "print and plot which checkpoint teaches when", config=True)
     sub.add_argument("--output", type=Path, help="PNG of the timeline; default: plots/plan.png in the run's folder")
+    trajectory = verb("trajectory", trajectory_list, "the checkpoints of a teacher run", overrides=False)
+    actions = trajectory.add_subparsers(dest="action", required=True)
+
+    def action(name: str, function: object, text: str, *, overrides: bool = False) -> argparse.ArgumentParser:
+        sub = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(run=function, takes_overrides=overrides)
+        return sub
+
+    sub = action("list", trajectory_list, "steps, digests, sizes and metrics of the checkpoints")
+    sub.add_argument("folder", type=Path, help="a trajectory's folder, or that of a run that wrote one")
+    sub = action("verify", trajectory_verify, "hash every file again; exit code 1 if something is wrong")
+    sub.add_argument("folder", type=Path, help="a trajectory's folder, or that of a run that wrote one")
+    sub = action("suggest", trajectory_suggest, "what schedule.policy transition would choose, and why", overrides=True)
+    sub.add_argument(
+        "source", type=Path, metavar="FOLDER|CONFIG", help="a trajectory's or run's folder, or a student's YAML file"
+    )
+    sub.add_argument("--checkpoints", type=int, help="N, the last checkpoint included; default: the configuration's, or 2")
+    sub.add_argument("--metric", choices=("auto", "loss", "degree_1", "m_robust_3"), help="default: the configuration's, or auto")
+    sub.add_argument("--output", type=Path, help="PNG of the curve; default: plots/transition.png in the run's folder")
     sub = verb("evaluate", evaluate, "held-out loss and accuracy of a run's checkpoints")
     sub.add_argument("folder", type=Path, help="a run's folder: runs/NAME")
     sub = verb("plot", plot, "loss and accuracy against steps, several runs overlaid", overrides=False)

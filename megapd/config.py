@@ -322,7 +322,66 @@ class Follow(Section):
     timeout_seconds: float = Field(3600.0, gt=0.0, description="longest wait for one checkpoint")
 
 
-Schedule = Annotated[OneShot | Equal | Matched | Explicit | Follow, Field(discriminator="policy")]
+class Geometric(Section):
+    """N checkpoints at geometrically growing teacher steps, from `first` to the last one, each for an equal part of the run."""
+
+    policy: Literal["geometric"] = "geometric"
+    checkpoints: int = Field(ge=1, description="N")
+    first: int | None = Field(None, ge=1, description="the first one's step; default: the trajectory's first after step 0")
+    steps: int | None = Field(None, ge=1, description="T, student steps a checkpoint")
+    total: int | None = Field(None, ge=1, description="student steps that the N checkpoints share equally, instead of `steps`")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Geometric:
+        if (self.steps is None) == (self.total is None):
+            raise ValueError("steps: give either steps, of each checkpoint, or total, of all together")
+        if self.total is not None and self.total < self.checkpoints:
+            raise ValueError(f"total: {self.total} student steps are too few for {self.checkpoints} checkpoints; raise it")
+        return self
+
+
+class Transition(Section):
+    """(N, T)-progressive around the teacher's phase transition: N - 1 checkpoints from inside it, T student steps each, then the
+    last one."""
+
+    policy: Literal["transition"] = "transition"
+    steps: int = Field(ge=1, description="T, student steps a checkpoint")
+    checkpoints: int = Field(2, ge=2, description="N, the last checkpoint included")
+    metric: Literal["auto", "loss", "degree_1", "m_robust_3"] = Field(
+        "auto", description="what shows the transition; auto: a curriculum metric where one is recorded, else the loss"
+    )
+
+
+class Adaptive(Section):
+    """Go on to the next of N checkpoints when the student's accuracy or divergence no longer improves."""
+
+    policy: Literal["adaptive"] = "adaptive"
+    checkpoints: int | None = Field(None, ge=1, description="N, chosen by `spacing`")
+    spacing: Literal["equal", "geometric"] = "equal"
+    teachers: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="the checkpoints' steps, instead of `checkpoints`")
+    metric: Literal["accuracy", "divergence"] = Field("accuracy", description="held out; or of the training steps reported")
+    window: int = Field(5, ge=1, description="reports whose mean the next one is compared with")
+    gain: float = Field(0.01, ge=0.0, description="a report that improves on that mean by less is saturated")
+    patience: int = Field(1, ge=1, description="saturated reports in a row that advance")
+    progress: float = Field(0.01, ge=0.0, description="improvement since the last advance that the next one needs; 0: none")
+    min_dwell: int = Field(1, ge=1, description="student steps that each checkpoint teaches at least")
+    max_dwell: int | None = Field(None, ge=1, description="student steps after which the next one follows in any case")
+    lead: int = Field(10, ge=1, description="student steps between a decision and its effect")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Adaptive:
+        if (self.checkpoints is None) == (not self.teachers):
+            raise ValueError("checkpoints: give either checkpoints, a number, or teachers, a list of steps")
+        if any(b <= a for a, b in itertools.pairwise(self.teachers)):
+            raise ValueError(f"teachers: the steps must increase, got {list(self.teachers)}")
+        if self.max_dwell is not None and self.max_dwell < self.min_dwell:
+            raise ValueError(f"max_dwell: {self.max_dwell} is below min_dwell {self.min_dwell}; raise it")
+        return self
+
+
+Schedule = Annotated[
+    OneShot | Equal | Matched | Explicit | Follow | Geometric | Transition | Adaptive, Field(discriminator="policy")
+]
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd", "soft_cross_entropy"]
 
@@ -579,6 +638,7 @@ def _parse_overrides(overrides: list[str]) -> dict[str, Any]:
 
 def _one_line(error: ValidationError, path: str | Path | None) -> str:
     tags = {"mlp", "gpt", "bert", "parity", "hierarchical_parity", "text", "one_shot", "equal", "matched", "explicit", "follow"}
+    tags |= {"geometric", "transition", "adaptive"}
     parts = []
     for problem in error.errors():
         # The location of a tagged union carries the tag as its second element; users do not write it.

@@ -9,6 +9,10 @@ steps its teacher had done. With R = refresh, N = checkpoints, T = steps of the 
     matched     min((i + 1) * R * speed, L) for s in [iR, (i + 1)R)
     explicit    the checkpoint of the range that s lies in
     follow      as `matched`, for a teacher that is still training and will end at L = schedule.last
+    geometric   the checkpoint nearest in ratio to F * (L / F)^(i / (N - 1)) for s in [iT, (i + 1)T), F the first checkpoint or
+                the one named; L from (N - 1)T on, and alone for N = 1. With total = P in place of T: [iP // N, (i + 1)P // N)
+    transition  N - 1 checkpoints of the teacher's phase transition, T steps each, then L (see transition.py)
+    adaptive    N checkpoints in turn, each until the student saturates: decided as the run goes (see adaptive.py)
 
 What a schedule asks for must be there: a missing checkpoint is an error, never skipped. Only the run's own steps count: when
 training.steps ends before a schedule does, the rest is not used, need not exist, and the plan carries a warning.
@@ -17,13 +21,15 @@ training.steps ends before a schedule does, the rest is not used, need not exist
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import inf
+from math import log
+from typing import Any
 
-from megapd.config import Equal, Explicit, Follow, Matched, OneShot, Schedule
+from megapd.config import Adaptive, Equal, Explicit, Follow, Geometric, Matched, OneShot, Schedule, Transition
 from megapd.errors import UserError
+from megapd.schedule.transition import all_metrics, find_transition, nearest_increasing
 
 
 @dataclass(frozen=True)
@@ -64,12 +70,20 @@ class Plan:
         place = bisect_right(self.starts, student_step)
         return (self.starts[place], self.teachers[place]) if place < len(self.starts) else None
 
+    def fixed(self) -> list[tuple[int, int]]:
+        """The rotations that a resumed run must find again; of a plan that grows by decisions, the first alone."""
+        return self.rotations()
 
-def build_plan(schedule: Schedule, *, available: Sequence[int] | None, steps: int) -> Plan:
+
+MetricsOf = Callable[[int], Mapping[str, Any]]  # teacher step -> what its checkpoint's meta.json holds as metrics
+
+
+def build_plan(schedule: Schedule, *, available: Sequence[int] | None, steps: int, metrics_of: MetricsOf | None = None) -> Plan:
     """Resolve a schedule over the teacher steps `available` for a run of `steps` student steps.
 
-    `follow` needs nothing to be available yet, and takes None; what is given to it is checked. Raises UserError, naming the
-    setting, where the schedule asks for what the trajectory does not hold.
+    `follow` needs nothing to be available yet, and takes None; what is given to it is checked. `metrics_of` is called by
+    `transition` alone, once for each checkpoint; None: the trajectory stores no metrics. `adaptive` gives an AdaptivePlan, still
+    without decisions. Raises UserError, naming the setting, where the schedule asks for what the trajectory does not hold.
     """
     assert steps >= 1
     there = tuple(sorted(set(available or ())))
@@ -85,6 +99,14 @@ def build_plan(schedule: Schedule, *, available: Sequence[int] | None, steps: in
             pieces, warnings = _equal(schedule, there, steps)
         elif isinstance(schedule, Matched):
             pieces, warnings = _matched(schedule, there, steps)
+        elif isinstance(schedule, Geometric):
+            pieces, warnings = _geometric(schedule, there, steps)
+        elif isinstance(schedule, Transition):
+            pieces, warnings = _transition(schedule, there, steps, metrics_of)
+        elif isinstance(schedule, Adaptive):
+            from megapd.schedule.adaptive import AdaptivePlan  # which is itself a Plan
+
+            return AdaptivePlan(candidates(schedule, there), steps)
         else:
             pieces, warnings = _explicit(schedule, there, steps)
     merged: list[tuple[int, int]] = []
@@ -122,25 +144,83 @@ def _explicit(schedule: Explicit, there: tuple[int, ...], steps: int) -> tuple[P
 
 def _equal(schedule: Equal, there: tuple[int, ...], steps: int) -> tuple[Pieces, list[str]]:
     count = schedule.checkpoints
-    trained = [step for step in there if step > 0]  # random weights teach nothing
+    trained = _trained(there, count)
+    chosen = equally_spaced(trained, count)
+    nearest = [min(trained, key=lambda step: (abs(step * count - trained[-1] * i), step)) for i in range(1, count + 1)]
+    warnings = [] if chosen == nearest else [_uneven(count, "distances", chosen)]
+    return _parts(chosen, [i * schedule.steps for i in range(count)], steps, "schedule.steps", warnings)
+
+
+def _geometric(schedule: Geometric, there: tuple[int, ...], steps: int) -> tuple[Pieces, list[str]]:
+    count = schedule.checkpoints
+    if schedule.first is not None:
+        _require(schedule.first, there, "schedule.first")
+    trained = tuple(step for step in _trained(there, count) if step >= (schedule.first or 1))
+    if count > len(trained):
+        raise UserError(
+            f"schedule.first: {len(trained)} checkpoints from step {trained[0]} on, but schedule.checkpoints asks for {count}; "
+            f"lower one of them"
+        )
+    chosen = geometrically_spaced(trained, count)
+    nearest = [min(range(len(trained)), key=lambda j: (_ratio(trained, count, i, j), j)) for i in range(count)]
+    warnings = [] if chosen == [trained[j] for j in nearest] else [_uneven(count, "ratios", chosen)]
+    if schedule.steps is not None:
+        return _parts(chosen, [i * schedule.steps for i in range(count)], steps, "schedule.steps", warnings)
+    assert schedule.total is not None
+    return _parts(chosen, [i * schedule.total // count for i in range(count)], steps, "schedule.total", warnings)
+
+
+def _transition(
+    schedule: Transition, there: tuple[int, ...], steps: int, metrics_of: MetricsOf | None
+) -> tuple[Pieces, list[str]]:
+    if metrics_of is None:
+        raise UserError(
+            "schedule.policy: transition reads the metrics stored with each checkpoint, and this trajectory stores none; "
+            "name its checkpoints with schedule.policy explicit"
+        )
+    found = find_transition(schedule, all_metrics(there, metrics_of))
+    warnings = [f"schedule.policy transition: {warning}" for warning in found.warnings]
+    chosen = [*found.picks, found.final]
+    return _parts(chosen, [i * schedule.steps for i in range(len(chosen))], steps, "schedule.steps", warnings)
+
+
+def candidates(schedule: Adaptive, there: Sequence[int]) -> tuple[int, ...]:
+    """The checkpoints that an adaptive schedule goes through, increasing teacher steps; UserError where one is missing."""
+    for step in schedule.teachers:
+        _require(step, tuple(there), "schedule.teachers")
+    if schedule.checkpoints is None:
+        return schedule.teachers
+    spaced = equally_spaced if schedule.spacing == "equal" else geometrically_spaced
+    return tuple(spaced(_trained(there, schedule.checkpoints), schedule.checkpoints))
+
+
+def _trained(there: Sequence[int], count: int) -> tuple[int, ...]:
+    """The checkpoints after step 0, whose random weights teach nothing; UserError if they are fewer than `count`."""
+    trained = tuple(step for step in there if step > 0)
     if count > len(trained):
         raise UserError(
             f"schedule.checkpoints: {count} asked for, but the trajectory holds {len(trained)} after step 0; "
             f"lower it, or write the teacher's trajectory more often"
         )
-    chosen = equally_spaced(trained, count)
-    warnings = []
-    nearest = [min(trained, key=lambda step: (abs(step * count - trained[-1] * i), step)) for i in range(1, count + 1)]
-    if chosen != nearest:
+    return trained
+
+
+def _uneven(count: int, what: str, chosen: Sequence[int]) -> str:
+    return (
+        f"schedule.checkpoints: the trajectory is too uneven for {count} equal {what}, "
+        f"several of which end nearest to one checkpoint; using {', '.join(map(str, chosen))}"
+    )
+
+
+def _parts(
+    chosen: Sequence[int], starts: Sequence[int], steps: int, setting: str, warnings: list[str]
+) -> tuple[Pieces, list[str]]:
+    """The checkpoints from their starts on, as far as the run goes, with a warning if the last never teaches."""
+    pieces = [(start, teacher) for start, teacher in zip(starts, chosen, strict=True) if start < steps]
+    if len(pieces) < len(chosen):
         warnings.append(
-            f"schedule.checkpoints: the trajectory is too uneven for {count} equal distances, "
-            f"several of which end nearest to one checkpoint; using {', '.join(map(str, chosen))}"
-        )
-    pieces = [(i * schedule.steps, step) for i, step in enumerate(chosen) if i * schedule.steps < steps]
-    if len(pieces) < count:
-        warnings.append(
-            f"schedule.steps: only {len(pieces)} of the {count} checkpoints teach, up to step {pieces[-1][1]}: the run ends at "
-            f"training.steps {steps}, but the final checkpoint, step {chosen[-1]}, begins at {(count - 1) * schedule.steps}"
+            f"{setting}: only {len(pieces)} of the {len(chosen)} checkpoints teach, up to step {pieces[-1][1]}: the run ends at "
+            f"training.steps {steps}, but the final checkpoint, step {chosen[-1]}, begins at {starts[-1]}"
         )
     return pieces, warnings
 
@@ -151,25 +231,26 @@ def equally_spaced(steps: Sequence[int], count: int) -> list[int]:
     That is the nearest element to each target where those are distinct (of two equally near, the earlier), and else the
     increasing choice with the smallest sum of distances. The last element is always chosen. O(count * len(steps)).
     """
-    last, total = steps[-1], len(steps)
-    assert 1 <= count <= total
+    last = steps[-1]
+    assert 1 <= count <= len(steps)
     assert steps[0] > 0
-    # best[i][j]: the smallest sum of distances, times `count` to stay whole, of targets i.. to increasing elements of steps[j:].
-    best: list[list[float]] = [[inf] * (total + 1) for _ in range(count)] + [[0] * (total + 1)]
+    # Distances times `count`, to stay whole.
+    return [steps[j] for j in nearest_increasing(lambda i, j: abs(steps[j] * count - last * (i + 1)), count, len(steps))]
 
-    def take(i: int, j: int) -> float:
-        return best[i + 1][j + 1] + abs(steps[j] * count - last * (i + 1))
 
-    for i in reversed(range(count)):
-        for j in reversed(range(total)):
-            best[i][j] = min(best[i][j + 1], take(i, j))
-    chosen, j = [], 0
-    for i in range(count):
-        while take(i, j) != best[i][j]:
-            j += 1
-        chosen.append(steps[j])
-        j += 1
-    return chosen
+def geometrically_spaced(steps: Sequence[int], count: int) -> list[int]:
+    """`count` distinct elements of the increasing positive `steps`, as near in ratio to first * (last / first)^(i / (count - 1)),
+    i = 0..count - 1, as they can be; of one, the last. Chosen as by `equally_spaced`; first and last are among them."""
+    assert 1 <= count <= len(steps)
+    assert steps[0] > 0
+    return [steps[j] for j in nearest_increasing(lambda i, j: _ratio(steps, count, i, j), count, len(steps))]
+
+
+def _ratio(steps: Sequence[int], count: int, i: int, j: int) -> int:
+    """|ln| of element j over target i, in units of 1e-9: whole, so that sums are exact and equal ones tie on every machine."""
+    share = i / (count - 1) if count > 1 else 1.0
+    target = log(steps[0]) + share * log(steps[-1] / steps[0])
+    return round(1e9 * abs(log(steps[j]) - target))
 
 
 def _matched(schedule: Matched, there: tuple[int, ...], steps: int) -> tuple[Pieces, list[str]]:

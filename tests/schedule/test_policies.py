@@ -1,6 +1,7 @@
 """Every policy against its definition, step by step."""
 
 import itertools
+import math
 import re
 from decimal import Decimal
 
@@ -8,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapd.config import Equal, Explicit, Follow, Matched, OneShot, Range
+from megapd.config import Adaptive, Equal, Explicit, Follow, Geometric, Matched, OneShot, Range, Transition
 from megapd.errors import UserError
-from megapd.schedule.policies import Plan, build_plan, equally_spaced
+from megapd.schedule.policies import Plan, build_plan, equally_spaced, geometrically_spaced
 
 quick = settings(max_examples=150, deadline=None, derandomize=True)
 
@@ -189,11 +190,96 @@ def test_explicit_with_a_missing_checkpoint():
     assert "1 of them, from student step 5 on, never teach" in plan.warnings[0]
 
 
+# ------------------------------------------------------------------------------------------------------ geometric
+
+
+@quick
+@given(st.integers(2, 6), st.integers(2, 4), st.integers(1, 50), st.integers(1, 60))
+def test_geometric_over_powers_is_exact(count, ratio, first, steps):
+    # Every checkpoint first * ratio ** i is there, among others: the targets are checkpoints.
+    wanted = [first * ratio**i for i in range(count)]
+    available = sorted({0, *wanted, *range(first, wanted[-1], max(1, wanted[-1] // 40))})
+    each = 1 + steps % 9
+    plan = plan_of(Geometric(checkpoints=count, steps=each), available, steps)
+    assert taught(plan) == [wanted[min(s // each, count - 1)] for s in range(steps)]
+    assert bool(plan.warnings) == (steps <= (count - 1) * each)
+
+
+@quick
+@given(st.sets(st.integers(1, 200), min_size=1, max_size=8), st.data())
+def test_geometric_over_any_trajectory_is_the_nearest_choice(available, data):
+    available = sorted(available)
+    count = data.draw(st.integers(1, len(available)))
+    chosen = geometrically_spaced(available, count)
+    first, last = available[0], available[-1]
+    targets = [first * (last / first) ** (i / (count - 1)) for i in range(count)] if count > 1 else [last]
+
+    def distance(choice):
+        return sum(abs(math.log(step / target)) for step, target in zip(choice, targets, strict=True))
+
+    assert distance(chosen) == pytest.approx(min(map(distance, itertools.combinations(available, count))), abs=1e-7)
+    assert chosen == sorted(set(chosen))
+    assert chosen[-1] == last
+    assert chosen[0] == first or count == 1
+    assert taught(plan_of(Geometric(checkpoints=count, steps=1), [0, *available], count)) == chosen
+
+
+@quick
+@given(st.integers(1, 7), st.integers(0, 30))
+def test_geometric_shares_a_total(count, more):
+    total = count + more
+    available = [2**i for i in range(count)]
+    plan = plan_of(Geometric(checkpoints=count, total=total), available, total + 5)
+    lengths = [len(list(part)) for _, part in itertools.groupby(taught(plan))]
+    assert [step for step, _ in itertools.groupby(taught(plan))] == available
+    assert sum(lengths[:-1]) + lengths[-1] - 5 == total
+    shares = [*lengths[:-1], lengths[-1] - 5]
+    assert max(shares) - min(shares) <= 1
+
+
+def test_geometric_from_a_named_checkpoint():
+    available = [0, 10, 20, 30, 40, 50, 60, 70, 80]
+    assert plan_of(Geometric(checkpoints=4, steps=5), available, 50).rotations() == [(0, 10), (5, 20), (10, 40), (15, 80)]
+    assert plan_of(Geometric(checkpoints=3, first=20, steps=5), available, 50).rotations() == [(0, 20), (5, 40), (10, 80)]
+    with pytest.raises(UserError, match=r"^schedule\.first: .*step 15.*nearest are 10 and 20"):
+        build_plan(Geometric(checkpoints=3, first=15, steps=5), available=available, steps=9)
+    with pytest.raises(UserError, match=r"^schedule\.first: 2 checkpoints from step 70 on"):
+        build_plan(Geometric(checkpoints=3, first=70, steps=5), available=available, steps=9)
+    with pytest.raises(UserError, match=r"^schedule\.checkpoints: 9 asked for, but the trajectory holds 8"):
+        build_plan(Geometric(checkpoints=9, steps=5), available=available, steps=9)
+
+
+def test_geometric_over_an_uneven_trajectory_says_what_it_takes():
+    plan = plan_of(Geometric(checkpoints=3, steps=1), [1, 90, 95, 100], 3)
+    assert taught(plan) == [1, 90, 100]
+    assert plan.warnings == ()
+    plan = plan_of(Geometric(checkpoints=4, steps=1), [1, 90, 95, 100], 4)
+    assert taught(plan) == [1, 90, 95, 100]
+    assert "4 equal ratios" in plan.warnings[0]
+
+
+def test_geometric_needs_one_length():
+    for lengths in ({}, {"steps": 5, "total": 20}):
+        with pytest.raises(ValueError, match="steps: give either"):
+            Geometric(checkpoints=2, **lengths)
+    with pytest.raises(ValueError, match="total: 2 student steps are too few for 3"):
+        Geometric(checkpoints=3, total=2)
+
+
 # ------------------------------------------------------------------------------------------------------------ all
 
 
 @pytest.mark.parametrize(
-    "schedule", [OneShot(), Equal(checkpoints=1, steps=1), Matched(refresh=1), Explicit(ranges=(Range(start=0, checkpoint=1),))]
+    "schedule",
+    [
+        OneShot(),
+        Equal(checkpoints=1, steps=1),
+        Matched(refresh=1),
+        Explicit(ranges=(Range(start=0, checkpoint=1),)),
+        Geometric(checkpoints=1, steps=1),
+        Transition(steps=1),
+        Adaptive(checkpoints=1),
+    ],
 )
 @pytest.mark.parametrize(("available", "holds"), [([], "no checkpoint"), (None, "no checkpoint"), ([0], "only step 0")])
 def test_an_empty_trajectory(schedule, available, holds):
