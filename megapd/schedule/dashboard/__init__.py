@@ -99,7 +99,7 @@ def plotly_version() -> str:
 @cache
 def plotly(version: str) -> Asset | None:
     """Plotly's script, if that version is installed. Found without importing the package, which takes a second."""
-    spec = importlib.util.find_spec("plotly") if version == plotly_version() else None
+    spec = importlib.util.find_spec("plotly") if version == plotly_version() != "none" else None
     for folder in (spec and spec.submodule_search_locations) or ():
         path = Path(folder) / "package_data" / "plotly.min.js"
         if path.is_file():

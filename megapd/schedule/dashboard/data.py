@@ -1,4 +1,4 @@
-"""What the page shows and the API has no single answer for, below /v1/page. For the page alone: it is not in the OpenAPI document.
+"""What the page shows and the API has no single answer for, below /v1/page; for the page alone, so not in the OpenAPI document.
 
 The API tells a run's schedule versions; the page draws which checkpoint taught and will teach when, which takes the policies.
 """
@@ -67,7 +67,7 @@ def timeline(connection: Connection, run: str) -> dict[str, Any]:
 
     segments  {"start", "end", "checkpoint", "version", "policy"}: student steps [start, end) are taught by the teacher's step
               `checkpoint`, in order, neighbours differ in checkpoint or version; those nearest to the run's step
-    omitted   segments that were left out
+    omitted   how many segments and older decisions were left out
     expected  the checkpoints that an adaptive schedule goes on to, when the student is ready
     problem   why there are none, or not all, "" if nothing is wrong
     """
@@ -97,7 +97,7 @@ def timeline(connection: Connection, run: str) -> dict[str, Any]:
 
 
 def in_force(versions: list[dict[str, Any]], steps: int) -> Iterator[tuple[dict[str, Any], int, int]]:
-    """(version, start, end), in order: student steps [start, end) are its own. Of those that have begun, the highest is in force."""
+    """(version, start, end), in order: it is in force at student steps [start, end), as the highest of those that have begun."""
     begins = [version["applied"] or version["effective"] for version in versions]
     for place, version in enumerate(versions):
         end = min([*begins[place + 1 :], steps])
@@ -106,7 +106,7 @@ def in_force(versions: list[dict[str, Any]], steps: int) -> Iterator[tuple[dict[
 
 
 def _decided(connection: Connection, run: str) -> list[tuple[int, int]]:
-    """(student step, teacher step) of the newest decisions, in order: without their evidence, of which a long run has gigabytes."""
+    """(student step, teacher step) of the newest decisions, in order; without their evidence, which is long."""
     query = select(decisions.c.effective, decisions.c.checkpoint).where(decisions.c.run == run)
     newest_first = connection.execute(query.order_by(decisions.c.sequence.desc()).limit(2 * SEGMENTS))
     return [(row.effective, row.checkpoint) for row in newest_first][::-1]
