@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import random
@@ -102,11 +103,15 @@ async def load(arguments: argparse.Namespace, port: int, token: str, process: ps
     if refused:
         raise RuntimeError(f"registering {len(refused)} replicas: {refused[0]}")
     registered = time.perf_counter() - started
+    # A full collection of this process, torch and all, takes 0.4 s, which would be the client's and not the service's.
+    gc.collect()
+    gc.freeze()
     begin = time.perf_counter() + 1.0
     end = begin + arguments.seconds
     before = process.cpu_times()
     await asyncio.gather(*clients)
     after = process.cpu_times()
+    gc.unfreeze()
     spent = (after.user + after.system - before.user - before.system) / sum(map(len, times.values())) * 1e3
     found = {kind: quantiles(seconds) for kind, seconds in sorted(times.items())}
     told = {"registering_seconds": round(registered, 3), "service_cpu_ms_a_request": round(spent, 3)}
