@@ -7,5 +7,5 @@ mapped = {"megapd.kernels": "kernels", "megapd.launch": "launch", "megapd.config
 setup(
     packages=[*find_packages(include=["megapd", "megapd.*"]), *mapped],
     package_dir={"megapd": "megapd", **mapped},
-    package_data={"megapd.configs": ["*.yaml", "*/*.yaml", "*/*.json"]},
+    package_data={"megapd.configs": ["*.yaml", "*/*.yaml", "*/*.json"], "megapd.schedule.dashboard": ["static/*"]},
 )

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from megapd import __version__
-from megapd.config import Config, Follow, dump, load
+from megapd.config import Config, Follow, dump, load, parse_overrides
 from megapd.errors import Diverged, TeacherLost, UserError
 from megapd.signal import SignalMismatch
 from megapd.trajectory import CheckpointTimeout
@@ -119,6 +119,12 @@ def trajectory_list(arguments: argparse.Namespace) -> int:
 def trajectory_verify(arguments: argparse.Namespace) -> int:
     from megapd.analysis.suggest import open_folder
 
+    if not arguments.folder.exists():
+        from megapd.schedule.command import verify_checkpoints
+
+        return verify_checkpoints(load(None, arguments.overrides), str(arguments.folder), accept=arguments.accept)
+    if arguments.accept:
+        raise UserError(f"--accept: {arguments.folder} is a folder; give the name of a registered trajectory")
     trajectory = open_folder(arguments.folder)
     problems = trajectory.verify()
     for problem in problems:
@@ -134,6 +140,55 @@ def trajectory_suggest(arguments: argparse.Namespace) -> int:
     print(describe_found(suggestion.found))
     print(plot_found(suggestion.found, arguments.output or suggestion.output))
     return 0
+
+
+def trajectory_import(arguments: argparse.Namespace) -> int:
+    from megapd.schedule.command import import_checkpoints
+
+    config = load(None, arguments.overrides)
+    return import_checkpoints(
+        config, arguments.source, name=arguments.alias, probe_samples=arguments.probe, watch=arguments.watch
+    )
+
+
+def scheduler(arguments: argparse.Namespace) -> int:
+    from megapd.schedule import command
+
+    words = arguments.words
+    match words:
+        case ["token", role]:
+            return command.create_token(load(None, arguments.overrides), role, arguments.alias)
+        case ["tokens"]:
+            return command.list_tokens(load(None, arguments.overrides))
+        case ["revoke", name]:
+            return command.revoke_token(load(None, arguments.overrides), name)
+        case [] | [_]:
+            return command.serve_scheduler(load(Path(words[0]) if words else None, arguments.overrides))
+    raise UserError(f"{' '.join(words)}: give a configuration's file, or token ROLE, tokens, revoke NAME")
+
+
+def schedule_show(arguments: argparse.Namespace) -> int:
+    from megapd.schedule.command import show_schedule
+
+    return show_schedule(load(None, arguments.overrides), arguments.run_name)
+
+
+def schedule_history(arguments: argparse.Namespace) -> int:
+    from megapd.schedule.command import schedule_history as history
+
+    return history(load(None, arguments.overrides), arguments.run_name)
+
+
+def schedule_set(arguments: argparse.Namespace) -> int:
+    from megapd.schedule.command import set_schedule
+
+    # The schedule alone, which in a run's configuration would ask for a teacher beside it.
+    own = [o for o in arguments.overrides if o.startswith(("--schedule.", "--schedule="))]
+    config = load(None, [o for o in arguments.overrides if o not in own])
+    document = parse_overrides(own).get("schedule")
+    if not isinstance(document, dict):
+        raise UserError("schedule: give the new one as settings, --schedule.policy=one_shot --schedule.checkpoint=1200")
+    return set_schedule(config, arguments.run_name, document, at=arguments.at, note=arguments.note, accept=arguments.accept)
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -208,8 +263,16 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = action("list", trajectory_list, "steps, digests, sizes and metrics of the checkpoints")
     sub.add_argument("folder", type=Path, help="a trajectory's folder, or that of a run that wrote one")
-    sub = action("verify", trajectory_verify, "hash every file again; exit code 1 if something is wrong")
-    sub.add_argument("folder", type=Path, help="a trajectory's folder, or that of a run that wrote one")
+    sub = action("verify", trajectory_verify, "hash every file again; exit code 1 if something is wrong", overrides=True)
+    sub.add_argument(
+        "folder", type=Path, metavar="FOLDER|NAME", help="a trajectory's folder, that of its run, or a registered one's name"
+    )
+    sub.add_argument("--accept", action="store_true", help="let what is flagged be scheduled all the same (registered ones)")
+    sub = action("import", trajectory_import, "register checkpoints with the scheduler; again: what is new", overrides=True)
+    sub.add_argument("source", metavar="FOLDER|hf:REPO", help="a trajectory's folder, that of its run, or a Hugging Face model")
+    sub.add_argument("--as", dest="alias", metavar="NAME", help="also point this name to it")
+    sub.add_argument("--probe", type=int, default=0, metavar="SAMPLES", help="measure each checkpoint's loss on held-out samples")
+    sub.add_argument("--watch", action="store_true", help="go on, until SIGTERM, with what a teacher that trains writes")
     sub = action("suggest", trajectory_suggest, "what schedule.policy transition would choose, and why", overrides=True)
     sub.add_argument(
         "source", type=Path, metavar="FOLDER|CONFIG", help="a trajectory's or run's folder, or a student's YAML file"
@@ -217,6 +280,23 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--checkpoints", type=int, help="N, the last checkpoint included; default: the configuration's, or 2")
     sub.add_argument("--metric", choices=("auto", "loss", "degree_1", "m_robust_3"), help="default: the configuration's, or auto")
     sub.add_argument("--output", type=Path, help="PNG of the curve; default: plots/transition.png in the run's folder")
+    sub = verb("scheduler", scheduler, "the service that knows every checkpoint and decides which one teaches when")
+    sub.add_argument(
+        "words", nargs="*", metavar="CONFIG | token ROLE | tokens | revoke NAME", help="a YAML file to serve with, or"
+    )
+    sub.add_argument("--as", dest="alias", metavar="NAME", help="of a new token; default: its role")
+    schedule = verb("schedule", schedule_show, "the schedules of the scheduler's runs")
+    actions = schedule.add_subparsers(dest="action", required=True)
+    action("show", schedule_show, "the newest version, and where the run is", overrides=True).add_argument(
+        "run_name", metavar="RUN"
+    )
+    sub = action("history", schedule_history, "all versions and decisions", overrides=True)
+    sub.add_argument("run_name", metavar="RUN")
+    sub = action("set", schedule_set, "replace it, as --schedule.policy=...; all ranks take it up at one step", overrides=True)
+    sub.add_argument("run_name", metavar="RUN")
+    sub.add_argument("--at", type=int, metavar="STEP", help="student step that it begins at; default: as soon as can be")
+    sub.add_argument("--note", default="", help="kept with it")
+    sub.add_argument("--accept", action="store_true", help="though it names flagged checkpoints")
     sub = verb("evaluate", evaluate, "held-out loss and accuracy of a run's checkpoints")
     sub.add_argument("folder", type=Path, help="a run's folder: runs/NAME")
     sub = verb("plot", plot, "loss and accuracy against steps, several runs overlaid", overrides=False)

@@ -1,0 +1,248 @@
+"""Sections `teacher`, `schedule` and `loss`."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from megapd.config.base import Section
+
+
+class TeacherServer(Section):
+    """What `megapd teacher` listens on and how it answers."""
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all, which needs teacher.token")
+    port: int = Field(8470, ge=0, lt=1 << 16, description="replica i listens on port + i; 0: any free one")
+    metrics_port: int | None = Field(None, ge=0, lt=1 << 16, description="HTTP /metrics and /health, replica i on + i; none: off")
+    replicas: int = Field(1, ge=1, description="independent copies of the teacher that one command starts")
+    ranks: int = Field(1, ge=1, description="processes that share one replica's weights, see teacher.sharding")
+    token_budget: int = Field(1 << 16, ge=1, description="small requests are answered together, up to this many tokens")
+    queue: int = Field(64, ge=1, description="requests that wait at most; more are told to come again")
+    certificate: Path | None = Field(None, description="PEM of the server's TLS certificate; with it, key is needed")
+    key: Path | None = Field(None, description="PEM of its private key")
+    client_authority: Path | None = Field(None, description="PEM; clients must show a certificate that it signed (mutual TLS)")
+    drain_seconds: float = Field(25.0, gt=0.0, description="after SIGTERM, longest time for requests that are already here")
+
+    @model_validator(mode="after")
+    def _tls(self) -> TeacherServer:
+        if (self.certificate is None) != (self.key is None):
+            missing = "certificate" if self.certificate is None else "key"
+            raise ValueError(f"{missing}: certificate and key go together; give both, or neither")
+        if self.client_authority is not None and self.certificate is None:
+            raise ValueError("client_authority: clients' certificates are checked over TLS alone; set certificate and key")
+        return self
+
+
+class Teacher(Section):
+    """The trajectory that teaches, how its signals are made and what carries them."""
+
+    trajectory: str | None = Field(
+        None,
+        description="folder of a teacher run's trajectory, runs/NAME/trajectory; or a Hugging Face model, as a folder or "
+        "hf:REPO[@REVISION], with {step} or {kstep} where the step stands; none: what the endpoints serve",
+    )
+    steps: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="steps of a trajectory that is written with {step}")
+    same_vocabulary: bool = Field(False, description="trust that the teacher's ids mean what the task's do, if nothing proves it")
+    signal: Literal["auto", "dense", "hidden", "topk", "sampled", "argmax"] = Field("auto", description="auto: cheapest exact")
+    k: int | None = Field(None, ge=1, description="classes of topk, default 64; draws of sampled, default 12")
+    encoding: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field("auto", description="auto: the teacher's precision")
+    precision: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="of the teacher; default: training.precision")
+    sharding: Literal["whole", "zero", "tensor"] = Field("whole", description="how ranks hold it: all of it each, ZeRO-3, tensor")
+    resident: int | None = Field(
+        None, ge=1, description="checkpoints held at once, so that students steps apart do not swap them; default 1, served 2"
+    )
+    carrier: Literal["colocated", "served", "shared_memory", "cached"] = "colocated"
+    cache: Path | None = Field(None, description="folder of recorded signals: read first, and what it lacks is added")
+    endpoints: tuple[str, ...] = Field(
+        (), description="grpc://HOST:PORT or grpc+tls://HOST:PORT of the replicas; none: those that hold a lease at scheduler.url"
+    )
+    token: Path | None = Field(None, description="file with the bearer token that server and clients share")
+    root_certificate: Path | None = Field(None, description="PEM of the authority that signed the server's certificate")
+    certificate: Path | None = Field(None, description="PEM of the client's certificate (mutual TLS)")
+    key: Path | None = Field(None, description="PEM of its private key")
+    depth: int = Field(2, ge=1, description="steps whose signals are asked for ahead")
+    call_seconds: float = Field(60.0, gt=0.0, description="longest wait for one answer before another replica is asked")
+    deadline_seconds: float = Field(
+        300.0, gt=0.0, le=540.0, description="longest wait for a signal before on_failure; below the process group's 600"
+    )
+    on_failure: Literal["wait", "cache", "labels"] = Field(
+        "wait", description="at the deadline: stop the run; or read the cache, used for this alone; or learn from the labels"
+    )
+    server: TeacherServer = TeacherServer()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Teacher:
+        remote = self.carrier in ("served", "shared_memory")
+        if self.trajectory is None and not remote:
+            raise ValueError(f"trajectory: carrier {self.carrier} needs the folder of a teacher run, runs/NAME/trajectory")
+        for endpoint in self.endpoints:
+            if not re.fullmatch(r"grpc(\+tls)?://[^/:]+:\d+", endpoint):
+                raise ValueError(f"endpoints: {endpoint!r} is not grpc://HOST:PORT or grpc+tls://HOST:PORT")
+        if self.carrier == "cached" and self.cache is None:
+            raise ValueError("cache: carrier cached needs the folder that `megapd record` wrote")
+        if self.on_failure == "cache" and (self.cache is None or self.carrier == "cached"):
+            raise ValueError("on_failure: cache needs teacher.cache, and a carrier that can fail; set both, or choose wait")
+        if self.on_failure == "labels" and not remote:
+            raise ValueError(f"on_failure: labels is for a served teacher; carrier {self.carrier} cannot be lost, choose wait")
+        if self.k is not None and self.signal not in ("topk", "sampled"):
+            raise ValueError(f"k: has no meaning for signal {self.signal}; choose topk or sampled")
+        if self.encoding == "int8" and self.signal not in ("hidden", "auto"):
+            raise ValueError(f"encoding: int8 is for hidden states, not for signal {self.signal}; choose fp16")
+        if (self.certificate is None) != (self.key is None):
+            missing = "certificate" if self.certificate is None else "key"
+            raise ValueError(f"{missing}: certificate and key go together; give both, or neither")
+        return self
+
+
+class OneShot(Section):
+    """One checkpoint for the whole run; by default the last of the trajectory."""
+
+    policy: Literal["one_shot"] = "one_shot"
+    checkpoint: int | None = Field(None, ge=0, description="step of the teacher's checkpoint")
+
+
+class Equal(Section):
+    """(N, T)-progressive: N equally spaced checkpoints, T student steps each, then the last one."""
+
+    policy: Literal["equal"] = "equal"
+    checkpoints: int = Field(ge=1, description="N")
+    steps: int = Field(ge=1, description="T, student steps a checkpoint")
+
+
+class Matched(Section):
+    """Student step s in [iR, (i+1)R) is taught by the teacher's step (i+1) * R * speed, capped at the last."""
+
+    policy: Literal["matched"] = "matched"
+    refresh: int = Field(ge=1, description="R, student steps between rotations")
+    speed: float = Field(1.0, gt=0.0)
+
+
+class Range(Section):
+    """From student step `start` on, the checkpoint of the teacher's step `checkpoint` teaches."""
+
+    start: int = Field(ge=0)
+    checkpoint: int = Field(ge=0)
+
+
+class Explicit(Section):
+    """A list of ranges; the first starts at 0, each lasts until the next starts."""
+
+    policy: Literal["explicit"] = "explicit"
+    ranges: tuple[Range, ...] = Field(min_length=1)
+
+    @field_validator("ranges")
+    @classmethod
+    def _ordered(cls, ranges: tuple[Range, ...]) -> tuple[Range, ...]:
+        starts = [r.start for r in ranges]
+        if starts[0] != 0:
+            raise ValueError(f"the first range must start at 0, not {starts[0]}")
+        if any(b <= a for a, b in itertools.pairwise(starts)):
+            raise ValueError(f"the starts must increase, got {starts}")
+        return ranges
+
+
+class Follow(Section):
+    """Teacher and student train together: R steps a checkpoint as in `matched`, waiting for each to be written."""
+
+    policy: Literal["follow"] = "follow"
+    refresh: int = Field(ge=1)
+    speed: float = Field(1.0, gt=0.0)
+    last: int = Field(ge=1, description="the last step of the teacher run, whose checkpoint ends the trajectory")
+    timeout_seconds: float = Field(3600.0, gt=0.0, description="longest wait for one checkpoint")
+
+
+class Geometric(Section):
+    """N checkpoints at geometrically growing teacher steps, from `first` to the last one, each for an equal part of the run."""
+
+    policy: Literal["geometric"] = "geometric"
+    checkpoints: int = Field(ge=1, description="N")
+    first: int | None = Field(None, ge=1, description="the first one's step; default: the trajectory's first after step 0")
+    steps: int | None = Field(None, ge=1, description="T, student steps a checkpoint")
+    total: int | None = Field(None, ge=1, description="student steps that the N checkpoints share equally, instead of `steps`")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Geometric:
+        if (self.steps is None) == (self.total is None):
+            raise ValueError("steps: give either steps, of each checkpoint, or total, of all together")
+        if self.total is not None and self.total < self.checkpoints:
+            raise ValueError(f"total: {self.total} student steps are too few for {self.checkpoints} checkpoints; raise it")
+        return self
+
+
+class Transition(Section):
+    """(N, T)-progressive around the teacher's phase transition: N - 1 checkpoints from inside it, T student steps each, then the
+    last one."""
+
+    policy: Literal["transition"] = "transition"
+    steps: int = Field(ge=1, description="T, student steps a checkpoint")
+    checkpoints: int = Field(2, ge=2, description="N, the last checkpoint included")
+    metric: Literal["auto", "loss", "degree_1", "m_robust_3"] = Field(
+        "auto", description="what shows the transition; auto: a curriculum metric where one is recorded, else the loss"
+    )
+
+
+class Adaptive(Section):
+    """Go on to the next of N checkpoints when the student's accuracy or divergence no longer improves."""
+
+    policy: Literal["adaptive"] = "adaptive"
+    checkpoints: int | None = Field(None, ge=1, description="N, chosen by `spacing`")
+    spacing: Literal["equal", "geometric"] = "equal"
+    teachers: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="the checkpoints' steps, instead of `checkpoints`")
+    metric: Literal["accuracy", "divergence"] = Field("accuracy", description="held out; or of the training steps reported")
+    window: int = Field(5, ge=1, description="reports whose mean the next one is compared with")
+    gain: float = Field(0.01, ge=0.0, description="a report that improves on that mean by less is saturated")
+    patience: int = Field(1, ge=1, description="saturated reports in a row that advance")
+    progress: float = Field(0.01, ge=0.0, description="improvement since the last advance that the next one needs; 0: none")
+    min_dwell: int = Field(1, ge=1, description="student steps that each checkpoint teaches at least")
+    max_dwell: int | None = Field(None, ge=1, description="student steps after which the next one follows in any case")
+    lead: int = Field(10, ge=1, description="student steps between a decision and its effect")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Adaptive:
+        if (self.checkpoints is None) == (not self.teachers):
+            raise ValueError("checkpoints: give either checkpoints, a number, or teachers, a list of steps")
+        if any(b <= a for a, b in itertools.pairwise(self.teachers)):
+            raise ValueError(f"teachers: the steps must increase, got {list(self.teachers)}")
+        if self.max_dwell is not None and self.max_dwell < self.min_dwell:
+            raise ValueError(f"max_dwell: {self.max_dwell} is below min_dwell {self.min_dwell}; raise it")
+        return self
+
+
+Schedule = Annotated[
+    OneShot | Equal | Matched | Explicit | Follow | Geometric | Transition | Adaptive, Field(discriminator="policy")
+]
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd", "soft_cross_entropy"]
+
+
+class Loss(Section):
+    """alpha * CE(labels) + (1 - alpha) * divergence(teacher, student) + z_loss * (log normaliser)^2, averaged over the labelled
+    positions; see megapd.kernels.LossOptions."""
+
+    divergence: Divergence = "forward_kl"
+    teacher_temperature: float = Field(1.0, ge=0.0, description="0: the teacher's argmax, exactly")
+    student_temperature: float = Field(1.0, gt=0.0)
+    alpha: float = Field(0.0, ge=0.0, le=1.0, description="weight of the labels' cross entropy")
+    beta: float = Field(0.5, gt=0.0, lt=1.0, description="the teacher's share in the mixture of the JSD")
+    scale_t2: bool = Field(False, description="multiply the divergence by student_temperature ** 2")
+    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="share of the uniform distribution in the labels")
+    z_loss: float = Field(0.0, ge=0.0, description="weight of the squared log of the softmax's normaliser; 1e-4 is usual")
+    common_vocabulary: bool = Field(
+        False, description="teacher and student of different vocabulary sizes: learn over the classes that both have"
+    )
+    recompute: bool = Field(False, description="form the logits again in backward instead of holding the head's gradient")
+    chunk_bytes: int | None = Field(
+        None,
+        ge=1 << 10,
+        description="most bytes of logits alive at once in the fused loss; none: 64 MiB on a CPU, 2 GiB on a GPU",
+    )
+
+    @model_validator(mode="after")
+    def _finite(self) -> Loss:
+        if self.divergence == "reverse_kl" and self.teacher_temperature == 0.0:
+            raise ValueError("reverse_kl is infinite against an argmax teacher: raise teacher_temperature above 0")
+        return self

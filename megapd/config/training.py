@@ -1,0 +1,72 @@
+"""Sections of the run itself: optimizer, lr, training, checkpoint, trajectory, evaluation, telemetry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megapd.config.base import Section
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Optimizer(Section):
+    kind: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(1e-3, gt=0.0, allow_inf_nan=False)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0.0)
+    weight_decay: float = Field(0.0, ge=0.0, description="applied to matrices, not to biases and norms")
+    momentum: float = Field(0.0, ge=0.0, lt=1.0)
+
+
+class LearningRate(Section):
+    """Warm-up, then a decay to `final` times the peak."""
+
+    kind: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    warmup: float = Field(0.0, ge=0.0, description="steps; below 1, a share of the run")
+    final: float = Field(0.0, ge=0.0, le=1.0, description="learning rate at the end, as a share of the peak")
+    decay: float = Field(0.2, gt=0.0, description="wsd: steps of the decay at the end; below 1, a share of the run")
+
+
+class Training(Section):
+    steps: int = Field(1000, ge=1)
+    global_batch: int = Field(256, ge=1, description="samples a step, over all ranks")
+    micro_batch: int | None = Field(None, ge=1, description="samples a forward and rank; default: no accumulation")
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    clip: float = Field(0.0, ge=0.0, description="largest gradient norm; 0: no clipping")
+    max_nonfinite: int = Field(10, ge=1, description="stop after this many non-finite steps in a row")
+    prefetch: int = Field(2, ge=1, description="steps whose batches are built ahead")
+    deepspeed: Path | None = Field(None, description="JSON merged under what megapd sets; default configs/deepspeed")
+
+
+class Checkpoint(Section):
+    """Resumable checkpoints: parameters, optimizer, counters."""
+
+    every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only when stopped and at the end")
+    keep: int = Field(2, ge=1)
+    resume: bool = Field(True, description="continue the run's folder where it stopped")
+
+
+class TrajectoryWriter(Section):
+    """Weights-only checkpoints for later students."""
+
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0: only those of `steps`")
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = Field((), description="further steps at which one is written")
+    shard_bytes: int = Field(2 << 30, ge=1 << 12)
+
+
+class Evaluation(Section):
+    every: int = Field(0, ge=0, description="steps between evaluations on held-out data; 0: only at the end")
+    samples: int = Field(1024, ge=1)
+    micro_batch: int | None = Field(None, ge=1, description="samples a forward; default: the training micro-batch")
+
+
+class Telemetry(Section):
+    every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    wandb: Literal["auto", "offline", "disabled"] = Field("auto", description="auto: online when logged in, else offline")
+    project: str = "megapd"
+    progress: bool = True
+    peak_tflops: float | None = Field(None, gt=0.0, description="a device's peak, for the MFU; default: known by its name")
