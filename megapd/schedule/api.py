@@ -143,6 +143,7 @@ class NewDecision(Body):
 
 class Report(Body):
     step: Step
+    now: Step | None = Field(None, description="student steps done when this is sent, where that is later")
     metrics: Figures
 
 
@@ -238,6 +239,7 @@ class DecisionAnswer(Answer):
     checkpoint: int
     reason: str
     evidence: dict[str, Any]
+    applied: int | None = Field(None, description="the student step that it began at, where the run learned of it too late")
 
 
 class ReportedAnswer(Answer):

@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 from megapd.config import Adaptive
 from megapd.schedule import catalogue
 from megapd.schedule.policies import candidates
-from megapd.schedule.runs import find_run, list_decisions, list_schedules, parse_schedule, resolve, set_schedule
+from megapd.schedule.runs import begins, find_run, list_decisions, list_schedules, parse_schedule, resolve, set_schedule
 from megapd.schedule.store import Refused
 
 Action = Literal["pause", "advance", "pin", "resume"]
@@ -69,12 +69,12 @@ def _around(
     step = max(effective - 1, 0)
     if step >= run["steps"]:
         raise Refused(f"effective: {run['name']} ends at step {run['steps']}; choose an earlier one")
-    begun = [version for version in versions if (version["applied"] or version["effective"]) <= step]
+    begun = [version for version in versions if begins(version) <= step]
     schedule = parse_schedule(begun[-1]["document"])
     plan = resolve(connection, run, schedule)
     if schedule.policy != "adaptive":
         return plan.checkpoint_at(step), [rotation for rotation in plan.rotations() if rotation[0] > step]
-    taken = [(decision["effective"], decision["checkpoint"]) for decision in list_decisions(connection, run["name"])]
+    taken = [(begins(decision), decision["checkpoint"]) for decision in list_decisions(connection, run["name"])]
     teaching = next((teacher for start, teacher in reversed(taken) if start <= step), plan.checkpoint_at(0))
     coming = [decision for decision in taken if decision[0] > step]
     if not coming:

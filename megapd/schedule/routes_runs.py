@@ -111,9 +111,16 @@ def router(service: Service) -> APIRouter:
     @routes.post("/{name}/decisions", response_model=api.DecisionAnswer, dependencies=[run])
     async def add_decision(name: api.NamePath, body: api.NewDecision) -> Response:
         """Append. 201: it is new; 200: it was there, the same; 409: that number is taken, or not the next."""
-        decision = runs.Stored(**body.model_dump())  # type: ignore[typeddict-item]
+        decision = runs.Stored(**body.model_dump(), applied=None)  # type: ignore[typeddict-item]
         found, new = await service.write(lambda connection: runs.add_decision(connection, name, decision))
         return Answer(found, 201 if new else 200)
+
+    @routes.post("/{name}/decisions/{sequence}/applied", response_model=api.DecisionAnswer, dependencies=[run])
+    async def decision_applied(name: api.NamePath, sequence: int, body: api.Applied) -> Response:
+        """All ranks take the decision up at that student step, later than it says, having learned of it too late."""
+        if not 0 <= sequence < 1 << 31:
+            raise HTTPException(422, "sequence: from 0 on")
+        return Answer(await service.write(lambda connection: runs.apply_decision(connection, name, sequence, body.step)))
 
     @routes.get("/{name}/reports", response_model=list[api.ReportAnswer], dependencies=[read])
     async def reports(name: api.NamePath, after: api.AfterNumber = -1, limit: api.Limit = 1000) -> Response:
@@ -131,7 +138,11 @@ def router(service: Service) -> APIRouter:
 
         A step that is on record, or before one that is, changes nothing.
         """
-        new, decision = await service.write(lambda connection: runs.add_report(connection, name, body.step, body.metrics))
+
+        def write(connection: Connection) -> tuple[bool, runs.Stored | None]:
+            return runs.add_report(connection, name, body.step, body.metrics, body.now)
+
+        new, decision = await service.write(write)
         return Answer({"new": new, "decision": decision}, 201 if new else 200)
 
     return routes

@@ -1,8 +1,8 @@
 """Runs, their schedules, decisions and reports in the store: functions of a connection.
 
 Of a run's schedule versions, the highest that has begun at a student step is in force there; a version begins at `effective`, or
-where its run says that all ranks took it up (`applied`), which is never earlier. Decisions are numbered from 0 without gaps, and
-never changed.
+where its run says that all ranks took it up (`applied`), which is never earlier; so does what a decision decides. Decisions are
+numbered from 0 without gaps, and never changed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypedDict
 
@@ -38,7 +38,7 @@ _NEWEST = (
 
 
 class Stored(TypedDict):
-    """A megapd.schedule.adaptive.Decision as a tree."""
+    """A megapd.schedule.adaptive.Decision as a tree, and the student step at which its run took it up, None: at `effective`."""
 
     sequence: int
     step: int
@@ -46,6 +46,12 @@ class Stored(TypedDict):
     checkpoint: int
     reason: str
     evidence: Any
+    applied: int | None
+
+
+def begins(change: Mapping[str, Any]) -> int:
+    """The student step at which a schedule version, or a decision, begins."""
+    return change["effective"] if change["applied"] is None else change["applied"]
 
 
 # ------------------------------------------------------------------------------------------------------------------ runs
@@ -234,21 +240,22 @@ def _check_schedule(connection: Connection, run: dict[str, Any], schedule: Sched
 def add_decision(connection: Connection, run: str, decision: Stored) -> tuple[Stored, bool]:
     """(the decision, whether it is new). The next number is taken; a repeat of the same changes nothing, all else is a Conflict.
 
-    Raises Refused for a checkpoint that is flagged and not accepted, and for an effect before that of the decision before.
+    decision: `applied` is not looked at. Raises Refused for a checkpoint that is flagged and not accepted, and for an effect
+    before that of the decision before.
     """
     found, sequence = find_run(connection, run), decision["sequence"]
-    wanted = Stored(**{**decision, "evidence": json.loads(canonical(decision["evidence"]))})
+    wanted = Stored(**{**decision, "evidence": json.loads(canonical(decision["evidence"])), "applied": None})
     if sequence < found["decisions"]:
         present = list_decisions(connection, run, sequence - 1, 1)[0]
-        if present == wanted:
+        if {**present, "applied": None} == wanted:
             return present, False
         raise Conflict(f"sequence: decision {sequence} of {run} is another one, and decisions are never changed", present)
     if sequence > found["decisions"]:
         told = {"decisions": found["decisions"]}
         raise Conflict(f"sequence: the next decision of {run} is number {found['decisions']}, not {sequence}", told)
     before = list_decisions(connection, run, sequence - 2, 1) if sequence else []
-    if before and wanted["effective"] <= before[0]["effective"]:
-        at = before[0]["effective"]
+    if before and wanted["effective"] <= begins(before[0]):
+        at = begins(before[0])
         raise Refused(f"effective: decision {sequence - 1} takes effect at student step {at}; choose a later one")
     if found["trajectory"] is not None:
         catalogue.refuse_flagged(connection, found["trajectory"], [wanted["checkpoint"]], "checkpoint")
@@ -263,15 +270,38 @@ def list_decisions(connection: Connection, run: str, after: int = -1, limit: int
     """Those with a greater number, in order; none of a run that there is not."""
     query = select(decisions).where((decisions.c.run == run) & (decisions.c.sequence > after))
     rows = connection.execute(query.order_by(decisions.c.sequence).limit(limit))
-    keys = ("sequence", "step", "effective", "checkpoint", "reason")
+    keys = ("sequence", "step", "effective", "checkpoint", "reason", "applied")
     return [Stored(**{key: getattr(r, key) for key in keys}, evidence=json.loads(r.evidence)) for r in rows]  # type: ignore[typeddict-item]
+
+
+def apply_decision(connection: Connection, run: str, sequence: int, step: int) -> Stored:
+    """The run learned of a decision too late, the service having been away, and its ranks take it up at student step `step`. A
+    repeat changes nothing, another step is a Conflict."""
+    found = list_decisions(connection, run, sequence - 1, 1)
+    if not found or found[0]["sequence"] != sequence:
+        find_run(connection, run)
+        raise NotFound(f"sequence: {run} has no decision {sequence}")
+    if found[0]["applied"] is not None:
+        if found[0]["applied"] != step:
+            raise Conflict(f"step: decision {sequence} was taken up at student step {found[0]['applied']}", found[0])
+        return found[0]
+    if step < found[0]["effective"]:
+        raise Refused(f"step: decision {sequence} takes effect at student step {found[0]['effective']}, not before")
+    mine = (decisions.c.run == run) & (decisions.c.sequence == sequence)
+    connection.execute(update(decisions).where(mine).values(applied=step))
+    emit(connection, "decision_applied", run, sequence=sequence, step=step)
+    return {**found[0], "applied": step}
 
 
 # --------------------------------------------------------------------------------------------------------------- reports
 
 
-def add_report(connection: Connection, run: str, step: int, metrics: dict[str, float]) -> tuple[bool, Stored | None]:
+def add_report(
+    connection: Connection, run: str, step: int, metrics: dict[str, float], now: int | None = None
+) -> tuple[bool, Stored | None]:
     """(whether it is new, the decision that it led to) of what the run measured when it had done `step` steps.
+
+    now: student steps that the run has done since, where the report comes late; what is decided takes effect after them.
 
     A report of a step that is on record, or before one that is, changes nothing: a resumed run measures the same again. Where the
     schedule in force there is adaptive, the decision is made here and is part of the same transaction.
@@ -282,32 +312,38 @@ def add_report(connection: Connection, run: str, step: int, metrics: dict[str, f
     moment = time.time()
     if new:
         connection.execute(insert(reports), {"run": run, "step": step, "metrics": canonical(metrics), "created": moment})
-    connection.execute(update(runs).where(runs.c.name == run).values(step=step, reported=moment))
+    done = step if now is None else max(step, now)
+    connection.execute(update(runs).where(runs.c.name == run).values(step=done, reported=moment))
     if not new:
         rest = select(decisions.c.sequence).where((decisions.c.run == run) & (decisions.c.step == step))
         sequence = connection.execute(rest).scalar()
         return False, None if sequence is None else list_decisions(connection, run, sequence - 1, 1)[0]
-    return True, _decide(connection, found, step)
+    return True, _decide(connection, found, step, done)
 
 
-def _decide(connection: Connection, run: dict[str, Any], step: int) -> Stored | None:
-    versions = [v for v in list_schedules(connection, run["name"]) if (v["applied"] or v["effective"]) <= step]
+def _decide(connection: Connection, run: dict[str, Any], step: int, now: int) -> Stored | None:
+    versions = [v for v in list_schedules(connection, run["name"]) if begins(v) <= step]
     settings = parse_schedule(versions[-1]["document"]) if versions else None
     if not isinstance(settings, Adaptive):
         return None
     available = catalogue.steps_of(connection, run["trajectory"]) if run["trajectory"] else list(settings.teachers)
     last = list_decisions(connection, run["name"], run["decisions"] - 2, 1)
-    start = last[0]["effective"] if last else 0
+    start = begins(last[0]) if last else 0
     measured = [Report(r["step"], r["metrics"][settings.metric]) for r in _since(connection, run["name"], start, settings.metric)]
-    made = [None] * run["decisions"] if not last else [*[None] * (run["decisions"] - 1), Decision(**last[0])]
-    decision = decide(settings, candidates(settings, tuple(available)), measured, made, step)  # type: ignore[arg-type]
+    made = [*[None] * (run["decisions"] - len(last)), *map(_as_taken, last)]
+    decision = decide(settings, candidates(settings, tuple(available)), measured, made, now)  # type: ignore[arg-type]
     if decision is None:
         return None
     try:
-        return add_decision(connection, run["name"], Stored(**asdict(decision)))[0]  # type: ignore[typeddict-item]
+        return add_decision(connection, run["name"], Stored(**asdict(decision), applied=None))[0]  # type: ignore[typeddict-item]
     except Refused as error:  # the checkpoint was flagged since the schedule was set: the run stays where it is, and says so
         emit(connection, "decision_refused", run["name"], sequence=decision.sequence, detail=str(error))
         return None
+
+
+def _as_taken(stored: Stored) -> Decision:
+    """As its run took it up."""
+    return Decision(**{**{key: value for key, value in stored.items() if key != "applied"}, "effective": begins(stored)})  # type: ignore[arg-type]
 
 
 def _since(connection: Connection, run: str, start: int, metric: str) -> list[dict[str, Any]]:

@@ -122,6 +122,7 @@ decisions = Table(
     Column("step", BigInteger, nullable=False),
     Column("reason", String(120), nullable=False),
     Column("effective", BigInteger, nullable=False),
+    Column("applied", BigInteger),
     Column("evidence", Text, nullable=False),
     Column("created", Float, nullable=False),
 )

@@ -95,6 +95,7 @@ OPERATIONS = [
     ("POST", "/v1/runs/r/schedules/2/applied", {"step": 50}, "run"),
     ("GET", "/v1/runs/r/decisions", None, "read"),
     ("POST", "/v1/runs/r/decisions", DECISION, "run"),
+    ("POST", "/v1/runs/r/decisions/0/applied", {"step": 12}, "run"),
     ("GET", "/v1/runs/r/reports", None, "read"),
     ("POST", "/v1/runs/r/reports", {"step": 5, "metrics": {"loss": 1.0}}, "run"),
     ("GET", "/v1/replicas", None, "read"),
@@ -147,8 +148,8 @@ def _template(path: str) -> str:
         parts[3] = names.get(parts[2], "{name}")
         if parts[2] == "checkpoints" and len(parts) == 4:
             parts[3] = "{reference}"
-    if len(parts) > 5 and parts[4] == "schedules":
-        parts[5] = "{version}"
+    if len(parts) > 5:
+        parts[5] = {"schedules": "{version}", "decisions": "{sequence}"}.get(parts[4], parts[5])
     return "/".join(parts)
 
 

@@ -70,7 +70,7 @@ def schedule(store: Store, document=EQUAL, *, expected=0, effective=0, name="stu
 
 def decision(sequence: int, **changes) -> runs.Stored:
     made = {"sequence": sequence, "step": 1, "effective": 10 * (sequence + 1), "checkpoint": 20, "reason": "saturated"}
-    return {**made, "evidence": {"gain": 0.1, "of": [1, 2.5]}, **changes}
+    return {**made, "evidence": {"gain": 0.1, "of": [1, 2.5]}, "applied": None, **changes}
 
 
 def decide(store: Store, made: runs.Stored):
@@ -307,6 +307,44 @@ def test_decisions_are_appended_in_order_and_never_changed(store):
     decide(store, decision(1))
     assert store.read(lambda c: runs.list_decisions(c, "student")) == [decision(0), decision(1)]
     assert store.read(lambda c: runs.list_decisions(c, "student", 0, 1)) == [decision(1)]
+
+
+def test_a_decision_that_its_run_learned_of_too_late_begins_where_the_run_says(store):
+    trajectory(store)
+    run(store)
+    decide(store, decision(0))
+
+    def applied(step, sequence=0):
+        return store.write(lambda c: runs.apply_decision(c, "student", sequence, step))
+
+    with pytest.raises(Refused, match="takes effect at student step 10, not before"):
+        applied(9)
+    assert applied(25) == decision(0, applied=25) == applied(25)
+    with pytest.raises(Conflict, match="taken up at student step 25"):
+        applied(26)
+    with pytest.raises(NotFound, match="no decision 3"):
+        applied(40, sequence=3)
+    assert decide(store, decision(0)) == (decision(0, applied=25), False)
+    with pytest.raises(Refused, match="student step 25; choose a later one"):
+        decide(store, decision(1, effective=20))
+    decide(store, decision(1, effective=26))
+
+
+def test_a_late_report_decides_for_steps_to_come(sqlite):
+    trajectory(sqlite)
+    run(sqlite)
+    adaptive = {"policy": "adaptive", "teachers": [10, 20, 40], "min_dwell": 1, "max_dwell": 10, "lead": 3, "metric": "accuracy"}
+    schedule(sqlite, adaptive)
+    _, made = sqlite.write(lambda c: runs.add_report(c, "student", 10, {"accuracy": 0.5}, 37))
+    assert made is not None
+    assert (made["step"], made["effective"]) == (10, 40)
+    assert sqlite.read(lambda c: runs.find_run(c, "student"))["step"] == 37
+    sqlite.write(lambda c: runs.apply_decision(c, "student", 0, 44))
+    # The dwell of the next checkpoint begins where it began to teach.
+    assert sqlite.write(lambda c: runs.add_report(c, "student", 53, {"accuracy": 0.5})) == (True, None)
+    _, second = sqlite.write(lambda c: runs.add_report(c, "student", 54, {"accuracy": 0.5}))
+    assert second is not None
+    assert (second["sequence"], second["effective"]) == (1, 57)
 
 
 def test_an_adaptive_run_is_decided_with_its_report(sqlite):

@@ -98,7 +98,7 @@ def timeline(connection: Connection, run: str) -> dict[str, Any]:
 
 def in_force(versions: list[dict[str, Any]], steps: int) -> Iterator[tuple[dict[str, Any], int, int]]:
     """(version, start, end), in order: it is in force at student steps [start, end), as the highest of those that have begun."""
-    begins = [version["applied"] or version["effective"] for version in versions]
+    begins = [runs.begins(version) for version in versions]
     for place, version in enumerate(versions):
         end = min([*begins[place + 1 :], steps])
         if begins[place] < end:
@@ -107,9 +107,10 @@ def in_force(versions: list[dict[str, Any]], steps: int) -> Iterator[tuple[dict[
 
 def _decided(connection: Connection, run: str) -> list[tuple[int, int]]:
     """(student step, teacher step) of the newest decisions, in order; without their evidence, which is long."""
-    query = select(decisions.c.effective, decisions.c.checkpoint).where(decisions.c.run == run)
+    begin = func.coalesce(decisions.c.applied, decisions.c.effective).label("begin")
+    query = select(begin, decisions.c.checkpoint).where(decisions.c.run == run)
     newest_first = connection.execute(query.order_by(decisions.c.sequence.desc()).limit(2 * SEGMENTS))
-    return [(row.effective, row.checkpoint) for row in newest_first][::-1]
+    return [(row.begin, row.checkpoint) for row in newest_first][::-1]
 
 
 def _pieces(

@@ -234,7 +234,7 @@ function heard(events) {
     if (state.events.length && event.id <= state.events[state.events.length - 1].id) continue;
     state.events.push(event);
     const kind = event.kind;
-    if (/^(run|schedule|schedule_applied|decision|decision_refused)$/.test(kind)) {
+    if (/^(run|schedule|schedule_applied|decision|decision_applied|decision_refused)$/.test(kind)) {
       state.stale.add(event.run);
       if (event.run === state.chosen) state.detailStale = true;
     } else if (/^(checkpoint|verified|accepted)$/.test(kind)) {
@@ -407,7 +407,7 @@ function showHistory(detail) {
   table("versions", ["Version", "Schedule", "Effective from step", "Taken up at", "By", "Note", "Set"], rows, versions);
   const decisions = detail.decisions.toReversed();
   at("decisions-empty").hidden = decisions.length > 0;
-  const made = decisions.map((d) => [String(d.sequence), number(d.step), number(d.effective), number(d.checkpoint), folded(d.reason, d.evidence)]);
+  const made = decisions.map((d) => [String(d.sequence), number(d.step), number(d.applied ?? d.effective), number(d.checkpoint), folded(d.reason, d.evidence)]);
   table("decisions", ["Number", "After step", "Effective from", "Teacher's step", "Reason and evidence"], made, decisions);
 }
 

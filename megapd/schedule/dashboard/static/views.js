@@ -174,6 +174,7 @@ const SAID = {
   run: (b) => `registered for ${number(b.steps)} steps, group ${b.group}`,
   schedule: (b) => `schedule version ${b.version} (${b.policy}) begins at step ${number(b.effective)}, set by ${b.by}${b.note ? `: ${b.note}` : ""}`,
   schedule_applied: (b) => `all ranks take up schedule version ${b.version} at step ${number(b.step)}`,
+  decision_applied: (b) => `all ranks take up decision ${b.sequence} at step ${number(b.step)}`,
   decision: (b) => `decision ${b.sequence}: checkpoint ${number(b.checkpoint)} teaches from step ${number(b.effective)}`,
   decision_refused: (b) => `decision ${b.sequence} refused: ${b.detail}`,
   assignment: (b) => `teachers, list ${b.version}: ${b.endpoints.join(", ") || "none"}`,

@@ -86,6 +86,7 @@ def upgrade() -> None:
         sa.Column("step", sa.BigInteger, nullable=False),
         sa.Column("reason", sa.String(120), nullable=False),
         sa.Column("effective", sa.BigInteger, nullable=False),
+        sa.Column("applied", sa.BigInteger),
         sa.Column("evidence", sa.Text, nullable=False),
         sa.Column("created", sa.Float, nullable=False),
     )
