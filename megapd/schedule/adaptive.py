@@ -1,7 +1,7 @@
 """Schedules that grow by decisions: when the student saturates, the next checkpoint follows.
 
-    rank 0     Decider.report(step, value, now) -> the decision is on the disk, with its evidence, before it is returned
-    all ranks  AdaptivePlan.news() -> World.sum of the step -> AdaptivePlan.hear(...)
+    rank 0     EmbeddedDecider.report(step, metrics) -> the decision is on the disk, with its evidence, before it is returned
+    all ranks  World.gather of it -> AdaptivePlan.take
     each       AdaptivePlan.checkpoint_at(s): a function of the recorded decisions alone
 
 A decision takes effect at a named student step that lies so far ahead that no rank has asked for that step's signals yet.
@@ -296,29 +296,17 @@ def _check_order(decision: Decision, before: Sequence[Decision]) -> None:
 # ----------------------------------------------------------------------------------------------------------- the decider
 
 
-class Decider(Protocol):
-    """What rank 0 reports to: EmbeddedDecider, or the service's client.
-
-    report   after `step` student steps; returns the decision that the report led to, recorded durably, None if none. Reporting a
-             step again changes nothing
-    sync     before a checkpoint of the run is written: what was reported lasts as the checkpoint does
-    """
-
-    def report(self, step: int, metrics: Mapping[str, Any]) -> Decision | None: ...
-
-    def sync(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class EmbeddedDecider:
-    """Decides in the run's own process, on a store of its own."""
+    """Decides in the run's own process, on a store of its own; on rank 0."""
 
     def __init__(self, settings: Adaptive, candidates: Sequence[int], store: DecisionStore) -> None:
         self._settings, self._candidates, self._store = settings, tuple(candidates), store
 
     def report(self, step: int, metrics: Mapping[str, Any]) -> Decision | None:
-        """metrics: those of a line of metrics.jsonl; a line without settings.metric, or with one not finite, reports nothing."""
+        """After `step` student steps; the decision that the report led to, None if none. Reporting a step again changes nothing.
+
+        metrics: those of a line of metrics.jsonl; a line without settings.metric, or with one not finite, reports nothing.
+        """
         value = metrics.get(self._settings.metric)
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             return None
@@ -331,6 +319,7 @@ class EmbeddedDecider:
         return None if made is None else self._store.add_decision(made)
 
     def sync(self) -> None:
+        """What was reported lasts."""
         self._store.sync()
 
     def close(self) -> None:
@@ -374,7 +363,6 @@ class AdaptivePlan(Plan):
         self._points: tuple[tuple[int, int], ...] = ((0, self._candidates[0]),)
         self._known = 0  # decisions taken in
         self._asked = -1  # the latest step that checkpoint_at was asked for
-        self._news: list[tuple[int, int, int]] = []
         self._guard = threading.Lock()
         for decision in decisions:
             self.take(decision)
@@ -426,25 +414,8 @@ class AdaptivePlan(Plan):
     def fixed(self) -> list[tuple[int, int]]:
         return [self._points[0]]
 
-    # How a decision travels from rank 0 to all: in the sum that every step begins with, where the other ranks add zeros.
-
-    def announce(self, decision: Decision) -> None:
-        """On rank 0: give a decision to the next `news`."""
-        self._news.append((decision.sequence + 1, decision.effective, decision.checkpoint))
-
-    def news(self) -> tuple[int, int, int]:
-        """On every rank: three numbers to sum over the ranks; zeros if there is nothing to tell."""
-        return self._news.pop(0) if self._news else (0, 0, 0)
-
-    def hear(self, number: int, effective: int, checkpoint: int) -> bool:
-        """On every rank: take in the sums of `news`; True if they were a decision."""
-        if number == 0:
-            return False
-        self._extend(number - 1, effective, checkpoint)
-        return True
-
     def take(self, decision: Decision) -> None:
-        """Take in a recorded decision, as on resume. RuntimeError if its effect would lie behind what was asked for."""
+        """On every rank, at the same step. RuntimeError if its effect would lie behind what was asked for."""
         self._extend(decision.sequence, decision.effective, decision.checkpoint)
 
     def _extend(self, sequence: int, effective: int, checkpoint: int) -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from megapd.config import Config, Follow
+from megapd.config import Config, Follow, Schedule
 from megapd.schedule.policies import Plan, build_plan
 from megapd.signal import Encoding, SignalSpec, negotiate
 from megapd.tasks import Task
@@ -35,12 +35,13 @@ def open_trajectory(config: Config) -> Checkpoints:
     return Trajectory(Path(named), must_exist=not isinstance(config.schedule, Follow))
 
 
-def resolve_plan(config: Config, trajectory: Checkpoints) -> Plan:
-    """The schedule of the run over the checkpoints there are; `follow` does not need them yet."""
-    assert config.schedule is not None
+def resolve_plan(config: Config, trajectory: Checkpoints, schedule: Schedule | None = None) -> Plan:
+    """The schedule, by default that of the run, over the checkpoints there are; `follow` does not need them yet."""
+    schedule = schedule or config.schedule
+    assert schedule is not None
     # Models of transformers come without metrics, and to describe one is to fetch and hash it.
     metrics_of = None if isinstance(trajectory, HuggingFaceTrajectory) else lambda step: trajectory.checkpoint(step).metrics
-    return build_plan(config.schedule, available=trajectory.steps, steps=config.training.steps, metrics_of=metrics_of)
+    return build_plan(schedule, available=trajectory.steps, steps=config.training.steps, metrics_of=metrics_of)
 
 
 def teacher_options(config: Config, *, served: bool = False) -> TeacherOptions:

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megapd.config import Adaptive, Follow
+from megapd.config import Follow
 from megapd.errors import Diverged
-from megapd.schedule.adaptive import AdaptivePlan, reported_kind
+from megapd.schedule.adaptive import AdaptivePlan
+from megapd.schedule.live import Change, LivePlan
 from megapd.training.control import StopRequest
 from megapd.training.evaluation import held_out
 from megapd.training.feed import BatchFeed
@@ -43,13 +44,12 @@ def train(run: Run) -> bool:
     step, stopped = run.start, False
     try:
         while step < steps:
-            # The batch, its global count of labelled positions, whether any rank was asked to stop, what the schedule decided.
+            # The batch, its global count of labelled positions, whether any rank was asked to stop, or the schedule changes.
             batches = feed.get(step)
-            adaptive = run.plan if isinstance(run.plan, AdaptivePlan) else None
-            news = adaptive.news() if adaptive is not None else (0, 0, 0)
-            labelled, stops, *heard = world.sum(sum(b.labelled for b in batches), int(stop.pending()), *news)
-            if adaptive is not None and adaptive.hear(*heard):
-                run.state["decisions"] = adaptive.known
+            change = run.changes.next(step) if run.changes is not None else None
+            labelled, stops, changes = world.sum(sum(b.labelled for b in batches), int(stop.pending()), int(change is not None))
+            if changes:
+                take_change(run, change)
             if stops or not teacher_came(run, step, stop):
                 stopped = True
                 break
@@ -72,13 +72,11 @@ def train(run: Run) -> bool:
             # What is due at this step.
             if due(step, config.telemetry.every, steps):
                 line = meter.line(sums, labelled, step, lr, source)
-                telemetry.write("train", step, **line)
-                report(run, "train", step, line)
+                tell(run, "train", step, line)
             telemetry.tick()
             if due(step, config.evaluation.every, steps):
                 line = held_out(run.task, config, world, eval_micro, engine.evaluate)
-                telemetry.write("eval", step, **line)
-                report(run, "eval", step, line)
+                tell(run, "eval", step, line)
             if step in config.trajectory.steps or (config.trajectory.every and due(step, config.trajectory.every, steps)):
                 write_trajectory(run, step)
             if step < steps and due(step, config.checkpoint.every, steps):
@@ -95,6 +93,13 @@ def train(run: Run) -> bool:
     return not stopped
 
 
+def take_change(run: Run, change: Change | None) -> None:
+    """What rank 0 has heard of, taken in by all ranks at the same step, long before the step at which it begins."""
+    assert isinstance(run.plan, AdaptivePlan | LivePlan)
+    run.plan.take(run.world.gather(change)[0])
+    run.state["decisions"] = run.plan.known
+
+
 def due(step: int, every: int, last: int) -> bool:
     """Whether something that happens each `every` steps, and at the last, happens after `step` steps."""
     return step == last or (every > 0 and step % every == 0)
@@ -105,9 +110,10 @@ def teacher_came(run: Run, step: int, stop: StopRequest) -> bool:
 
     Only `follow` waits: its teacher may still be training. All ranks poll together, so that they stop, or give up, together.
     """
-    if run.stream is None or not isinstance(run.config.schedule, Follow):
+    seconds = patience(run, step)
+    if run.stream is None or seconds is None:
         return True
-    deadline = time.monotonic() + run.config.schedule.timeout_seconds
+    deadline = time.monotonic() + seconds
     while True:
         ready, stops, late = run.world.sum(int(run.stream.ready(step)), int(stop.pending()), int(time.monotonic() > deadline))
         if stops:
@@ -117,10 +123,17 @@ def teacher_came(run: Run, step: int, stop: StopRequest) -> bool:
         if late:
             wanted = run.plan.checkpoint_at(step) if run.plan is not None else step
             raise CheckpointTimeout(
-                f"schedule.timeout_seconds: no checkpoint of the teacher's step {wanted} after "
-                f"{run.config.schedule.timeout_seconds:g} s; is the teacher running, and does it write this step?"
+                f"schedule.timeout_seconds: no checkpoint of the teacher's step {wanted} after {seconds:g} s; "
+                f"is the teacher running, and does it write this step?"
             )
         time.sleep(0.1)
+
+
+def patience(run: Run, step: int) -> float | None:
+    """Seconds to wait for the teacher of `step` to be written; None: all of the schedule's are there."""
+    if isinstance(run.plan, LivePlan):
+        return run.plan.version_at(step).timeout
+    return run.config.schedule.timeout_seconds if isinstance(run.config.schedule, Follow) else None
 
 
 def announce_rotation(run: Run, step: int) -> None:
@@ -181,21 +194,16 @@ def shapes(run: Run) -> dict[str, int]:
     return {"vocab_size": run.task.vocab_size, "classes": run.task.classes, "length": run.task.length}
 
 
-def report(run: Run, kind: str, step: int, values: dict[str, Any]) -> None:
-    """Give a line of metrics to an adaptive schedule; what it decides, durably, reaches all ranks with their next step."""
-    if run.decider is None:
-        return
-    assert isinstance(run.config.schedule, Adaptive)
-    assert isinstance(run.plan, AdaptivePlan)
-    if kind == reported_kind(run.config.schedule):
-        made = run.decider.report(step, values)
-        if made is not None:
-            run.plan.announce(made)
+def tell(run: Run, kind: str, step: int, values: dict[str, Any]) -> None:
+    """Write a line of metrics; what the decider, or the scheduler, makes of it reaches all ranks with their next step."""
+    run.telemetry.write(kind, step, **values)
+    if run.changes is not None:
+        run.changes.report(kind, step, values)
 
 
 def save(run: Run) -> None:
-    if run.decider is not None:
-        run.decider.sync()
+    if run.changes is not None:
+        run.changes.sync()
     run.telemetry.sync()
     run.store.save(run.engine, run.state["step"], dict(run.state))
     run.saved = run.state["step"]

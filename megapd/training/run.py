@@ -7,21 +7,16 @@ from typing import Any
 
 import yaml
 
-from megapd.config import Adaptive, Config, dump, flatten
+from megapd.config import Adaptive, Config, Schedule, dump, flatten
 from megapd.errors import UserError
 from megapd.files import write_atomic
 from megapd.kernels import LossOptions
 from megapd.models import Learner, build_model, flops_per_token, parameter_count
-from megapd.schedule.adaptive import (
-    FILE,
-    AdaptivePlan,
-    Decider,
-    DecisionLog,
-    EmbeddedDecider,
-    check_lead,
-    recorded_decisions,
-    subject,
-)
+from megapd.schedule import live
+from megapd.schedule.adaptive import FILE, AdaptivePlan, DecisionLog, EmbeddedDecider, check_lead, recorded_decisions, subject
+from megapd.schedule.client import Registration, ServiceSource
+from megapd.schedule.http import Api
+from megapd.schedule.live import ChangeLog, ChangeSource, EmbeddedSource, LivePlan
 from megapd.schedule.policies import Plan
 from megapd.schedule.record import ScheduleRecord
 from megapd.tasks import Task, build_task
@@ -36,11 +31,21 @@ from megapd.world import World
 
 # What may differ between a run's start and its resumption: nothing here changes what the run learns.
 FREE_SECTIONS: tuple[str, ...]
-FREE_SECTIONS = ("checkpoint.", "telemetry.", "runs_dir", "corpus.sources", "evaluation.micro_batch", "training.prefetch")
+FREE_SECTIONS = (
+    "checkpoint.",
+    "telemetry.",
+    "scheduler.",
+    "runs_dir",
+    "corpus.sources",
+    "evaluation.micro_batch",
+    "training.prefetch",
+)
 # Streams are interchangeable, and schedule.json holds a resumed run to the digests of its teachers, wherever they lie.
 FREE_TEACHER = "trajectory sharding resident carrier cache endpoints token root_certificate certificate key depth call_seconds"
 FREE_TEACHER += " deadline_seconds on_failure server."
 FREE_SECTIONS += tuple(f"teacher.{key}" for key in FREE_TEACHER.split())
+
+SERVICE_SECONDS = 5.0  # longest wait for an answer of the scheduler
 
 
 @dataclass
@@ -51,7 +56,7 @@ class Run:
     saved   student steps of the newest checkpoint, -1: none
     state   what a checkpoint carries beside DeepSpeed's own: equal on all ranks
     fallback  recorded signals for teacher.on_failure cache
-    decider  what an adaptive schedule's metrics are reported to, on rank 0
+    changes  on rank 0, what metrics are reported to and what changes the schedule: the service, or an adaptive one's decider
     """
 
     config: Config
@@ -67,7 +72,7 @@ class Run:
     saved: int
     state: dict[str, Any]
     fallback: SignalCache | None
-    decider: Decider | None
+    changes: ChangeSource | None
     flops_per_token: float
 
     @property
@@ -76,8 +81,8 @@ class Run:
 
     def close(self) -> None:
         self.telemetry.close()
-        if self.decider is not None:
-            self.decider.close()
+        if self.changes is not None:
+            self.changes.close()
         if self.stream is not None:
             self.stream.close()
         self.engine.destroy()
@@ -121,9 +126,11 @@ def start(config: Config) -> Run:
     restored = store.restore(engine) if resumed else None
     saved = -1 if restored is None else int(restored["step"])
     state |= {key: value for key, value in (restored or {}).items() if key in state}
-    stream, record, decider = None, None, None
-    if isinstance(plan, AdaptivePlan):
-        decider = _resume_decisions(config, plan, world, state["decisions"])
+    stream, record, changes = None, None, None
+    if config.scheduler.url is not None:
+        plan, changes = _join_scheduler(config, plan, trajectory, world, state)
+    elif isinstance(plan, AdaptivePlan):
+        changes = _resume_decisions(config, plan, world, state["decisions"])
     if plan is not None and trajectory is not None:
         record = ScheduleRecord(config.folder / "schedule.json", plan, resumed=resumed, writes=world.rank == 0)
         if state["step"] < config.training.steps:
@@ -146,11 +153,57 @@ def start(config: Config) -> Run:
         labelled_share=task.labelled_per_sample / task.length,
     )
     return Run(
-        config, world, task, engine, plan, stream, record, store, telemetry, state["step"], saved, state, fallback, decider, flops
+        config, world, task, engine, plan, stream, record, store, telemetry, state["step"], saved, state, fallback, changes, flops
     )
 
 
-def _resume_decisions(config: Config, plan: AdaptivePlan, world: World, known: int) -> Decider | None:
+def _join_scheduler(
+    config: Config, plan: Plan | None, trajectory: Checkpoints | None, world: World, state: dict[str, Any]
+) -> tuple[LivePlan | None, ChangeSource | None]:
+    """(the plan with all changes on record and those that the service tells now, where they come from: on rank 0)."""
+    ahead, known = 0, ChangeLog(config.folder / live.FILE)
+    if len(known.changes) < state["decisions"]:
+        raise UserError(
+            f"schedule: this run's checkpoint knew {state['decisions']} changes, but {len(known.changes)} are on record; restore "
+            f"{live.FILE} in the run's folder, or start a run of another name"
+        )
+    grown = None
+    if plan is not None:
+        assert config.schedule is not None
+        assert config.teacher is not None
+        ahead = max(config.training.prefetch, config.teacher.depth)
+        if isinstance(config.schedule, Adaptive):
+            check_lead(config.schedule, ahead)
+        grown = LivePlan(live.resolved(1, 0, config.schedule, plan), config.training.steps, known.changes)
+
+    def resolve(schedule: Schedule) -> Plan:
+        assert trajectory is not None
+        trajectory.refresh()
+        return resolve_plan(config, trajectory, schedule)
+
+    source, found, failure = None, [], None
+    if world.rank == 0:
+        facts = {"task": config.task.kind, "model": config.model.kind, "ranks": world.size}
+        settings = config.scheduler
+        registered = settings.trajectory if plan is not None else None
+        run = Registration(config.name, config.training.steps, registered, settings.group, facts, config.schedule)
+        try:
+            source = ServiceSource(Api(settings, timeout_seconds=SERVICE_SECONDS), run, known, resolve, ahead=ahead)
+            found = source.start(grown, state["step"], config.folder / "metrics.jsonl")
+        except UserError as error:
+            failure = str(error)
+    (failure, found), *_ = world.gather((failure, found))
+    if failure is not None:
+        if source is not None:
+            source.close()
+        raise UserError(failure)
+    if grown is not None and world.rank > 0:
+        for change in found:
+            grown.take(change)
+    return grown, source
+
+
+def _resume_decisions(config: Config, plan: AdaptivePlan, world: World, known: int) -> ChangeSource | None:
     """Extend the plan by the decisions on record, `known` to the run's checkpoint; on rank 0 what decides from here on."""
     assert isinstance(config.schedule, Adaptive)
     assert config.teacher is not None
@@ -159,7 +212,9 @@ def _resume_decisions(config: Config, plan: AdaptivePlan, world: World, known: i
     decisions = DecisionLog(config.folder / FILE, about, writes=world.rank == 0)
     for decision in recorded_decisions(decisions, known):
         plan.take(decision)
-    return EmbeddedDecider(config.schedule, plan.candidates, decisions) if world.rank == 0 else None
+    if world.rank > 0:
+        return None
+    return EmbeddedSource(config.schedule, EmbeddedDecider(config.schedule, plan.candidates, decisions))
 
 
 def _open_stream(

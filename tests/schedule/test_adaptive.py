@@ -377,19 +377,6 @@ def test_a_plan_is_a_function_of_its_decisions(parts, steps):
         assert plan.checkpoint_at(step) == wanted[step]
 
 
-def test_ranks_hear_of_a_decision_in_their_sum():
-    ranks = [AdaptivePlan(CANDIDATES, 100) for _ in range(3)]
-    ranks[0].announce(decision(0, 24, 200))
-    ranks[0].announce(decision(1, 40, 300))
-    heard = []
-    for _ in range(3):
-        summed = [sum(values) for values in zip(*(rank.news() for rank in ranks), strict=True)]
-        heard.append([rank.hear(*summed) for rank in ranks])
-    assert heard == [[True] * 3, [True] * 3, [False] * 3]
-    for rank in ranks:
-        assert rank.rotations() == [(0, 100), (24, 200), (40, 300)]
-
-
 def test_what_was_asked_for_cannot_change():
     plan = AdaptivePlan(CANDIDATES, 100)
     assert plan.checkpoint_at(24) == 100

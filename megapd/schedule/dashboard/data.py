@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -18,6 +17,7 @@ from megapd.config import Adaptive
 from megapd.errors import UserError
 from megapd.schedule import api, catalogue, journal, runs
 from megapd.schedule.auth import Needs
+from megapd.schedule.live import in_force, pieces
 from megapd.schedule.policies import candidates
 from megapd.schedule.store import Refused
 from megapd.schedule.tables import decisions, events, reports
@@ -76,16 +76,18 @@ def timeline(connection: Connection, run: str) -> dict[str, Any]:
     segments: list[dict[str, Any]] = []
     made = _decided(connection, run)
     forgotten = found["decisions"] - len(made)
-    for version, start, end in in_force(runs.list_schedules(connection, run), found["steps"]):
+    versions = runs.list_schedules(connection, run)
+    for place, start, end in in_force([runs.begins(version) for version in versions], found["steps"]):
+        version = versions[place]
         if version["document"]["policy"] == "adaptive" and forgotten:
             start = max(start, made[0][0])
         try:
-            pieces = list(_pieces(connection, found, version, made, start, end)) if start < end else []
+            parts = list(_pieces(connection, found, version, made, start, end)) if start < end else []
         except (Refused, UserError) as error:
             told["problem"] = str(error)
             continue
         shown = {"version": version["version"], "policy": version["document"]["policy"]}
-        segments += [{"start": a, "end": b, "checkpoint": teacher, **shown} for a, b, teacher in pieces]
+        segments += [{"start": a, "end": b, "checkpoint": teacher, **shown} for a, b, teacher in parts]
     if segments and segments[-1]["policy"] == "adaptive":
         schedule = runs.parse_schedule(runs.find_schedule(connection, run, segments[-1]["version"])["document"])
         assert isinstance(schedule, Adaptive)
@@ -94,15 +96,6 @@ def timeline(connection: Connection, run: str) -> dict[str, Any]:
     now = bisect_right([segment["start"] for segment in segments], max(found["step"], 0))
     kept = segments[max(now - SEGMENTS, 0) : now + SEGMENTS]
     return {**told, "segments": kept, "omitted": len(segments) - len(kept) + forgotten}
-
-
-def in_force(versions: list[dict[str, Any]], steps: int) -> Iterator[tuple[dict[str, Any], int, int]]:
-    """(version, start, end), in order: it is in force at student steps [start, end), as the highest of those that have begun."""
-    begins = [runs.begins(version) for version in versions]
-    for place, version in enumerate(versions):
-        end = min([*begins[place + 1 :], steps])
-        if begins[place] < end:
-            yield version, begins[place], end
 
 
 def _decided(connection: Connection, run: str) -> list[tuple[int, int]]:
@@ -121,10 +114,7 @@ def _pieces(
     rotations = plan.rotations()
     if version["document"]["policy"] == "adaptive":
         rotations = [rotations[0], *made]
-    teaching = next(teacher for begun, teacher in reversed(rotations) if begun <= start)
-    inside = [(start, teaching), *(rotation for rotation in rotations if start < rotation[0] < end)]
-    for (begun, teacher), (after, _) in pairwise([*inside, (end, 0)]):
-        yield begun, after, teacher
+    return pieces(rotations, start, end)
 
 
 def curve(connection: Connection, run: str) -> list[dict[str, Any]]:

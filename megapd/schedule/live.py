@@ -1,0 +1,271 @@
+"""Schedules that change while a run goes on: new versions of the schedule, and decisions of an adaptive one.
+
+    rank 0     ChangeSource.next(step) -> a Change, on the disk with the student step that it begins at
+    all ranks  World.gather of it -> LivePlan.take
+    each       LivePlan.checkpoint_at(s): a function of the recorded changes alone
+
+A change begins so far ahead that no rank has asked for that step's signals yet. A resumed run takes in what is on record, in the
+form in which it was resolved then, so that a trajectory that grew meanwhile changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+from megapd.config import Adaptive, Follow, Schedule
+from megapd.errors import UserError
+from megapd.files import write_atomic
+from megapd.schedule.adaptive import Decision, EmbeddedDecider, reported_kind
+from megapd.schedule.policies import Plan
+
+FORMAT = "megapd-changes/1"
+FILE = "changes.json"  # in the run's folder
+
+Rotations = tuple[tuple[int, int], ...]  # (student step, teacher step), the first at 0
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a run's schedule, resolved over the trajectory as it was when the run took it up.
+
+    version     from 1 on, as the service counts
+    start       student step that it begins at; in force is the highest version that has begun
+    policy      of the schedule
+    rotations   of the whole run, wherever it begins; of an adaptive schedule the first alone, decisions tell the rest
+    timeout     seconds to wait for a checkpoint that is still to be written, of follow; None: all are there
+    """
+
+    version: int
+    start: int
+    policy: str
+    rotations: Rotations
+    timeout: float | None = None
+
+
+Change = Version | Decision
+
+
+def resolved(version: int, start: int, schedule: Schedule, plan: Plan) -> Version:
+    """plan: what the schedule resolved to."""
+    timeout = schedule.timeout_seconds if isinstance(schedule, Follow) else None
+    return Version(version, start, schedule.policy, tuple(plan.fixed()), timeout)
+
+
+def in_force(begins: Sequence[int], steps: int) -> Iterator[tuple[int, int, int]]:
+    """(place, start, end) of the versions that begin at `begins`, in order: one is in force at the student steps [start, end), as
+    the highest of those that have begun."""
+    for place, begin in enumerate(begins):
+        end = min([*begins[place + 1 :], steps])
+        if begin < end:
+            yield place, begin, end
+
+
+def pieces(rotations: Sequence[tuple[int, int]], start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """(start, end, teacher step) of rotations, the first at 0, within the student steps [start, end)."""
+    teaching = next(teacher for begun, teacher in reversed(rotations) if begun <= start)
+    inside = [(start, teaching), *(rotation for rotation in rotations if start < rotation[0] < end)]
+    for (begun, teacher), (after, _) in pairwise([*inside, (end, 0)]):
+        yield begun, after, teacher
+
+
+class LivePlan(Plan):
+    """A plan that versions and decisions change. checkpoint_at of a step that was asked for never changes: what would change it
+    is refused. May be asked from several threads."""
+
+    def __init__(self, first: Version, steps: int, changes: Sequence[Change] = ()) -> None:
+        """first: of the run's own configuration; changes: those on record, in order."""
+        # No field of Plan is set: this class computes each.
+        assert first.start == 0
+        assert steps >= 1
+        self._steps = steps
+        self._versions: list[Version] = [first]
+        self._decisions: list[Decision] = []
+        self._changes = 0
+        self._asked = -1  # the latest step that checkpoint_at was asked for
+        self._guard = threading.Lock()
+        self._resolve()
+        for change in changes:
+            self.take(change)
+
+    policy = "live"
+    warnings = ()
+    __eq__ = object.__eq__  # two plans may yet grow apart
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return f"LivePlan(versions={[v.version for v in self._versions]}, steps={self._steps}, rotations={self.rotations()})"
+
+    @property
+    def known(self) -> int:
+        """Changes taken in: what a checkpoint of the run names."""
+        return self._changes
+
+    @property
+    def version(self) -> int:
+        """The newest."""
+        return self._versions[-1].version
+
+    @property
+    def decided(self) -> int:
+        """Decisions taken in."""
+        return len(self._decisions)
+
+    @property
+    def latest(self) -> int:
+        """Student step at which the last decision begins, -1: there is none."""
+        return self._decisions[-1].effective if self._decisions else -1
+
+    @property
+    def steps(self) -> int:
+        return self._steps
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        return tuple(start for start, _ in self._points)
+
+    @property
+    def teachers(self) -> tuple[int, ...]:
+        return tuple(teacher for _, teacher in self._points)
+
+    def checkpoint_at(self, student_step: int) -> int:
+        assert 0 <= student_step < self._steps, f"student step {student_step} of a plan for {self._steps} steps"
+        with self._guard:
+            self._asked = max(self._asked, student_step)
+            points = self._points
+        return points[bisect_right(points, student_step, key=lambda point: point[0]) - 1][1]
+
+    def rotations(self) -> list[tuple[int, int]]:
+        return list(self._points)
+
+    def next_after(self, student_step: int) -> tuple[int, int] | None:
+        points = self._points
+        place = bisect_right(points, student_step, key=lambda point: point[0])
+        return points[place] if place < len(points) else None
+
+    def fixed(self) -> list[tuple[int, int]]:
+        """Those of the run's own configuration, which a resumed run must find again."""
+        return list(self._versions[0].rotations)
+
+    def version_at(self, student_step: int) -> Version:
+        """The version in force."""
+        begun = [version for version in self._versions if version.start <= student_step]
+        return max(begun, key=lambda version: version.version)
+
+    def take(self, change: Change) -> None:
+        """On every rank, at the same step. RuntimeError where it would begin behind what was asked for, or out of order."""
+        with self._guard:
+            begin = change.start if isinstance(change, Version) else change.effective
+            what = f"version {change.version}" if isinstance(change, Version) else f"decision {change.sequence}"
+            if begin <= self._asked:
+                raise RuntimeError(f"{what} begins at student step {begin}, but step {self._asked} has been asked for")
+            if isinstance(change, Version):
+                if change.version <= self._versions[-1].version:
+                    raise RuntimeError(f"{what} came after version {self._versions[-1].version}")
+                self._versions.append(change)
+            else:
+                if change.sequence != len(self._decisions):
+                    raise RuntimeError(f"{what} came after {len(self._decisions)} others")
+                self._decisions.append(change)
+            self._changes += 1
+            self._resolve()
+
+    def _resolve(self) -> None:
+        points: list[tuple[int, int]] = []
+        decided = [(decision.effective, decision.checkpoint) for decision in self._decisions]
+        for place, start, end in in_force([version.start for version in self._versions], self._steps):
+            version = self._versions[place]
+            rotations = [version.rotations[0], *decided] if version.policy == "adaptive" else version.rotations
+            for begun, _, teacher in pieces(rotations, start, end):
+                if not points or points[-1][1] != teacher:
+                    points.append((begun, teacher))
+        self._points = tuple(points)
+
+
+# ------------------------------------------------------------------------------------------------------------ the record
+
+
+class ChangeLog:
+    """The changes of a run in its folder: rewritten whole with each, which comes before any rank uses it."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads what is there. UserError if the file is damaged."""
+        self._path = path
+        self._changes: list[Change] = []
+        if path.exists():
+            try:
+                tree = json.loads(path.read_text())
+                if tree["format"] != FORMAT:
+                    raise ValueError(f"its format is {tree['format']!r}, this megapd reads {FORMAT!r}")
+                self._changes = [_parse(entry) for entry in tree["changes"]]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}: damaged ({error}); restore it from a copy, or start a run of another name") from error
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        return tuple(self._changes)
+
+    def append(self, change: Change) -> None:
+        """Returns when it is on the disk."""
+        entries = [{"kind": type(entry).__name__.lower(), **asdict(entry)} for entry in (*self._changes, change)]
+        write_atomic(self._path, json.dumps({"format": FORMAT, "changes": entries}, indent=1))
+        self._changes.append(change)
+
+
+def _parse(entry: Mapping[str, Any]) -> Change:
+    given = {key: value for key, value in entry.items() if key != "kind"}
+    if entry["kind"] == "version":
+        return Version(**{**given, "rotations": tuple((start, teacher) for start, teacher in given["rotations"])})
+    if entry["kind"] == "decision":
+        return Decision(**given)
+    raise ValueError(f"kind {entry['kind']!r}")
+
+
+# ----------------------------------------------------------------------------------------------------------- the sources
+
+
+class ChangeSource(Protocol):
+    """Where a run's changes come from, on rank 0.
+
+    report  a line of metrics, kind train or eval, after `step` student steps
+    next    before each student step, all before it reported: the change to take in now, None if there is none; on record before
+            it is returned
+    sync    before a checkpoint of the run is written: what was reported lasts as the checkpoint does
+    """
+
+    def report(self, kind: str, step: int, values: Mapping[str, Any]) -> None: ...
+
+    def next(self, step: int) -> Change | None: ...
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class EmbeddedSource:
+    """Decisions of an adaptive schedule, made in the run's own process."""
+
+    def __init__(self, settings: Adaptive, decider: EmbeddedDecider) -> None:
+        self._kind, self._decider = reported_kind(settings), decider
+        self._made: deque[Decision] = deque()
+
+    def report(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        made = self._decider.report(step, values) if kind == self._kind else None
+        if made is not None:
+            self._made.append(made)
+
+    def next(self, step: int) -> Decision | None:
+        return self._made.popleft() if self._made else None
+
+    def sync(self) -> None:
+        self._decider.sync()
+
+    def close(self) -> None:
+        self._decider.close()
