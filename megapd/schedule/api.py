@@ -114,7 +114,7 @@ class NewRun(Body):
 
 class NewSchedule(Body):
     expected: Count = Field(description="the version that it replaces, 0: there is none")
-    effective: Step = Field(description="the student step that it begins at; of the first: 0")
+    effective: Step | None = Field(None, description="the student step that it begins at; none: the next, of the first 0")
     document: Tree = Field(description="as the section schedule of a configuration")
     note: Line = ""
     accept: bool = Field(False, description="though it names flagged checkpoints")

@@ -114,10 +114,7 @@ def set_schedule(config: Config, run: str, document: dict[str, Any], *, at: int 
     """
     with _runs(config.scheduler) as known:
         found = known.find(run)
-        effective = at if at is not None else 0 if not found["schedule_version"] else max(found["step"] + 1, 1)
-        made = known.set_schedule(
-            run, document, expected=found["schedule_version"], effective=effective, note=note, accept=accept
-        )
+        made = known.set_schedule(run, document, expected=found["schedule_version"], effective=at, note=note, accept=accept)
     print(_version_line(made))
     return 0
 

@@ -108,7 +108,7 @@ def set_schedule(
     document: dict[str, Any],
     *,
     expected: int,
-    effective: int,
+    effective: int | None,
     author: str,
     note: str = "",
     accept: bool = False,
@@ -116,8 +116,9 @@ def set_schedule(
     """(the new version, whether it is new): document as the section `schedule` of a configuration.
 
     expected: the version that it replaces, 0 of none; Conflict, with the present one, if another is there. A repeat of what was
-    set last is no conflict. effective: the student step that it begins at, later than what the run has reported. Raises Refused
-    for a schedule that the run's trajectory cannot follow, or that names flagged checkpoints, unless `accept`.
+    set last is no conflict. effective: the student step that it begins at, later than what the run has reported; None: the one
+    after that. Raises Refused for a schedule that the run's trajectory cannot follow, or that names flagged checkpoints, unless
+    `accept`.
     """
     found = find_run(connection, run)
     parsed = parse_schedule(document)
@@ -125,11 +126,13 @@ def set_schedule(
     present = found["schedule_version"]
     if present == expected + 1:
         last = _schedule_row(connection, run, present)
-        if (last.document, last.effective, last.author, last.note) == (shown, effective, author, note):
+        if (last.document, last.author, last.note) == (shown, author, note) and effective in (None, last.effective):
             return _schedule(last), False
     if present != expected:
         current = None if present == 0 else find_schedule(connection, run)
         raise Conflict(f"expected: the schedule of {run} is at version {present}, not {expected}; look at it again", current)
+    if effective is None:
+        effective = found["step"] + 1 if present else 0
     if present == 0 and effective != 0:
         raise Refused("effective: the first schedule of a run begins at 0")
     if present > 0 and effective <= found["step"]:

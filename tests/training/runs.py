@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -75,6 +76,11 @@ def launch_and_kill(arguments: list[str], ranks: int, run: Path, step: int) -> N
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline, "the run never reached the step"
         time.sleep(0.001)
+    kill_ranks(process, ranks)
+
+
+def kill_ranks(process: subprocess.Popen, ranks: int) -> None:
+    """kill -9 of every rank of a launch, in any order; the launcher then ends by itself."""
     victims = [p for p in psutil.Process(process.pid).children(recursive=True) if "--local_rank" in " ".join(p.cmdline())]
     victims = [p for p in victims if "deepspeed.launcher" not in " ".join(p.cmdline())]
     assert len(victims) == ranks
@@ -82,6 +88,13 @@ def launch_and_kill(arguments: list[str], ranks: int, run: Path, step: int) -> N
     for victim in victims:
         os.kill(victim.pid, signal.SIGKILL)
     process.wait(timeout=60)
+
+
+def until(done: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.02)
 
 
 def last_step(run: Path) -> int:

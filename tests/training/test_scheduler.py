@@ -1,0 +1,139 @@
+"""Students that the scheduler's service steers: every rank is taught as the record says, through changes, kills and resumes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from megapd.cli import main
+from megapd.launch.local import local_command
+from megapd.trajectory import Trajectory
+from tests.schedule import services
+from tests.training import runs
+
+STEPS = 300
+TEACHERS = {"policy": "explicit", "ranges": [{"start": 0, "checkpoint": 50}, {"start": 150, "checkpoint": 100}]}
+
+
+@pytest.fixture(scope="module")
+def trajectory(tmp_path_factory):
+    return runs.teacher(tmp_path_factory.mktemp("teacher"), steps=200, every=50)
+
+
+@pytest.fixture
+def service(tmp_path):
+    with contextlib.closing(services.Process(f"sqlite:///{tmp_path}/s.db")) as process:
+        yield process
+
+
+class Student:
+    """A run of some ranks under the launcher, `pace` seconds a step at least."""
+
+    def __init__(self, folder: Path, name: str, url: str, ranks: int, *arguments: str, pace: float = 0.05) -> None:
+        self.folder, self.ranks, self.name = folder / name, ranks, name
+        own = [f"--runs_dir={folder}", f"--name={name}", f"--scheduler.url={url}", "--model.width=8", f"--training.steps={STEPS}"]
+        self.arguments = ["train", *runs.COMMON, *own, "--telemetry.every=5", *arguments]
+        self.environment = {**runs.environment(), "MEGAPD_TEST_PACE": str(pace)}
+
+    def start(self) -> None:
+        command = local_command(self.arguments, self.ranks, "tests.training.scheduler_worker")
+        self.log = (self.folder.parent / f"{self.name}.log").open("a")
+        self.process = subprocess.Popen(command, env=self.environment, stdout=self.log, stderr=self.log)
+
+    def wait_for(self, step: int) -> None:
+        deadline = time.monotonic() + 120
+        while runs.last_step(self.folder) < step:
+            assert self.process.poll() is None, self.said()
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.02)
+
+    def end(self) -> None:
+        assert self.process.wait(180) == 0, self.said()
+        self.log.close()
+
+    def kill(self) -> None:
+        runs.kill_ranks(self.process, self.ranks)
+        self.log.close()
+
+    def said(self) -> str:
+        return (self.folder.parent / f"{self.name}.log").read_text()[-5000:]
+
+    def taught(self, rank: int) -> list[tuple[int, str]]:
+        """(student step, digest of the teacher) in the order of events: a killed run goes back."""
+        lines = [json.loads(line) for line in (self.folder / f"taught-{rank}.jsonl").read_text().splitlines()]
+        assert all(len(digests) == 1 for _, digests in lines)
+        return [(step, digests[0]) for step, digests in lines]
+
+
+def recorded(http, name: str, trajectory: Path) -> dict[int, str]:
+    """Of each student step, the digest of the teacher that the service's record names."""
+    told = http.get(f"/v1/page/runs/{name}/timeline").json()
+    assert told["problem"] == ""
+    digests = {step: Trajectory(trajectory).checkpoint(step).digest for step in Trajectory(trajectory).steps}
+    return {
+        step: digests[segment["checkpoint"]] for segment in told["segments"] for step in range(segment["start"], segment["end"])
+    }
+
+
+def change(capsys, url: str, run: str, *arguments: str) -> str:
+    """What `megapd schedule set` printed."""
+    assert main(["schedule", "set", run, f"--scheduler.url={url}", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_live_change_reaches_both_ranks_at_one_step_and_lasts_through_kills(trajectory, service, tmp_path, capsys):
+    url = service.url
+    assert main(["trajectory", "import", str(trajectory), "--as", "teacher", f"--scheduler.url={url}"]) == 0
+    given = [f"--teacher.trajectory={trajectory}", f"--schedule={TEACHERS}", "--checkpoint.every=40"]
+    student = Student(tmp_path, "student", url, 2, *given, "--scheduler.trajectory=teacher")
+    student.start()
+    student.wait_for(60)
+    assert "version 2: one_shot" in change(capsys, url, "student", "--schedule.policy=one_shot", "--schedule.checkpoint=200")
+    with service.http() as http:
+        runs.until(lambda: http.get("/v1/runs/student/schedule").json()["applied"] is not None)
+        applied = http.get("/v1/runs/student/schedule").json()["applied"]
+        # Killed before the change begins, or shortly after: what is on record holds.
+        student.kill()
+        service.kill()
+        student.start()  # and the service is away while it resumes
+        student.wait_for(applied + 20)
+        service.start()
+        change(capsys, url, "student", "--schedule.policy=one_shot", "--schedule.checkpoint=150", "--at=280", "--note=back")
+        student.end()
+        wanted = recorded(http, "student", trajectory)
+        versions = http.get("/v1/runs/student/schedules").json()
+        reports = http.get("/v1/runs/student/reports").json()
+    assert [(v["version"], v["applied"]) for v in versions] == [(1, 0), (2, applied), (3, 280)]
+    assert [report["step"] for report in reports] == list(range(5, STEPS + 1, 5))
+    for rank in range(2):
+        taught = student.taught(rank)
+        assert {step for step, _ in taught} == set(range(STEPS))
+        assert all(wanted[step] == digest for step, digest in taught)
+    rotations = [(line["step"], line["teacher_step"]) for line in runs.metrics(student.folder) if line["kind"] == "rotation"]
+    assert rotations == [(0, 50), (applied, 200), (280, 150)]
+    assert main(["schedule", "history", "student", f"--scheduler.url={url}"]) == 0
+    assert f"version 2: one_shot, begins at student step {versions[1]['effective']}, taken up at" in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_the_service_decides_for_a_run_that_is_killed(trajectory, service, tmp_path):
+    schedule = "{policy: adaptive, teachers: [50, 100, 150, 200], window: 2, min_dwell: 10, max_dwell: 60, lead: 5}"
+    given = [f"--teacher.trajectory={trajectory}", f"--schedule={schedule}", "--evaluation.every=10", "--checkpoint.every=25"]
+    for name in ("killed", "undisturbed"):
+        student = Student(tmp_path, name, service.url, 1, *given, pace=0.01)
+        student.start()
+        if name == "killed":
+            student.wait_for(90)
+            student.kill()
+            student.start()
+        student.end()
+    with service.http() as http:
+        killed, undisturbed = (http.get(f"/v1/runs/{name}/decisions").json() for name in ("killed", "undisturbed"))
+    assert [decision["checkpoint"] for decision in killed] == [100, 150, 200]
+    assert killed == undisturbed
+    assert runs.metrics(tmp_path / "killed") == runs.metrics(tmp_path / "undisturbed")
