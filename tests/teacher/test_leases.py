@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
-import os
+import itertools
+import signal
 import subprocess
 import sys
 import threading
 import time
 
 import httpx
+import pyarrow.flight as flight
 import pytest
 import torch
 
@@ -43,6 +44,8 @@ from tests.training.runs import environment
 LEASE_SECONDS = 0.6
 A, B = "grpc://127.0.0.1:1", "grpc://127.0.0.1:2"
 
+_numbers = itertools.count()
+
 _REPLICA = """
 import sys
 from megapd.teacher.server import serve
@@ -61,10 +64,11 @@ def _soon(monkeypatch):
 
 
 class Service:
-    """The scheduler's process, and what its clients say to it without a lease's help."""
+    """A scheduler's process, and what a test says to it without a lease's help. name: of a run and a group that only it has."""
 
-    def __init__(self, folder) -> None:
-        self.process = Process(f"sqlite:///{folder}/scheduler.db", LEASE_SECONDS)
+    def __init__(self, process) -> None:
+        self.process, self.name = process, f"test-{next(_numbers)}"
+        self.began = max([event["id"] for event in self.ask("GET", "/v1/events?limit=1000")], default=-1)
         self.settings = Scheduler(url=self.process.url)
         self.override = f"--scheduler.url={self.process.url}"
 
@@ -73,40 +77,64 @@ class Service:
         response.raise_for_status()
         return response.json() if response.content else None
 
-    def put_run(self, name, group):
-        self.ask("PUT", f"/v1/runs/{name}", {"steps": 9, "group": group})
+    def put_run(self, group):
+        self.ask("PUT", f"/v1/runs/{self.name}", {"steps": 9, "group": group})
 
     def leases(self):
         return {lease["endpoint"]: lease for lease in self.ask("GET", "/v1/replicas")}
 
     def history(self, endpoint):
         """What became of a replica: (state, reason), in order."""
-        events = [event["body"] for event in self.ask("GET", "/v1/events?limit=1000") if event["kind"] == "replica"]
+        found = self.ask("GET", f"/v1/events?limit=1000&after={self.began}")
+        events = [event["body"] for event in found if event["kind"] == "replica"]
         return [(body["state"], body.get("reason", "")) for body in events if body["endpoint"] == endpoint]
-
-    def down(self):
-        if self.process.process.poll() is None:
-            self.process.kill()
-
-
-@pytest.fixture
-def service(tmp_path):
-    service = Service(tmp_path)
-    yield service
-    service.down()
 
 
 @contextlib.contextmanager
-def endpoints_of(service, run="student", fixed=(), **settings):
-    endpoints = LeasedEndpoints(service.settings.model_copy(update=settings), run, fixed)
+def running(folder):
+    process = Process(f"sqlite:///{folder}/scheduler.db", LEASE_SECONDS)
+    try:
+        yield process
+    finally:
+        if process.process.poll() is None:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory):
+    with running(tmp_path_factory.mktemp("scheduler")) as process:
+        yield process
+
+
+@pytest.fixture
+def service(process):
+    """Without tokens; with leases of this test alone."""
+    service = Service(process)
+    assert not service.leases()
+    yield service
+    for lease in service.leases().values():
+        service.ask("DELETE", f"/v1/replicas/{lease['id']}")
+
+
+@pytest.fixture
+def guarded(tmp_path):
+    """One of its own, for a test that makes tokens."""
+    with running(tmp_path) as process:
+        yield Service(process)
+
+
+@contextlib.contextmanager
+def endpoints_of(service, fixed=(), **settings):
+    endpoints = LeasedEndpoints(service.settings.model_copy(update=settings), service.name, fixed)
     try:
         yield endpoints
     finally:
         endpoints.close()
 
 
-def lease_of(service, endpoint, group="student", **settings):
-    return ReplicaLease(service.settings.model_copy(update=settings), group, endpoint, {}, lambda: {"queued": 3.0})
+def lease_of(service, endpoint, group=None, **settings):
+    given = service.settings.model_copy(update=settings)
+    return ReplicaLease(given, group or service.name, endpoint, {"at": "home"}, lambda: {"queued": 3.0})
 
 
 def told(caplog, text):
@@ -121,10 +149,10 @@ def polling():
 
 
 def test_a_runs_list_follows_what_becomes_of_its_replicas(service):
-    service.put_run("student", "group")
+    service.put_run("group")
     with endpoints_of(service) as endpoints, lease_of(service, A, "group") as first, lease_of(service, B, "group"):
         wait_for(lambda: set(endpoints.current()) == {A, B})
-        assert list(endpoints.current()) == service.ask("GET", "/v1/runs/student/assignment")["endpoints"]
+        assert list(endpoints.current()) == service.ask("GET", f"/v1/runs/{service.name}/assignment")["endpoints"]
         first.drain()
         assert service.leases()[A]["state"] == "draining"
         wait_for(lambda: endpoints.current() == (B,))
@@ -150,12 +178,12 @@ def test_a_run_that_is_not_registered_has_the_replicas_of_its_group(service):
         wait_for(lambda: own.current() == (A,) and others.current() == (B,))
         first.drain()
         wait_for(lambda: own.current() == ())
-        service.put_run("student", "others")
+        service.put_run("others")
         wait_for(lambda: own.current() == (B,))
 
 
 def test_an_address_that_is_none_does_not_keep_students_from_the_others(service, caplog):
-    service.ask("PUT", "/v1/replicas/odd", {"group": "student", "endpoint": "grpc://host:99999"})
+    service.ask("PUT", "/v1/replicas/odd", {"group": service.name, "endpoint": "grpc://host:99999"})
     with lease_of(service, A), endpoints_of(service) as endpoints:
         wait_for(lambda: endpoints.current() == (A,))
         time.sleep(0.2)
@@ -200,7 +228,7 @@ def test_until_the_service_was_heard_the_configurations_replicas_teach(service, 
 
 
 def test_what_answers_like_no_scheduler_is_away(service, caplog):
-    answers = {"/v1/runs/student/assignment": [1, 2]}
+    answers = {f"/v1/runs/{service.name}/assignment": [1, 2]}
     with endpoints_of(service, fixed=(A,)) as endpoints, lease_of(service, B) as lease:
         wait_for(lambda: endpoints.current() == (B,))
         for contact in (endpoints._watch._contact, lease._contact):
@@ -231,17 +259,20 @@ def test_a_lease_that_was_dropped_is_taken_again(service, caplog):
 def test_a_replica_ends_soon_though_the_service_hangs(service, monkeypatch, caplog):
     monkeypatch.setattr("megapd.teacher.leases.SAY_SECONDS", 0.3)
     lease = lease_of(service, A)
-    with lease:
-        os.kill(service.process.process.pid, 19)  # SIGSTOP: connections are taken, and nothing is answered
-        began = time.monotonic()
-        lease.drain()
-    assert time.monotonic() - began < 3.0
-    assert told(caplog, "was not told that") == 2
-    os.kill(service.process.process.pid, 18)
+    try:
+        with lease:
+            service.process.process.send_signal(signal.SIGSTOP)  # connections are taken, and nothing is answered
+            began = time.monotonic()
+            lease.drain()
+        assert time.monotonic() - began < 3.0
+        assert told(caplog, "was not told that") == 2
+    finally:
+        service.process.process.send_signal(signal.SIGCONT)
     wait_for(lambda: not lease._thread.is_alive())
 
 
-def test_a_token_that_is_refused_ends_students_and_replicas(service, tmp_path, caplog, capsys):
+def test_a_token_that_is_refused_ends_students_and_replicas(guarded, tmp_path, capsys):
+    service = guarded
     path = tmp_path / "token"
     wrong = {"token": path}
     path.write_text(service.ask("POST", "/v1/tokens", {"name": "reader", "role": "read"})["token"])
@@ -267,11 +298,11 @@ def test_a_token_that_is_refused_ends_students_and_replicas(service, tmp_path, c
     assert "scheduler.token" in capsys.readouterr().err
 
 
-def test_a_token_that_is_revoked_later_ends_nobody(service, tmp_path, caplog):
-    path = tmp_path / "token"
+def test_a_token_that_is_revoked_later_ends_nobody(guarded, caplog):
+    service = guarded
     with lease_of(service, A) as lease, endpoints_of(service) as endpoints:
         wait_for(lambda: endpoints.current() == (A,))
-        path.write_text(service.ask("POST", "/v1/tokens", {"name": "admin", "role": "admin"})["token"])  # now all need one
+        service.ask("POST", "/v1/tokens", {"name": "admin", "role": "admin"})  # from now on all need one
         wait_for(lambda: told(caplog, "a bearer token is needed") == 2)
         assert endpoints.current() == (A,)
         assert lease._thread.is_alive()
@@ -313,7 +344,7 @@ def test_a_server_that_ends_sends_students_elsewhere_first(service, monkeypatch)
     health, drain = [], ReplicaLease.drain
 
     def noted(lease):
-        with contextlib.closing(flight_client(lease.endpoint)) as client:
+        with contextlib.closing(flight.FlightClient(lease.endpoint)) as client:
             health.append(act(client, "health"))
             drain(lease)
             health.append(act(client, "health"))
@@ -327,16 +358,10 @@ def test_a_server_that_ends_sends_students_elsewhere_first(service, monkeypatch)
     assert service.history(server.address) == [("live", ""), ("draining", ""), ("gone", "left")]
 
 
-def flight_client(address):
-    import pyarrow.flight as flight
-
-    return flight.FlightClient(address)
-
-
 @contextlib.contextmanager
-def student(service, *overrides):
+def student(service):
     """A stream whose replicas the scheduler names."""
-    config = configuration("--teacher.carrier=served", service.override, *overrides)
+    config = configuration("--teacher.carrier=served", service.override, f"--name={service.name}")
     endpoints = open_endpoints(config)
     device = torch.device("cpu")
     stream = ServedStream(
@@ -349,8 +374,9 @@ def student(service, *overrides):
 
 
 def test_a_student_goes_on_with_the_second_replica_when_the_first_is_killed(service):
-    service.put_run("run", "run")
-    arguments = [sys.executable, "-c", _REPLICA, service.override]
+    service.put_run(service.name)
+    named = [service.override, f"--name={service.name}"]
+    arguments = [sys.executable, "-c", _REPLICA, *named]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment())
     try:
         first = f"grpc://127.0.0.1:{int(process.stdout.readline())}"
@@ -358,9 +384,9 @@ def test_a_student_goes_on_with_the_second_replica_when_the_first_is_killed(serv
             assert [remote.address for remote in stream._replicas.current()] == [first]
             list(run_through(stream, FakeReplica(), range(3)))
             assert stream.counts["retries"] == 0
-            with served(None, service.override) as second:
+            with served(None, *named) as second:
                 wait_for(lambda: len(stream._replicas.current()) == 2)
-                order = service.ask("GET", "/v1/runs/run/assignment")["endpoints"]
+                order = service.ask("GET", f"/v1/runs/{service.name}/assignment")["endpoints"]
                 assert [remote.address for remote in stream._replicas.current()] == order, "the run's own order"
                 wait_for(lambda: 20 in second.replica.prepared)  # though it came late
                 steps = run_through(stream, FakeReplica(), range(3, PLAN.steps))
@@ -395,24 +421,22 @@ def test_a_trajectory_that_the_leased_replicas_serve(service):
         wait_for(lambda: not polling())
 
 
-def test_the_replicas_of_one_command_hold_leases_and_give_them_back(service, tmp_path):
+@pytest.mark.parametrize("replicas", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_the_replicas_of_one_command_hold_leases_and_give_them_back(service, tmp_path, replicas):
     write_trajectory(tmp_path / "trajectory", steps=STEPS[:1])
     settings = [*TASK, *MODELS["gpt"], f"--teacher.trajectory={tmp_path / 'trajectory'}", "--schedule.policy=one_shot"]
-    settings += ["--teacher.server.replicas=2", "--teacher.server.advertise=localhost", service.override, "--name=pair"]
-    server = Server(settings, free_ports(2))
-    addresses = [f"grpc://localhost:{server.port + number}" for number in range(2)]
+    settings += [f"--teacher.server.replicas={replicas}", "--teacher.server.advertise=localhost", service.override, "--name=pair"]
+    server = Server(settings, free_ports(replicas))
+    addresses = [f"grpc://localhost:{server.port + number}" for number in range(replicas)]
     try:
-        wait_for(lambda: len(service.leases()) == 2 or server.process.poll() is not None, 60.0)
+        wait_for(lambda: len(service.leases()) == replicas or server.process.poll() is not None, 60.0)
         leases = service.leases()
         assert sorted(leases) == addresses, server.printed()
         assert {lease["group"] for lease in leases.values()} == {"pair"}
-        with contextlib.closing(flight_client(addresses[1])) as client:
+        with contextlib.closing(flight.FlightClient(addresses[-1])) as client:
             assert act(client, "trajectory")["steps"] == [STEPS[0]]
         assert server.stop() == 0, server.printed()
         for address in addresses:
             assert service.history(address) == [("live", ""), ("draining", ""), ("gone", "left")]
     finally:
         server.stop()
-
-
-logging.getLogger("httpx").setLevel(logging.WARNING)
