@@ -67,7 +67,10 @@ class Api:
         if response.status_code >= 400:
             problem = _problem(response)
             raise Refusal(f"scheduler: {_detail(response)}", response.status_code, problem.get("current"))
-        return response.status_code, response.json() if response.content else None
+        try:
+            return response.status_code, response.json() if response.content else None
+        except ValueError as error:
+            raise Away(f"scheduler.url: {self.url} answers {path} with what is no JSON; is it a scheduler?") from error
 
 
 def told(call: Callable[[], T]) -> T:

@@ -20,7 +20,8 @@ CALL_SECONDS = 10.0
 class Announcer:
     """One thread that asks the replicas to prepare, again and again until each has verified the checkpoint.
 
-    A replica that was restarted, or that comes late, is thus told too. Errors are logged once a replica, checkpoint and message.
+    It goes on looking for others: a replica that comes late, or that went and came back, is told too. Errors are logged once a
+    replica, checkpoint and message.
     """
 
     def __init__(self, replicas: Replicas, trajectory: Checkpoints) -> None:
@@ -51,32 +52,33 @@ class Announcer:
             ready: set[str] = set()
             while not self._changed.is_set() and not self._replicas.closed.is_set():
                 assert self._wanted is not None
-                student_step, teacher_step = self._wanted
-                if self._told_all(student_step, teacher_step, ready):
-                    break
+                self._tell_all(*self._wanted, ready)
                 self._changed.wait(AGAIN_SECONDS)
 
-    def _told_all(self, student_step: int, teacher_step: int, ready: set[str]) -> bool:
-        """One round about the replicas that are not in `ready` yet; whether all are now."""
+    def _tell_all(self, student_step: int, teacher_step: int, ready: set[str]) -> None:
+        """One round about the replicas that are not in `ready`, which gains those that are."""
+        remotes = self._replicas.current()
+        ready.intersection_update(remote.address for remote in remotes)  # one that went may come back as another process
+        missing = [remote for remote in remotes if remote.address not in ready]
+        if not missing:
+            return
         try:
             if not self._trajectory.written(teacher_step):
-                return False
+                return
             checkpoint = self._trajectory.checkpoint(teacher_step)
         except (UserError, OSError) as error:
             self._tell(student_step, teacher_step, "the student", str(error))
-            return False
+            return
         body = json.dumps({"step": teacher_step, "teacher": checkpoint.digest}).encode()
-        remotes = self._replicas.current()
-        for remote in remotes:
-            if remote.address in ready or self._changed.is_set():
-                continue
+        for remote in missing:
+            if self._changed.is_set():
+                return
             try:
                 if parse_json(remote.action("prepare", body, CALL_SECONDS)).get("ready"):
                     ready.add(remote.address)
             except Exception as error:  # whatever it is, the user hears of it and the thread goes on
                 if not self._replicas.closed.is_set():
                     self._tell(student_step, teacher_step, remote.address, classify(error)[1])
-        return all(remote.address in ready for remote in remotes)
 
     def _tell(self, student_step: int, teacher_step: int, who: str, message: str) -> None:
         if (teacher_step, who, message) not in self._told:

@@ -26,11 +26,16 @@ class RemoteTrajectory:
     incomplete: tuple[int, ...] = ()  # a server names complete checkpoints alone
 
     def __init__(self, config: TeacherConfig, endpoints: Endpoints) -> None:
+        """endpoints: closed with this."""
         self._replicas = Replicas(config, endpoints)
         self._steps: tuple[int, ...] = ()
         self._known: dict[int, Checkpoint] = {}
         self._lock = threading.Lock()
-        self.refresh()
+        try:
+            self.refresh()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def steps(self) -> tuple[int, ...]:

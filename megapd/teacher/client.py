@@ -84,7 +84,10 @@ class ServedStream:
         shared_memory: bool,
         endpoints: Endpoints,
     ) -> None:
-        """trajectory: resolves the plan's teacher steps to digests. UserError where token or certificates cannot be read."""
+        """trajectory: resolves the plan's teacher steps to digests. endpoints: closed with the stream.
+
+        UserError where token or certificates cannot be read.
+        """
         self.spec = spec
         self._plan, self._trajectory, self._device = plan, trajectory, device
         self._deadline_seconds = config.deadline_seconds

@@ -19,6 +19,7 @@ from megapd.launch.local import local_command, local_environment
 from megapd.tasks import build_task
 from megapd.teacher.build import checkpoint_shape
 from megapd.teacher.cache import SignalCache
+from megapd.teacher.leases import advertised
 from megapd.teacher.record import RecordSummary, record
 from megapd.teacher.replica import Replica
 from megapd.teacher.setup import open_source, open_trajectory, rank_agreement, resolve_plan, teacher_options
@@ -39,6 +40,10 @@ def serve_teacher(config: Config, arguments: Sequence[str]) -> int:
     if config.teacher is None:
         raise UserError("teacher: this configuration has no teacher to serve; add the sections teacher and schedule")
     server = config.teacher.server
+    if config.teacher.trajectory is None:
+        raise UserError("teacher.trajectory: a server needs the checkpoints themselves; name their folder, or a model hf:REPO")
+    if config.scheduler.url is not None:
+        advertised(server, server.port)  # that it cannot be, known before the model is built
     if "WORLD_SIZE" not in os.environ and (server.replicas > 1 or server.ranks > 1):
         if server.replicas > 1 and server.port == 0:
             raise UserError("teacher.server.port: replicas listen on port + i, which 0 leaves open; name a port")

@@ -42,9 +42,11 @@ Failure = RefusalKind | str  # or away, damaged
 
 
 class Endpoints(Protocol):
-    """Where the replicas are now, grpc://HOST:PORT each."""
+    """Where the replicas are now, grpc://HOST:PORT each; in the order of preference, none twice."""
 
     def current(self) -> Sequence[str]: ...
+
+    def close(self) -> None: ...
 
 
 class FixedEndpoints:
@@ -55,6 +57,9 @@ class FixedEndpoints:
 
     def current(self) -> Sequence[str]:
         return self._addresses
+
+    def close(self) -> None:
+        """Nothing to do."""
 
 
 class Remote:
@@ -106,7 +111,8 @@ class Replicas:
     """
 
     def __init__(self, config: TeacherConfig, endpoints: Endpoints) -> None:
-        """Raises UserError where the token or a certificate cannot be read; connects to nothing yet."""
+        """endpoints: closed with these. Raises UserError where the token or a certificate cannot be read; connects to nothing
+        yet."""
         self.counts: Counter[str] = Counter(requests=0, retries=0, damaged=0, refused=0, wrong_teacher=0)
         self.closed = threading.Event()
         self._endpoints, self._call_seconds = endpoints, config.call_seconds
@@ -119,7 +125,7 @@ class Replicas:
         self._lock = threading.Lock()
 
     def current(self) -> list[Remote]:
-        """The replicas that the endpoints name now."""
+        """The replicas that the endpoints name now, in their order."""
         addresses = self._endpoints.current()
         with self._lock:
             for address in addresses:
@@ -129,7 +135,7 @@ class Replicas:
                     self._known[address] = Remote(address, client, self._headers)
             for address in self._known.keys() - set(addresses):
                 del self._known[address]  # its client closes with the last call that uses it
-            return list(self._known.values())
+            return [self._known[address] for address in addresses]
 
     def ask(self, what: str, do: Callable[[Remote, float], T], deadline: Callable[[], float | None]) -> T:
         """What `do(replica, seconds)` returns, at most `seconds` each time, with the first replica that has it.
@@ -167,10 +173,11 @@ class Replicas:
         """One line: each endpoint and the last that was heard of it."""
         heard = verdicts or {}
         lines = [f"{r.address}: {heard[r.address].message if r.address in heard else r.last}" for r in self.current()]
-        return "; ".join(lines) or "teacher.endpoints: there is no replica"
+        return "; ".join(lines) or "teacher.endpoints: there is no replica, nor one with a lease at scheduler.url"
 
     def close(self) -> None:
         self.closed.set()
+        self._endpoints.close()
 
     def _choose(self, later: dict[str, float], previous: str) -> tuple[Remote | None, float]:
         """(the replica to ask, when): round about those that are well, another than the previous one if there is one."""

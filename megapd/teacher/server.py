@@ -14,6 +14,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import os
 import signal as signals
 import socket
 import threading
@@ -29,6 +30,7 @@ from megapd.config import Config, TeacherServer
 from megapd.errors import UserError
 from megapd.signal import encode
 from megapd.teacher.dispatch import Answer, Dispatcher, Job, Replica
+from megapd.teacher.leases import ReplicaLease, advertised
 from megapd.teacher.metrics import Metrics, MetricsServer
 from megapd.teacher.shared_memory import Mappings, write
 from megapd.teacher.wire import (
@@ -288,6 +290,7 @@ def serve(
 ) -> None:
     """Answer for `replica` until SIGTERM, SIGINT or `stop`, then drain: at most teacher.server.drain_seconds for what is queued.
 
+    With scheduler.url the replica holds a lease, given back after the drain, which begins when students were sent elsewhere.
     The calling thread is the engine's: the only one that calls replica.signal, head and idle. ready: called with the port once
     requests are taken. Raises UserError where a setting or a file it names cannot be used. The replica is left open.
     """
@@ -312,9 +315,38 @@ def serve(
         stack.enter_context(_stopped_by_signals(stop))
         pa.array([0]).to_numpy()  # imports pandas, up to 1 s that the first requests would wait for
         log.info("teacher listens on %s:%d", options.host, server.port)
+        if config.scheduler.url is not None:
+            stop = _drained(stop, stack.enter_context(_lease(config, server.port, dispatcher)))
         if ready is not None:
             ready(server.port)
         dispatcher.run(stop, options.drain_seconds)
+
+
+def _lease(config: Config, port: int, dispatcher: Dispatcher) -> ReplicaLease:
+    teacher = config.teacher
+    assert teacher is not None
+    facts = {"trajectory": teacher.trajectory, "sharding": teacher.sharding, "ranks": teacher.server.ranks, "pid": os.getpid()}
+
+    def figures() -> dict[str, float]:
+        return {"tokens_per_second": dispatcher.tokens_per_second, "queued": float(dispatcher.queued)}
+
+    endpoint = advertised(teacher.server, port)
+    return ReplicaLease(config.scheduler, config.scheduler.group or config.name, endpoint, facts, figures)
+
+
+def _drained(stop: threading.Event, lease: ReplicaLease) -> threading.Event:
+    """Set when, after `stop`, the scheduler was told: meanwhile the engine answers on."""
+    told = threading.Event()
+
+    def tell() -> None:
+        stop.wait()
+        try:
+            lease.drain()
+        finally:
+            told.set()
+
+    threading.Thread(target=tell, name="teacher-drain", daemon=True).start()
+    return told
 
 
 def _listen(options: TeacherServer, dispatcher: Dispatcher, token: bytes | None, cls: type[TeacherFlight]) -> TeacherFlight:

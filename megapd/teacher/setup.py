@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megapd.config import Config, Follow, Schedule
 from megapd.schedule.policies import Plan, build_plan
@@ -19,6 +20,9 @@ from megapd.trajectory import Checkpoint, Checkpoints, Trajectory
 from megapd.trajectory.hugging_face import HuggingFaceTrajectory, is_hugging_face
 from megapd.world import World
 
+if TYPE_CHECKING:
+    from megapd.teacher.replicas import Endpoints
+
 DEFAULT_K = {"topk": 64, "sampled": 12}
 
 
@@ -27,12 +31,23 @@ def open_trajectory(config: Config) -> Checkpoints:
     assert config.teacher is not None
     named = config.teacher.trajectory
     if named is None:
-        from megapd.teacher.client import FixedEndpoints, RemoteTrajectory
+        from megapd.teacher.client import RemoteTrajectory
 
-        return RemoteTrajectory(config.teacher, FixedEndpoints(config.teacher.endpoints))
+        return RemoteTrajectory(config.teacher, open_endpoints(config))
     if is_hugging_face(named):
         return HuggingFaceTrajectory(named, config.teacher.steps)
     return Trajectory(Path(named), must_exist=not isinstance(config.schedule, Follow))
+
+
+def open_endpoints(config: Config) -> Endpoints:
+    """Where the served teacher's replicas are: at the addresses that the configuration names, or else where the scheduler says."""
+    from megapd.teacher.leases import LeasedEndpoints
+    from megapd.teacher.replicas import FixedEndpoints
+
+    assert config.teacher is not None
+    if config.teacher.endpoints:
+        return FixedEndpoints(config.teacher.endpoints)
+    return LeasedEndpoints(config.scheduler, config.name, ())
 
 
 def resolve_plan(config: Config, trajectory: Checkpoints, schedule: Schedule | None = None) -> Plan:
@@ -122,17 +137,19 @@ def open_source(config: Config, task: Task, trajectory: Checkpoints, plan: Plan,
         except BaseException:
             own.close()  # its reader may be waiting for a file, and would keep the process alive
             raise
-    from megapd.teacher.client import FixedEndpoints, ServedStream
+    from megapd.teacher.client import ServedStream
 
-    return ServedStream(
-        teacher,
-        plan,
-        signal_spec(config, task, plan, _checked(config, task, trajectory, plan, step)),
-        trajectory,
-        device=world.device,
-        shared_memory=teacher.carrier == "shared_memory",
-        endpoints=FixedEndpoints(teacher.endpoints),
-    )
+    spec = signal_spec(config, task, plan, _checked(config, task, trajectory, plan, step))
+    endpoints = open_endpoints(config)
+    try:
+        endpoints.current()  # a token that the scheduler refuses shows before the run begins
+        shared_memory = teacher.carrier == "shared_memory"
+        return ServedStream(
+            teacher, plan, spec, trajectory, device=world.device, shared_memory=shared_memory, endpoints=endpoints
+        )
+    except BaseException:
+        endpoints.close()
+        raise
 
 
 def _checked(config: Config, task: Task, trajectory: Checkpoints, plan: Plan, step: int) -> Checkpoint:
