@@ -74,10 +74,19 @@ class ServiceSource:
     """
 
     def __init__(
-        self, api: Api, run: Registration, changes: ChangeLog, resolve: Callable[[Schedule], Plan], *, ahead: int
+        self,
+        api: Api,
+        run: Registration,
+        changes: ChangeLog,
+        resolve: Callable[[Schedule], Plan],
+        weights: Callable[[int], str | None],
+        *,
+        ahead: int,
     ) -> None:
-        """resolve: a schedule over the run's own trajectory. ahead: steps before its own that a step's signals are asked for."""
+        """resolve: a schedule over the run's own trajectory. weights: of a teacher step, the digest of its weights there, None:
+        not written yet. ahead: steps before its own that a step's signals are asked for."""
         self._api, self._run, self._log, self._resolve, self._ahead = api, run, changes, resolve, ahead
+        self._weights = weights
         self._path = f"/v1/runs/{quote(run.name, safe='')}"
         self._registered = self._up = False
         self._plan: LivePlan | None = None
@@ -108,6 +117,7 @@ class ServiceSource:
             try:
                 self._register()
                 self._look()
+                self._hold_to_the_registry()
                 break
             except Away as error:
                 if time.monotonic() > end:
@@ -240,6 +250,20 @@ class ServiceSource:
         self._registered = True
         self._heard()
 
+    def _hold_to_the_registry(self) -> None:
+        """UserError where the run's own folder has other weights than those that are registered."""
+        if self._plan is None or self._run.trajectory is None:
+            return
+        path = f"/v1/trajectories/{quote(self._run.trajectory, safe='')}/checkpoints"
+        registered = {record["step"]: record["weights"] for record in self._pages(path, "step", -1)}
+        for step in self._plan.teachers:
+            found = self._weights(step) if step in registered else None
+            if found is not None and found != registered[step]:
+                raise UserError(
+                    f"teacher.trajectory: the checkpoint of step {step} has digest {found}, but {registered[step]} is registered "
+                    f"as scheduler.trajectory {self._run.trajectory}; name the trajectory that is registered, or import this one"
+                )
+
     def _agree_on_first(self, newest: int) -> None:
         """The first version is the run's own configuration. UserError if the service has another for a run of that name."""
         assert self._run.schedule is not None
@@ -264,9 +288,9 @@ class ServiceSource:
         found = self._api.ask("GET", self._path)
         self._heard()
         if found["schedule_version"] > max(self._version, 1):
-            self._hear_versions(self._pages("schedules", "version", max(self._version, 1)))
+            self._hear_versions(self._pages(f"{self._path}/schedules", "version", max(self._version, 1)))
         if found["decisions"] > self._decided:
-            self._hear_decisions(self._pages("decisions", "sequence", self._decided - 1))
+            self._hear_decisions(self._pages(f"{self._path}/decisions", "sequence", self._decided - 1))
 
     def _tell(self) -> None:
         while self._outbox:
@@ -315,10 +339,10 @@ class ServiceSource:
                     self._decisions.append(decision)
                     self._decided += 1
 
-    def _pages(self, what: str, key: str, after: int) -> list[dict[str, Any]]:
+    def _pages(self, path: str, key: str, after: int) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         while True:
-            page = self._api.ask("GET", f"{self._path}/{what}?after={found[-1][key] if found else after}&limit={PAGE}")
+            page = self._api.ask("GET", f"{path}?after={found[-1][key] if found else after}&limit={PAGE}")
             found += page
             if len(page) < PAGE:
                 return found

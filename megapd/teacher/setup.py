@@ -40,7 +40,7 @@ def open_trajectory(config: Config) -> Checkpoints:
 
 
 def open_endpoints(config: Config) -> Endpoints:
-    """Where the served teacher's replicas are: at the addresses that the configuration names, or else where the scheduler says."""
+    """Where the served teacher's replicas are: as the configuration names them, or else as the scheduler does."""
     from megapd.teacher.leases import LeasedEndpoints
     from megapd.teacher.replicas import FixedEndpoints
 

@@ -181,6 +181,10 @@ def _join_scheduler(
         trajectory.refresh()
         return resolve_plan(config, trajectory, schedule)
 
+    def weights(step: int) -> str | None:
+        assert trajectory is not None
+        return trajectory.checkpoint(step).digest if trajectory.written(step) else None
+
     source, found, failure = None, [], None
     if world.rank == 0:
         facts = {"task": config.task.kind, "model": config.model.kind, "ranks": world.size}
@@ -188,7 +192,7 @@ def _join_scheduler(
         registered = settings.trajectory if plan is not None else None
         run = Registration(config.name, config.training.steps, registered, settings.group, facts, config.schedule)
         try:
-            source = ServiceSource(Api(settings, timeout_seconds=SERVICE_SECONDS), run, known, resolve, ahead=ahead)
+            source = ServiceSource(Api(settings, timeout_seconds=SERVICE_SECONDS), run, known, resolve, weights, ahead=ahead)
             found = source.start(grown, state["step"], config.folder / "metrics.jsonl")
         except UserError as error:
             failure = str(error)

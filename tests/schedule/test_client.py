@@ -40,7 +40,7 @@ def service(tmp_path):
 class Run:
     """What rank 0 of a run does."""
 
-    def __init__(self, folder, url, schedule=EQUAL, *, name="student", step=0, token=None):
+    def __init__(self, folder, url, schedule=EQUAL, *, name="student", step=0, token=None, trajectory=None, weights=None):
         def resolve(wanted):
             return build_plan(wanted, available=THERE, steps=STEPS)
 
@@ -50,9 +50,9 @@ class Run:
         self.plan = None
         if schedule is not None:
             self.plan = LivePlan(resolved(1, 0, schedule, resolve(schedule)), STEPS, self.changes.changes)
-        registration = Registration(name, STEPS, None, None, {"model": "mlp"}, schedule)
+        registration = Registration(name, STEPS, trajectory, None, {"model": "mlp"}, schedule)
         api = Api(Scheduler(url=url, token=token), timeout_seconds=2.0)
-        self.source = ServiceSource(api, registration, self.changes, resolve, ahead=AHEAD)
+        self.source = ServiceSource(api, registration, self.changes, resolve, weights or (lambda step: None), ahead=AHEAD)
         self.step = step
         self.started = self.source.start(self.plan, step, self.folder / "metrics.jsonl")
 
@@ -210,6 +210,26 @@ def test_mistakes_are_told_before_a_run_begins(service, tmp_path):
         Run(tmp_path, service.url, name="other", token=path)
     with pytest.raises(UserError, match=r"scheduler\.token: .*cannot|No such file"):
         Run(tmp_path, service.url, name="other", token=tmp_path / "nowhere")
+
+
+def test_a_run_is_held_to_the_registered_trajectory(service, tmp_path):
+    with service.http() as http:
+        made = http.post("/v1/trajectories", json={"run": "teacher", "location": "/teacher", "name": "teacher"}).json()["digest"]
+        for step in THERE:
+            body = {"step": step, "location": f"/teacher/{step}", "weights": f"{step:064x}", "files": {}}
+            assert http.post(f"/v1/trajectories/{made}/checkpoints", json=body).status_code == 201
+    with closing(tmp_path, service.url, trajectory="teacher", weights=lambda step: None if step == 50 else f"{step:064x}"):
+        pass
+    with pytest.raises(UserError, match=f"step 50 has digest abc, but {50:064x} is registered as scheduler.trajectory teacher"):
+        Run(
+            tmp_path,
+            service.url,
+            name="other",
+            trajectory="teacher",
+            weights=lambda step: "abc" if step == 50 else f"{step:064x}",
+        )
+    with pytest.raises(UserError, match="none called nothing"):
+        Run(tmp_path, service.url, name="third", trajectory="nothing")
 
 
 def test_a_version_that_the_run_cannot_follow_is_left_aside(service, tmp_path, caplog):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -46,14 +47,14 @@ class Student:
         self.process = subprocess.Popen(command, env=self.environment, stdout=self.log, stderr=self.log)
 
     def wait_for(self, step: int) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while runs.last_step(self.folder) < step:
             assert self.process.poll() is None, self.said()
             assert time.monotonic() < deadline, self.said()
             time.sleep(0.02)
 
     def end(self) -> None:
-        assert self.process.wait(180) == 0, self.said()
+        assert self.process.wait(300) == 0, self.said()
         self.log.close()
 
     def kill(self) -> None:
@@ -137,3 +138,84 @@ def test_the_service_decides_for_a_run_that_is_killed(trajectory, service, tmp_p
     assert [decision["checkpoint"] for decision in killed] == [100, 150, 200]
     assert killed == undisturbed
     assert runs.metrics(tmp_path / "killed") == runs.metrics(tmp_path / "undisturbed")
+
+
+# ------------------------------------------------------------------------------------------------------------- a cluster
+
+
+FOLLOWED, EVERY = 240, 30  # steps of the teacher that trains meanwhile, and between its checkpoints
+
+
+def process(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("a") as file:
+        command = [sys.executable, "-m", "megapd", *arguments]
+        return subprocess.Popen(command, env=runs.environment(), stdout=file, stderr=file)
+
+
+@pytest.fixture
+def cluster(service, tmp_path):
+    """Two replicas of a teacher that is still training, the registry beside it; ends what is left of them."""
+    processes: list[subprocess.Popen[bytes]] = []
+    folder = tmp_path / "teacher"
+    teacher = Student(
+        tmp_path, "teacher", service.url, 1, f"--trajectory.every={EVERY}", f"--training.steps={FOLLOWED}", pace=0.15
+    )
+    teacher.start()
+    processes.append(teacher.process)
+    line = f"--scheduler.url={service.url}"
+    processes.append(process(["trajectory", "import", str(folder), "--as", "live", "--watch", line], tmp_path / "import.log"))
+    given = [f"--teacher.trajectory={folder}/trajectory", *FOLLOW, line, "--scheduler.group=teachers", "--teacher.server.port=0"]
+    replicas = [process(["teacher", *runs.COMMON, *given], tmp_path / f"replica-{number}.log") for number in range(2)]
+    processes += replicas
+    with service.http() as http:
+        runs.until(lambda: len(http.get("/v1/replicas").json()) == 2, 240)
+        runs.until(lambda: http.get("/v1/trajectories/live").status_code == 200, 120)
+    try:
+        yield replicas
+    finally:
+        for left in processes:
+            if left.poll() is None:
+                left.kill()
+            left.wait(30)
+
+
+FOLLOW = [f"--schedule={{policy: follow, refresh: {EVERY}, last: {FOLLOWED}, timeout_seconds: 120}}"]
+
+
+@pytest.mark.full
+def test_two_students_follow_a_teacher_that_trains_through_two_replicas(service, cluster, tmp_path, capsys):
+    """One student has two ranks, is changed, killed and resumed; one replica is killed on the way."""
+    line = ["--scheduler.trajectory=live", "--scheduler.group=teachers", "--teacher.carrier=served", "--checkpoint.every=20"]
+    given = [f"--teacher.trajectory={tmp_path}/teacher/trajectory", *FOLLOW, *line]
+    pair, single = (Student(tmp_path, name, service.url, ranks, *given) for name, ranks in (("pair", 2), ("single", 1)))
+    for student in (pair, single):
+        student.start()
+    pair.wait_for(70)
+    change(capsys, service.url, "pair", "--schedule.policy=one_shot", "--schedule.checkpoint=60")
+    with service.http() as http:
+        runs.until(lambda: http.get("/v1/runs/pair/schedule").json()["applied"] is not None)
+        applied = http.get("/v1/runs/pair/schedule").json()["applied"]
+        pair.wait_for(applied + 5)
+        pair.kill()
+        cluster[0].kill()
+        pair.start()
+        for student in (pair, single):
+            student.end()
+        runs.until(lambda: len(http.get("/v1/replicas").json()) == 1, 60)
+        trajectory = tmp_path / "teacher" / "trajectory"
+        for student in (pair, single):
+            wanted = recorded(http, student.name, trajectory)
+            for rank in range(student.ranks):
+                taught = student.taught(rank)
+                assert {step for step, _ in taught} == set(range(STEPS))
+                assert all(wanted[step] == digest for step, digest in taught), f"{student.name}, rank {rank}"
+        assert [(v["version"], v["applied"]) for v in http.get("/v1/runs/pair/schedules").json()] == [(1, 0), (2, applied)]
+        registered = http.get("/v1/trajectories/live/checkpoints").json()
+    assert [checkpoint["step"] for checkpoint in registered] == list(range(EVERY, FOLLOWED + 1, EVERY))
+    rotations = {
+        name: [(r["step"], r["teacher_step"]) for r in runs.metrics(tmp_path / name) if r["kind"] == "rotation"]
+        for name in ("pair", "single")
+    }
+    everything = [(start, start + EVERY) for start in range(0, FOLLOWED, EVERY)]
+    assert rotations["single"] == everything
+    assert rotations["pair"] == [*(r for r in everything if r[0] < applied), (applied, 60)]
