@@ -20,7 +20,7 @@ from common import step_seconds, write_result
 from megapd.config import Config, load
 from megapd.tasks import build_task
 from megapd.teacher.stream import ColocatedStream
-from megapd.training.run import Run, build_student, start
+from megapd.training.run import Run, build_student, checkpoint_config, start
 from megapd.trajectory import Checkpoint, write_checkpoint
 
 WARM_UP = 3  # steps left out of each round: allocator and thread start-up
@@ -59,10 +59,7 @@ def write_teachers(arguments: argparse.Namespace, folder: Path) -> int:
             folder / "trajectory",
             step,
             learner.named_parameters(),
-            config={
-                **config.model_dump(mode="json"),
-                "shapes": {"vocab_size": task.vocab_size, "classes": task.classes, "length": task.length},
-            },
+            config=checkpoint_config(config, task),
             vocabulary=task.vocabulary_digest,
             metrics={},
             shard_bytes=64 << 20,

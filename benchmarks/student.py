@@ -23,7 +23,7 @@ from megapd.signal import Signal
 from megapd.tasks import build_task
 from megapd.tasks.blocks import FORMAT, META, MODEL
 from megapd.teacher.stream import Stream
-from megapd.training.run import build_student, start
+from megapd.training.run import build_student, checkpoint_config, start
 from megapd.trajectory import Checkpoint, write_checkpoint
 
 WARM_UP = 3  # steps left out of each run: allocator and thread start-up
@@ -102,10 +102,7 @@ def write_teacher(arguments: argparse.Namespace, folder: Path) -> int:
         folder / "trajectory",
         STEP,
         learner.named_parameters(),
-        config={
-            **config.model_dump(mode="json"),
-            "shapes": {"vocab_size": task.vocab_size, "classes": task.classes, "length": task.length},
-        },
+        config=checkpoint_config(config, task),
         vocabulary=task.vocabulary_digest,
         metrics={},
         shard_bytes=256 << 20,

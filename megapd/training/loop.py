@@ -17,7 +17,7 @@ from megapd.schedule.live import Change, LivePlan
 from megapd.training.control import StopRequest
 from megapd.training.evaluation import held_out
 from megapd.training.feed import BatchFeed
-from megapd.training.run import Run
+from megapd.training.run import Run, checkpoint_config
 from megapd.training.schedules import learning_rate
 from megapd.training.signals import take_signals
 from megapd.training.telemetry import peak_tflops
@@ -172,13 +172,12 @@ def count_nonfinite(run: Run, applied: bool, sums: Tensor, step: int) -> None:
 
 def write_trajectory(run: Run, step: int) -> None:
     """The weights of this step for later students; only rank 0 keeps them, all ranks gather."""
-    config = {**run.config.model_dump(mode="json"), "shapes": shapes(run)}
     if run.writes:
         write_checkpoint(
             run.config.folder / "trajectory",
             step,
             run.engine.weights(),
-            config=config,
+            config=checkpoint_config(run.config, run.task),
             vocabulary=run.task.vocabulary_digest,
             metrics=dict(run.telemetry.latest),
             shard_bytes=run.config.trajectory.shard_bytes,
@@ -187,11 +186,6 @@ def write_trajectory(run: Run, step: int) -> None:
         for _ in run.engine.weights():
             continue
     run.world.barrier()
-
-
-def shapes(run: Run) -> dict[str, int]:
-    """What a teacher's model is built with beside its configuration."""
-    return {"vocab_size": run.task.vocab_size, "classes": run.task.classes, "length": run.task.length}
 
 
 def tell(run: Run, kind: str, step: int, values: dict[str, Any]) -> None:

@@ -106,6 +106,12 @@ def build_student(config: Config, task: Task) -> Learner:
     )
 
 
+def checkpoint_config(config: Config, task: Task) -> dict[str, Any]:
+    """What a checkpoint of a trajectory says about its model: the configuration, and the shapes that the task gave it."""
+    shapes = {"vocab_size": task.vocab_size, "classes": task.classes, "length": task.length}
+    return {**config.model_dump(mode="json"), "shapes": shapes}
+
+
 def start(config: Config) -> Run:
     """Build the run, or resume it where its folder stopped. Raises UserError before anything is written."""
     task = build_task(config)

@@ -282,8 +282,6 @@ def test_kinds_of_loss_are_not_mixed():
 
 
 def test_the_verbs_import_probe_and_verify(tmp_path, capsys):
-    from types import SimpleNamespace
-
     from megapd.config import Config, Scheduler
     from megapd.kernels import LossOptions
     from megapd.models.build import build_model
@@ -299,7 +297,7 @@ def test_the_verbs_import_probe_and_verify(tmp_path, capsys):
         tensors = dict(model.named_parameters())
         write(tmp_path / "t", step, tensors, config=description, vocabulary=task.vocabulary_digest)
     scheduler = Scheduler(database=f"sqlite:///{tmp_path}/s.db")
-    given = SimpleNamespace(**{name: getattr(config, name) for name in type(config).model_fields} | {"scheduler": scheduler})
+    given = config.model_copy(update={"scheduler": scheduler})
     assert import_checkpoints(given, str(tmp_path / "t"), name="t", probe_samples=100) == 0
     assert "2 checkpoints added" in capsys.readouterr().out
     assert verify_checkpoints(given, "t") == 0

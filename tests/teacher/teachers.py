@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megapd.config import Config, load
 from megapd.tasks import build_task
-from megapd.training.run import build_student
+from megapd.training.run import build_student, checkpoint_config
 from megapd.trajectory import Trajectory, write_checkpoint
 
 STEPS = (10, 20, 30)
@@ -33,13 +33,12 @@ def write_trajectory(folder: Path, model: str = "gpt", *overrides: str, steps: t
     """Checkpoints of untrained models, the seed of each its step."""
     config = configuration(model, *overrides)
     task = build_task(config)
-    shapes = {"vocab_size": task.vocab_size, "classes": task.classes, "length": task.length}
     for step in steps:
         write_checkpoint(
             folder,
             step,
             build_student(configuration(model, *overrides, f"--seed={step}"), task).named_parameters(),
-            config={**config.model_dump(mode="json"), "shapes": shapes},
+            config=checkpoint_config(config, task),
             vocabulary=task.vocabulary_digest,
             metrics={},
             shard_bytes=1 << 12,
@@ -53,7 +52,6 @@ def write_text_trajectory(folder: Path, corpus: Path, style: str, steps: tuple[i
     arguments = ["--task.kind=text", f"--task.objective={objective}", f"--task.corpus={corpus}"]
     arguments.append(f"--model={{kind: {style}, layers: 2, hidden: 24, heads: 2}}")
     task = build_task(load(None, arguments))
-    shapes = {"vocab_size": task.vocab_size, "classes": task.classes, "length": task.length}
     for step in steps:
         config = load(None, [*arguments, f"--seed={step}"])
         model = build_student(config, task)
@@ -61,7 +59,7 @@ def write_text_trajectory(folder: Path, corpus: Path, style: str, steps: tuple[i
             folder,
             step,
             ((name, tensor.detach() * (8.0 if tensor.ndim > 1 else 1.0)) for name, tensor in model.named_parameters()),
-            config={**config.model_dump(mode="json"), "shapes": shapes},
+            config=checkpoint_config(config, task),
             vocabulary=task.vocabulary_digest,
             metrics={},
             shard_bytes=1 << 14,

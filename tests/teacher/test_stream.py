@@ -14,7 +14,7 @@ from megapd.signal import Signal, SignalMismatch, SignalSpec, negotiate
 from megapd.tasks import build_task
 from megapd.teacher.engine import Demands, Teacher, TeacherOptions
 from megapd.teacher.stream import ColocatedStream
-from megapd.training.run import build_student
+from megapd.training.run import build_student, checkpoint_config
 from megapd.trajectory import CheckpointTimeout, Trajectory, write_checkpoint
 from megapd.world import join_world
 
@@ -44,13 +44,12 @@ def models(task):
 
 @pytest.fixture
 def trajectory(tmp_path, config, task, models):
-    shapes = {"vocab_size": task.vocab_size, "classes": task.classes, "length": task.length}
     for step, model in models.items():
         write_checkpoint(
             tmp_path,
             step,
             model.named_parameters(),
-            config={**config.model_dump(mode="json"), "shapes": shapes},
+            config=checkpoint_config(config, task),
             vocabulary=task.vocabulary_digest,
             metrics={},
             shard_bytes=1 << 20,
