@@ -25,7 +25,7 @@ from megapd.teacher.setup import open_endpoints, open_trajectory
 from tests.schedule.services import Process
 from tests.teacher.calls import act
 from tests.teacher.chaos import free_ports
-from tests.teacher.servers import Server
+from tests.teacher.servers import START_SECONDS, Server
 from tests.teacher.serving import (
     PLAN,
     SPECS,
@@ -41,7 +41,7 @@ from tests.teacher.serving import (
 from tests.teacher.teachers import MODELS, TASK, write_trajectory
 from tests.training.runs import environment
 
-LEASE_SECONDS = 0.6
+LEASE_SECONDS = 1.0
 A, B = "grpc://127.0.0.1:1", "grpc://127.0.0.1:2"
 
 _numbers = itertools.count()
@@ -429,7 +429,7 @@ def test_the_replicas_of_one_command_hold_leases_and_give_them_back(service, tmp
     server = Server(settings, free_ports(replicas))
     addresses = [f"grpc://localhost:{server.port + number}" for number in range(replicas)]
     try:
-        wait_for(lambda: len(service.leases()) == replicas or server.process.poll() is not None, 60.0)
+        wait_for(lambda: len(service.leases()) == replicas or server.process.poll() is not None, START_SECONDS)
         leases = service.leases()
         assert sorted(leases) == addresses, server.printed()
         assert {lease["group"] for lease in leases.values()} == {"pair"}
