@@ -60,7 +60,7 @@ class Api:
     def _once(self, method: str, path: str, body: Any) -> tuple[int, Any]:
         try:
             response = self._client.request(method, path, json=body)
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise Away(f"scheduler.url: {self.url} does not answer ({error or type(error).__name__})") from error
         if response.status_code >= 500 or response.status_code == 429:
             raise Away(f"scheduler.url: {self.url} answers {response.status_code}: {_detail(response)}")

@@ -43,19 +43,11 @@ class _Contact:
 
     def ask(self, read: Callable[[Any], T], method: str, path: str, body: Any = None) -> T:
         """What `read` makes of the answer. Raises Refusal, or Away: of an answer that is no scheduler's, too."""
-        tree = self.answer(method, path, body)
+        tree = self.api.ask(method, path, body)
         try:
             return read(tree)
         except (LookupError, TypeError, ValueError) as error:
             raise Away(f"scheduler.url: {self.api.url} does not answer {path} as a scheduler does: {error!r}") from error
-
-    def answer(self, method: str, path: str, body: Any = None) -> Any:
-        try:
-            return self.api.ask(method, path, body)
-        except Refusal:
-            raise
-        except ValueError as error:
-            raise Away(f"scheduler.url: {self.api.url} answers {path} with what is no JSON: {error}") from error
 
     def failed(self, error: Exception) -> None:
         """An answer did not come, or was a refusal."""
@@ -88,10 +80,9 @@ class LeasedEndpoints:
     Of a run that the scheduler does not know (only training registers one): all that hold a lease in its group.
     """
 
-    def __init__(self, settings: Scheduler, run: str, fixed: Sequence[str]) -> None:
-        """fixed: the replicas until the scheduler was heard for the first time. UserError where scheduler.token or
-        scheduler.root_certificate cannot be read; connects to nothing yet."""
-        self._watch = _Watch(settings, run, fixed)
+    def __init__(self, settings: Scheduler, run: str) -> None:
+        """UserError where scheduler.token or scheduler.root_certificate cannot be read; connects to nothing yet."""
+        self._watch = _Watch(settings, run)
         self._ended = weakref.finalize(self, self._watch.closed.set)  # the thread of one that nobody closed ends with it
 
     def current(self) -> Sequence[str]:
@@ -109,12 +100,11 @@ class LeasedEndpoints:
 class _Watch:
     """What LeasedEndpoints knows, and the thread that asks; apart, so that the thread does not keep its owner alive."""
 
-    def __init__(self, settings: Scheduler, run: str, fixed: Sequence[str]) -> None:
+    def __init__(self, settings: Scheduler, run: str) -> None:
         self.closed = threading.Event()
         self._contact = _Contact(settings, "the teacher's replicas stay those known last")
         self._run_name, self._group = run, settings.group or run
-        self._known = tuple(dict.fromkeys(fixed))
-        self._fixed = bool(self._known)
+        self._known: tuple[str, ...] = ()
         self._settled = threading.Event()  # `current` waits no more
         self._refused: Refusal | None = None
         self._began = 0.0
@@ -144,8 +134,6 @@ class _Watch:
                         self._refused = error
                         return
                     self._contact.failed(error)
-                    if self._fixed:
-                        self._settled.set()
                 else:
                     self._contact.heard()
                     self._settled.set()

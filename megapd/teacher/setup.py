@@ -47,7 +47,7 @@ def open_endpoints(config: Config) -> Endpoints:
     assert config.teacher is not None
     if config.teacher.endpoints:
         return FixedEndpoints(config.teacher.endpoints)
-    return LeasedEndpoints(config.scheduler, config.name, ())
+    return LeasedEndpoints(config.scheduler, config.name)
 
 
 def resolve_plan(config: Config, trajectory: Checkpoints, schedule: Schedule | None = None) -> Plan:

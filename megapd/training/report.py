@@ -46,7 +46,7 @@ def dry_run(config: Config) -> str:
     if config.teacher is not None:
         trajectory = open_trajectory(config)
         plan = resolve_plan(config, trajectory)
-        source = config.teacher.trajectory or ", ".join(config.teacher.endpoints)
+        source = config.teacher.trajectory or ", ".join(config.teacher.endpoints) or f"leased at {config.scheduler.url}"
         lines.append(f"teacher        {source}, {len(trajectory.steps)} checkpoints, {config.teacher.carrier}")
         if trajectory.steps:
             checkpoint = trajectory.checkpoint(trajectory.steps[-1])

@@ -127,8 +127,8 @@ def guarded(tmp_path):
 
 
 @contextlib.contextmanager
-def endpoints_of(service, fixed=(), **settings):
-    endpoints = LeasedEndpoints(service.settings.model_copy(update=settings), service.name, fixed)
+def endpoints_of(service, **settings):
+    endpoints = LeasedEndpoints(service.settings.model_copy(update=settings), service.name)
     try:
         yield endpoints
     finally:
@@ -194,7 +194,7 @@ def test_an_address_that_is_none_does_not_keep_students_from_the_others(service,
 
 
 def test_the_list_and_the_leases_outlive_the_service(service, caplog):
-    with lease_of(service, A) as lease, endpoints_of(service, fixed=("grpc://fixed:1",)) as endpoints:
+    with lease_of(service, A) as lease, endpoints_of(service) as endpoints:
         wait_for(lambda: endpoints.current() == (A,))
         service.process.kill()
         time.sleep(2 * LEASE_SECONDS)
@@ -212,18 +212,14 @@ def test_the_list_and_the_leases_outlive_the_service(service, caplog):
     assert service.history(A) == [("live", ""), ("gone", "left")], "one lease, which it kept"
 
 
-def test_until_the_service_was_heard_the_configurations_replicas_teach(service, monkeypatch):
+def test_a_service_that_is_away_is_waited_for_once(service, monkeypatch):
     service.process.kill()
-    with endpoints_of(service, fixed=(A, A)) as endpoints:
+    monkeypatch.setattr("megapd.teacher.leases.FIRST_SECONDS", 0.3)
+    with endpoints_of(service) as endpoints:
         began = time.monotonic()
-        assert endpoints.current() == (A,)
-        assert time.monotonic() - began < 4.0, "no wait for a service that is down, where there is somebody to ask"
-        monkeypatch.setattr("megapd.teacher.leases.FIRST_SECONDS", 0.3)
-        with endpoints_of(service) as nobody:
-            began = time.monotonic()
-            assert nobody.current() == ()
-            assert 0.3 <= time.monotonic() - began < 4.0
-            assert nobody.current() == ()
+        assert endpoints.current() == ()
+        assert 0.3 <= time.monotonic() - began < 4.0
+        assert endpoints.current() == ()
         service.process.start()
         with lease_of(service, B):
             wait_for(lambda: endpoints.current() == (B,))
@@ -232,7 +228,7 @@ def test_until_the_service_was_heard_the_configurations_replicas_teach(service, 
 
 def test_what_answers_like_no_scheduler_is_away(service, caplog):
     answers = {f"/v1/runs/{service.name}/assignment": [1, 2]}
-    with endpoints_of(service, fixed=(A,)) as endpoints, lease_of(service, B) as lease:
+    with endpoints_of(service) as endpoints, lease_of(service, B) as lease:
         wait_for(lambda: endpoints.current() == (B,))
         for contact in (endpoints._watch._contact, lease._contact):
             contact.api.ask = lambda method, path, body=None: answers.get(path)
@@ -289,11 +285,10 @@ def test_a_token_that_is_refused_ends_students_and_replicas(guarded, tmp_path, c
     with pytest.raises(UserError, match=r"scheduler\.token: .*role run"):
         Served(FakeReplica(), configuration(service.override, f"--scheduler.token={path}"))
     path.write_text("not-a-token")
-    for fixed in ((), (A,)):
-        with endpoints_of(service, fixed=fixed, **wrong) as endpoints:
-            for _ in range(2):
-                with pytest.raises(UserError, match=r"scheduler\.token: .*megapd scheduler token read"):
-                    endpoints.current()
+    with endpoints_of(service, **wrong) as endpoints:
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"scheduler\.token: .*megapd scheduler token read"):
+                endpoints.current()
     write_trajectory(tmp_path / "trajectory", steps=STEPS[:1])
     arguments = [*TASK, *MODELS["gpt"], f"--teacher.trajectory={tmp_path / 'trajectory'}", "--schedule.policy=one_shot"]
     teacher = ["teacher", *arguments, "--teacher.server.port=0", service.override, f"--scheduler.token={path}"]
