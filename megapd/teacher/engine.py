@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megapd.batch import Batch
 from megapd.errors import UserError
-from megapd.signal import DTYPES, Head, Signal, SignalSpec, as_sent
+from megapd.signal import DTYPES, Head, Signal, SignalSpec, pack
 from megapd.teacher.answers import Answer, answer
 from megapd.teacher.build import build_teacher, canary, check_architecture, checkpoint_length, read_parts
 from megapd.teacher.holders import HOLDERS, Holder, WholeHolder, stage
@@ -179,14 +179,18 @@ class Teacher:
 
     @torch.no_grad()
     def signal(self, batch: Batch, spec: SignalSpec, *, common: bool = False) -> Signal:
-        """The signal for the labelled positions of `batch`, in the values that its encoding can hold.
+        """The signal for the labelled positions of `batch`; `as_sent` of it is what a student is to learn from.
+
+        On an accelerator it is packed there, so that it leaves it in few bytes; on the host it is as it was computed, to be
+        rounded by the thread that encodes it, beside the next forward pass.
 
         common: the ranks of a sharded teacher were given the same batch, and each gets its signal; else each has its own.
         """
         assert self.held is not None, "rotate() comes before signal()"
         found = self._answer_each(batch, spec) if self._one_batch and not common else self._answer(batch, spec)
         head = self.head() if spec.kind == "hidden" else None
-        return as_sent(Signal(spec, self.held.digest, batch.digest, found.values, head, found.logprobs, found.log_rest))
+        signal = Signal(spec, self.held.digest, batch.digest, found.values, head, found.logprobs, found.log_rest)
+        return signal if self.world.device.type == "cpu" else pack(signal)
 
     @torch.no_grad()
     def head(self) -> Head:

@@ -58,7 +58,7 @@ class Replica:
         return self._teacher.classes
 
     def signal(self, step: int, batch: Batch, spec: SignalSpec) -> Signal:
-        """The signal of teacher step `step` for `batch`, on the host."""
+        """The signal of teacher step `step` for `batch`, packed or not, on the host."""
         self._command("signal", step, batch, spec)
         self._agree(batch, batch.digest)
         return self._signal(step, batch, spec)
@@ -127,21 +127,11 @@ class Replica:
         # A rank without samples answers the first one all the same: ZeRO-3 gathers parameters on all ranks or on none.
         signal = self._teacher.signal(batch.select(mine if mine.start < mine.stop else slice(0, 1)).to(device), spec)
 
-        def collect(part: Tensor | None) -> Tensor | None:
-            if part is None:
-                return None
+        def collect(part: Tensor) -> Tensor:
             padded = part.new_zeros(max(counts), *part.shape[1:])
             padded[: counts[rank]] = part[: counts[rank]]
             parts = [torch.empty_like(padded) for _ in range(size)] if rank == 0 else None
             dist.gather(padded, parts, dst=0)
             return torch.cat([found[:count] for found, count in zip(parts or [padded], counts, strict=False)]).cpu()
 
-        values = collect(signal.values)
-        assert values is not None
-        return replace(
-            signal,
-            samples=batch.digest,
-            values=values,
-            logprobs=collect(signal.logprobs),
-            log_rest=collect(signal.log_rest),
-        )
+        return replace(signal.map(collect), samples=batch.digest)
