@@ -1,7 +1,7 @@
 """Replica: a teacher in a world of its own, asked by one rank and answered by all.
 
-Rank 0 serves; the others follow its commands, which travel over the control group together with the batch they are about. Every
-rank hashes the ids that it received, so that a broken broadcast cannot pass for another batch.
+Rank 0 serves; the others follow its commands, which travel over the control group together with the batch they are about. They
+hash the ids that they received, so that a broken broadcast cannot pass for another batch.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Replica:
     def signal(self, step: int, batch: Batch, spec: SignalSpec) -> Signal:
         """The signal of teacher step `step` for `batch`, packed or not, on the host."""
         self._command("signal", step, batch, spec)
-        self._agree(batch, batch.digest)
+        self._agree(batch.digest, batch.digest)
         return self._signal(step, batch, spec)
 
     def head(self, step: int) -> Head:
@@ -92,7 +92,7 @@ class Replica:
                 continue
             try:
                 if name == "signal":
-                    self._agree(batch, digest)
+                    self._agree(replace(batch).digest, digest)  # without the digests that it was sent with
                     self._signal(step, batch, spec)
                 else:
                     self._teacher.rotate(step)
@@ -100,10 +100,9 @@ class Replica:
             except Exception as error:
                 log.error("rank %d: %s of the teacher's step %s failed: %s", self._world.rank, name, step, error)
 
-    def _agree(self, batch: Batch, digest: str) -> None:
+    def _agree(self, received: str, digest: str) -> None:
         """RuntimeError on every rank unless all received the batch that `digest` names."""
-        fresh = replace(batch)  # without the digests that it was sent with
-        if self._world.sum(int(fresh.digest != digest))[0]:
+        if self._world.sum(int(received != digest))[0]:
             raise RuntimeError(f"the ranks of this replica did not receive the same batch {digest}")
 
     def _command(self, name: str, step: int = 0, batch: Batch | None = None, spec: SignalSpec | None = None) -> None:
