@@ -20,7 +20,8 @@ from common import step_seconds, write_result
 
 from megapd.config import Config, load
 from megapd.tasks import build_task
-from megapd.training.engine import deepspeed_config, parameter_groups, start_world, tile
+from megapd.tiling import tile
+from megapd.training.engine import deepspeed_config, parameter_groups, start_world
 from megapd.training.run import build_student, start
 
 WARM_UP = 5  # steps left out of each round: allocator and thread start-up

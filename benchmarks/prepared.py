@@ -23,7 +23,7 @@ import torch
 
 from megapd.batch import Batch
 from megapd.config import load
-from megapd.signal import Head, Signal, SignalSpec, as_sent
+from megapd.signal import Head, Signal, SignalSpec, pack
 from megapd.teacher.server import serve
 from megapd.trajectory import Checkpoint, Trajectory
 
@@ -70,7 +70,8 @@ def make_head(sizes: Sizes) -> Head:
 
 
 def make_signal(spec: SignalSpec, sizes: Sizes, positions: int, teacher: str, head: Head | None = None) -> Signal:
-    """A signal of random values as a teacher gives it; whose digest of samples is yet to be set."""
+    """A signal of random values as a teacher of the encoding's precision computes it, int8 of fp32 ones yet to be rounded; its
+    digest of samples is yet to be set."""
     generator = torch.Generator().manual_seed(0)
     logprobs = log_rest = None
     if spec.kind in ("dense", "hidden"):
@@ -83,14 +84,14 @@ def make_signal(spec: SignalSpec, sizes: Sizes, positions: int, teacher: str, he
         logprobs = torch.randn(positions, spec.k + 1, generator=generator).log_softmax(-1)
         logprobs, log_rest = logprobs[:, :-1].contiguous(), logprobs[:, -1].contiguous()
     head = (head or make_head(sizes)) if spec.kind == "hidden" else None
-    return as_sent(Signal(spec, teacher, "", values, head, logprobs, log_rest))
+    signal = Signal(spec, teacher, "", values, head, logprobs, log_rest)
+    return signal if spec.encoding == "int8" else pack(signal)
 
 
 def cut(signal: Signal, batch: Batch) -> Signal:
     """The answer for `batch`: the first positions of a prepared signal, views."""
     rows = slice(batch.labelled)
-    logprobs, log_rest = (None if t is None else t[rows] for t in (signal.logprobs, signal.log_rest))
-    return replace(signal, samples=batch.digest, values=signal.values[rows], logprobs=logprobs, log_rest=log_rest)
+    return replace(signal.map(lambda tensor: tensor[rows]), samples=batch.digest)
 
 
 class PreparedReplica:

@@ -77,6 +77,18 @@ class VocabularyShard:
         values, order = values.gather(1, order).sort(stable=True, dim=1, descending=True)
         return values[:, :k].contiguous(), ids.gather(1, order[:, :k])
 
+    def whole(self, part: Tensor, dim: int = 0) -> Tensor:
+        """All classes on every rank, from each rank's own along `dim`, of parts of `share` classes, the last ones fewer.
+
+        Raises ValueError if this rank's part is none of those.
+        """
+        width, classes = self.share(), part.shape[dim]
+        if self.start != dist.get_rank(self._group()) * width or classes != min(width, self.total - self.start):
+            raise ValueError(f"shard: {classes} classes from {self.start} on; whole takes parts of {width} of the {self.total}")
+        padded = part.new_zeros(*part.shape[:dim], width, *part.shape[dim + 1 :])
+        padded.narrow(dim, 0, classes).copy_(part)
+        return torch.cat(self._gathered(padded).unbind(), dim).narrow(dim, 0, self.total).contiguous()
+
     def reduce(self, x: Tensor) -> None:
         """Sum over ranks in place, for large tensors."""
         dist.all_reduce(x, group=self._group())

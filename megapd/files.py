@@ -7,28 +7,32 @@ stands for.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import hashlib
-import itertools
 import os
+import secrets
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 TEMPORARY_INFIX = ".tmp-"
 
-_serial = itertools.count()  # two threads of one process may write the same path
 
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which replaces `path` when the block ends: a reader sees the old content or the new.
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Replace `path` by `data` (text as UTF-8): a reader sees the old content or the new. Makes the folder if it lacks."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}{TEMPORARY_INFIX}{os.getpid()}-{next(_serial)}")
+    If the block raises, or the file cannot be flushed, nothing has changed. The folder must be there.
+    """
+    # Random: two threads, or two machines that share the folder, may write the same path.
+    temporary = path.with_name(f"{path.name}{TEMPORARY_INFIX}{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with temporary.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -36,6 +40,14 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replace `path` by `data` (text as UTF-8), as `atomic_file` does. Makes the folder if it lacks."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 def fsync_path(path: Path) -> None:

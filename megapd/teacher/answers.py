@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -65,15 +64,7 @@ def _chunks(hidden: Tensor, head: Head, shard: VocabularyShard | None, chunk_byt
 
 def _gather(logits: Tensor, shard: VocabularyShard | None) -> Tensor:
     """[N, V] of all classes from [N, classes of this rank]."""
-    if shard is None:
-        return logits
-    group = dist.distributed_c10d._resolve_process_group(shard.group)
-    ranks, width = dist.get_world_size(group), shard.share()
-    assert logits.shape[1] <= width, "parts are as large as their average at most"
-    padded = F.pad(logits, (0, width - logits.shape[1])).contiguous()
-    parts = padded.new_empty(ranks, *padded.shape)
-    dist.all_gather(list(parts.unbind()), padded, group=group)
-    return parts.transpose(0, 1).flatten(1)[:, : shard.total].contiguous()
+    return logits if shard is None else shard.whole(logits, 1)
 
 
 def _draw(spec: SignalSpec, batch: Batch, rows: slice, logits: Tensor) -> Tensor:

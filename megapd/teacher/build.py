@@ -45,10 +45,6 @@ def checkpoint_shape(checkpoint: Checkpoint) -> Shape:
     return Shape(shapes["classes"], width, shapes["vocab_size"], shapes["length"])
 
 
-def checkpoint_length(checkpoint: Checkpoint) -> int | None:
-    return checkpoint_shape(checkpoint).length
-
-
 def build_teacher(checkpoint: Checkpoint, chunk_bytes: int | None) -> nn.Module:
     """A model of the checkpoint's architecture in fp32, its weights yet to be loaded: one of transformers' on the meta device.
 

@@ -44,6 +44,7 @@ from megapd.signal import (
     decode_head,
     encode,
     encode_head,
+    pack,
     valid_rows,
 )
 from megapd.teacher.parts import Index, check_part, concatenate, read_records, samples_of, write_whole
@@ -160,6 +161,7 @@ class SignalCache:
         """
         if self.failure is not None or not batch.samples:
             return as_sent(signal)
+        signal = pack(signal)
         record = encode(signal, batch, classes)
         while True:
             with self._lock:

@@ -11,24 +11,23 @@ from megapd.config import Teacher as TeacherConfig
 from megapd.errors import TeacherLost, UserError
 from megapd.teacher.replicas import Endpoints, Remote, Replicas
 from megapd.teacher.wire import decode_catalogue
-from megapd.trajectory import Checkpoint, CheckpointTimeout
-from megapd.trajectory.reader import nearest_steps
+from megapd.trajectory import Checkpoint
+from megapd.trajectory.listing import Listing
 
 ANSWER_SECONDS = 15.0  # longest wait for a replica: some tries at each
 
 
-class RemoteTrajectory:
+class RemoteTrajectory(Listing):
     """As trajectory.Trajectory, without weights; `path` of its checkpoints is the endpoints' names, for messages. Thread-safe.
 
-    Descriptions are asked for once a checkpoint. Every method raises UserError where no replica answers within some tries.
+    Descriptions are asked for once a checkpoint; a server names complete ones alone. Every method raises UserError where no
+    replica answers within some tries.
     """
-
-    incomplete: tuple[int, ...] = ()  # a server names complete checkpoints alone
 
     def __init__(self, config: TeacherConfig, endpoints: Endpoints) -> None:
         """endpoints: closed with this."""
+        super().__init__()
         self._replicas = Replicas(config, endpoints)
-        self._steps: tuple[int, ...] = ()
         self._known: dict[int, Checkpoint] = {}
         self._lock = threading.Lock()
         try:
@@ -36,11 +35,6 @@ class RemoteTrajectory:
         except BaseException:
             self.close()
             raise
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """Teacher steps of the complete checkpoints, increasing, at construction or the last `refresh`."""
-        return self._steps
 
     def refresh(self) -> tuple[int, ...]:
         """Ask again which checkpoints there are; returns `steps`."""
@@ -50,10 +44,8 @@ class RemoteTrajectory:
     def checkpoint(self, step: int) -> Checkpoint:
         """Everything but weights and files; UserError if it is not there (the nearest are listed)."""
         if not self.written(step):
-            nearest = nearest_steps(self.refresh(), step)
-            there = f"the nearest are {', '.join(map(str, nearest))}" if nearest else "there are none"
             raise UserError(
-                f"{self._replicas.describe()}: no checkpoint of step {step}; {there}: "
+                f"{self._replicas.describe()}: no checkpoint of step {step}; {self._nearest(step)}: "
                 f"change the schedule, or train the teacher further"
             )
         return self._known[step]
@@ -65,18 +57,14 @@ class RemoteTrajectory:
         return step in self._known
 
     def wait_for(self, step: int, timeout_seconds: float, poll_seconds: float = 0.5) -> Checkpoint:
-        """The checkpoint of `step` as soon as the teacher has it; CheckpointTimeout if it has not after `timeout_seconds`."""
-        deadline = time.monotonic() + timeout_seconds
-        while not self.written(step):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                newest = f"the newest there is of step {self._steps[-1]}" if self.refresh() else "there is none yet"
-                raise CheckpointTimeout(f"the served teacher: no checkpoint of step {step} after {timeout_seconds:g} s; {newest}")
-            time.sleep(min(poll_seconds, left))
-        return self._known[step]
+        """As Listing.wait_for; a look is a call to a replica, so they are fewer."""
+        return super().wait_for(step, timeout_seconds, poll_seconds)
 
     def close(self) -> None:
         self._replicas.close()
+
+    def _late(self, what: str) -> str:
+        return f"the served teacher: {what}; {self._newest()}"
 
     def _ask(self, steps: list[int]) -> None:
         deadline = time.monotonic() + ANSWER_SECONDS

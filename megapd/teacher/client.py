@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field, replace
@@ -312,7 +312,7 @@ class ServedStream:
         if not hasattr(self._local, "stream"):
             self._local.stream = torch.cuda.Stream(self._device)
         with torch.cuda.stream(self._local.stream):
-            copied = _each(signal, lambda tensor: tensor.pin_memory().to(self._device, non_blocking=True))
+            copied = signal.map(lambda tensor: tensor.pin_memory().to(self._device, non_blocking=True))
             there = torch.cuda.Event()
             there.record()
         return _Arrived(copied, there)
@@ -330,11 +330,6 @@ def _chunks(reader: Any) -> Iterator[Any]:
             yield reader.read_chunk()
         except StopIteration:
             return
-
-
-def _each(signal: Signal, change: Callable[[Tensor], Tensor]) -> Signal:
-    logprobs, log_rest = (None if tensor is None else change(tensor) for tensor in (signal.logprobs, signal.log_rest))
-    return replace(signal, values=change(signal.values), logprobs=logprobs, log_rest=log_rest)
 
 
 def _tensors(signal: Signal) -> list[Tensor]:

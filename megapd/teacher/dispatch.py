@@ -48,7 +48,7 @@ class Replica(Protocol):
         """Stage and verify a checkpoint in the background; from any thread."""
 
     def signal(self, step: int, batch: Batch, spec: SignalSpec) -> Signal:
-        """On the host. The engine thread alone, as what follows. Rotates first if the checkpoint is not held."""
+        """On the host, packed or not. The engine thread alone, as what follows. Rotates first if the checkpoint is not held."""
 
     def head(self, step: int) -> Head: ...
 
@@ -312,7 +312,6 @@ def split(signal: Signal, batches: Sequence[Batch]) -> list[Signal]:
     ends = np.cumsum([0, *(batch.labelled for batch in batches)]).tolist()
 
     def part(batch: Batch, rows: slice) -> Signal:
-        logprobs, log_rest = (None if t is None else t[rows] for t in (signal.logprobs, signal.log_rest))
-        return replace(signal, samples=batch.digest, values=signal.values[rows], logprobs=logprobs, log_rest=log_rest)
+        return replace(signal.map(lambda tensor: tensor[rows]), samples=batch.digest)
 
     return [part(batch, slice(*bounds)) for batch, bounds in zip(batches, pairwise(ends), strict=True)]

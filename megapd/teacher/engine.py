@@ -23,9 +23,9 @@ from torch import Tensor
 
 from megapd.batch import Batch
 from megapd.errors import UserError
-from megapd.signal import DTYPES, Head, Signal, SignalSpec, as_sent
+from megapd.signal import DTYPES, Head, Signal, SignalSpec, pack
 from megapd.teacher.answers import Answer, answer
-from megapd.teacher.build import build_teacher, canary, check_architecture, checkpoint_length, read_parts
+from megapd.teacher.build import build_teacher, canary, check_architecture, checkpoint_shape, read_parts
 from megapd.teacher.holders import HOLDERS, Holder, WholeHolder, stage
 from megapd.trajectory import Checkpoint, Checkpoints, check_files
 from megapd.world import World
@@ -65,7 +65,7 @@ class Demands:
                     f"teacher.trajectory: {checkpoint.path} has vocabulary {checkpoint.vocabulary[:12]}, but the student's "
                     f"task has {self.vocabulary[:12]}; teacher and student need the same tokenizer or task parameters"
                 )
-        length = checkpoint_length(checkpoint)
+        length = checkpoint_shape(checkpoint).length
         if self.length is not None and length is not None and length < self.length:
             raise UserError(
                 f"teacher.trajectory: the teacher was trained on {length} tokens a sample, "
@@ -179,14 +179,18 @@ class Teacher:
 
     @torch.no_grad()
     def signal(self, batch: Batch, spec: SignalSpec, *, common: bool = False) -> Signal:
-        """The signal for the labelled positions of `batch`, in the values that its encoding can hold.
+        """The signal for the labelled positions of `batch`; `as_sent` of it is what a student is to learn from.
+
+        On an accelerator it is packed there, so that it leaves it in few bytes; on the host it is as it was computed, to be
+        rounded by the thread that encodes it, beside the next forward pass.
 
         common: the ranks of a sharded teacher were given the same batch, and each gets its signal; else each has its own.
         """
         assert self.held is not None, "rotate() comes before signal()"
         found = self._answer_each(batch, spec) if self._one_batch and not common else self._answer(batch, spec)
         head = self.head() if spec.kind == "hidden" else None
-        return as_sent(Signal(spec, self.held.digest, batch.digest, found.values, head, found.logprobs, found.log_rest))
+        signal = Signal(spec, self.held.digest, batch.digest, found.values, head, found.logprobs, found.log_rest)
+        return signal if self.world.device.type == "cpu" else pack(signal)
 
     @torch.no_grad()
     def head(self) -> Head:
@@ -199,9 +203,7 @@ class Teacher:
                 if shard is None:  # gathered by ZeRO for the time of this block alone
                     whole = Head(head.weight.clone(), None if head.bias is None else head.bias.clone())
                 else:
-                    parts = [None if part is None else _concatenate(part, shard.share(), shard.total) for part in _parts(head)]
-                    assert parts[0] is not None
-                    whole = Head(parts[0], parts[1])
+                    whole = Head(shard.whole(head.weight), None if head.bias is None else shard.whole(head.bias))
                 self._gathered = (self.held.digest, whole)
         whole_head = self._gathered[1]
         assert whole_head is not None
@@ -319,19 +321,6 @@ class Teacher:
         if len(self._slots) < self.options.resident:
             return self._build(checkpoint)
         return self._slots.popitem(last=False)[1][1]
-
-
-def _parts(head: Head) -> tuple[Tensor, Tensor | None]:
-    return head.weight, head.bias
-
-
-def _concatenate(part: Tensor, width: int, total: int) -> Tensor:
-    """Rows of all ranks put together; every rank has `width` of them, the last ones fewer."""
-    padded = torch.zeros(width, *part.shape[1:], dtype=part.dtype, device=part.device)
-    padded[: part.shape[0]] = part
-    parts = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, padded)
-    return torch.cat(parts)[:total]
 
 
 def _give_way() -> None:

@@ -66,13 +66,41 @@ def stage(tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtyp
     return staged
 
 
-class WholeHolder:
+class _Module:
+    """What holders have in common: a module of parameters that are this rank's parts, and its head."""
+
+    model: nn.Module
+    parts: dict[str, Part]
+    _shard: VocabularyShard | None = None
+
+    def __init__(self, model: Any) -> None:
+        classes, width = model.head.weight.shape
+        self.classes, self.width = int(classes), int(width)
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        _replace(dict(self.model.named_parameters()), tensors)
+
+    @torch.no_grad()
+    def hidden(self, batch: Batch) -> Tensor:
+        return self.model(batch, mode="hidden")
+
+    def trial(self, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor | None:
+        return None
+
+    @contextmanager
+    def head(self) -> Iterator[tuple[Head, VocabularyShard | None]]:
+        head: Any = self.model.head
+        yield Head(head.weight.detach(), None if head.bias is None else head.bias.detach()), self._shard
+
+
+class WholeHolder(_Module):
     """Every rank holds the whole model."""
 
     def __init__(self, model: nn.Module, world: World, dtype: torch.dtype) -> None:
-        self.classes, self.width = _head_shape(model)
+        super().__init__(model)
         self.model = allocate(model.to(dtype), world.device).requires_grad_(False).eval()
-        self.parts: dict[str, Part] = dict.fromkeys((name for name, _ in model.named_parameters()), None)
+        self.parts = dict.fromkeys((name for name, _ in model.named_parameters()), None)
         # The same modules without weights.
         bare = {id(p): nn.Parameter(p.new_empty(0), requires_grad=False) for p in self.model.parameters()}
         self._bare = copy.deepcopy(self.model, bare)
@@ -96,27 +124,15 @@ class WholeHolder:
             for parameter in parameters.values():
                 parameter.data = parameter.new_empty(0)
 
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        _replace(dict(self.model.named_parameters()), tensors)
 
-    @torch.no_grad()
-    def hidden(self, batch: Batch) -> Tensor:
-        return self.model(batch, mode="hidden")
-
-    @contextmanager
-    def head(self) -> Iterator[tuple[Head, VocabularyShard | None]]:
-        yield _head(self.model), None
-
-
-class ZeroHolder:
+class ZeroHolder(_Module):
     """DeepSpeed ZeRO-3 without an optimizer. The model is whole on the host of each rank once, when it is built."""
 
     def __init__(self, model: nn.Module, world: World, dtype: torch.dtype) -> None:
         import deepspeed
 
+        super().__init__(model)
         init_deepspeed(world)
-        self.classes, self.width = _head_shape(model)
         model.requires_grad_(False).eval()
         sizes = {torch.bfloat16: {"bf16": {"enabled": True}}, torch.float16: {"fp16": {"enabled": True}}}
         config = {
@@ -129,12 +145,11 @@ class ZeroHolder:
         engine, *_ = deepspeed.initialize(model=whole, config=config, dist_init_required=False)
         self._engine, self._gather = engine, deepspeed.zero.GatheredParameters
         self.model = engine.module
-        self.parts: dict[str, Part] = {}
-        self._partitions: dict[str, Any] = {}  # parameters, with what DeepSpeed put on them
-        for name, parameter in self.model.named_parameters():
+        self.parts = {}
+        self._partitions: dict[str, Any] = dict(self.model.named_parameters())  # with what DeepSpeed put on them
+        for name, parameter in self._partitions.items():
             size = parameter.ds_tensor.ds_numel
             self.parts[name] = Flat(world.rank * size, (world.rank + 1) * size)
-            self._partitions[name] = parameter
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -145,46 +160,24 @@ class ZeroHolder:
             targets[name] = parameter.ds_tensor.data[: tensors[name].numel()]
         _replace(targets, tensors, in_place=True)
 
-    def trial(self, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor | None:
-        return None
-
-    @torch.no_grad()
-    def hidden(self, batch: Batch) -> Tensor:
-        return self.model(batch, mode="hidden")
-
     @contextmanager
     def head(self) -> Iterator[tuple[Head, VocabularyShard | None]]:
-        head = self.model.head
+        head: Any = self.model.head
         parameters = [head.weight] if head.bias is None else [head.weight, head.bias]
-        with self._gather(parameters):
-            yield _head(self.model), None
+        with self._gather(parameters), super().head() as found:
+            yield found
 
 
-class TensorHolder:
+class TensorHolder(_Module):
     """Matrices split over the ranks, the head by classes; of a model built on the meta device a rank allocates its part."""
 
     def __init__(self, model: nn.Module, world: World, dtype: torch.dtype) -> None:
-        self.classes, self.width = _head_shape(model)
+        super().__init__(model)
         group = dist.group.WORLD
         assert group is not None
         self.parts = shard(model, plan_for(model), world.rank, world.size, group)
         self.model = allocate(model.to(dtype), world.device).requires_grad_(False).eval()
         self._shard = vocabulary_shard(self.classes, world.rank, world.size, group)
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        _replace(dict(self.model.named_parameters()), tensors)
-
-    def trial(self, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor | None:
-        return None
-
-    @torch.no_grad()
-    def hidden(self, batch: Batch) -> Tensor:
-        return self.model(batch, mode="hidden")
-
-    @contextmanager
-    def head(self) -> Iterator[tuple[Head, VocabularyShard | None]]:
-        yield _head(self.model), self._shard
 
 
 Build = Callable[[nn.Module, World, torch.dtype], Holder]
@@ -193,15 +186,6 @@ HOLDERS: dict[str, Build] = {
     "zero": ZeroHolder,
     "tensor": TensorHolder,
 }
-
-
-def _head_shape(model: Any) -> tuple[int, int]:
-    classes, width = model.head.weight.shape
-    return int(classes), int(width)
-
-
-def _head(model: Any) -> Head:
-    return Head(model.head.weight.detach(), None if model.head.bias is None else model.head.bias.detach())
 
 
 def _replace(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, in_place: bool = False) -> None:

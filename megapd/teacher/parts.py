@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from megapd.batch import DIGEST_BYTES
-from megapd.files import TEMPORARY_INFIX, fsync_folder
+from megapd.files import atomic_file
 from megapd.signal import TEACHER_DIGEST_BYTES, SignalDamaged, SignalSpec, check_form
 
 # What the Arrow reader raises for bytes that are no IPC file; a failure of the disk is an OSError too, when the file is opened.
@@ -105,18 +103,8 @@ def concatenate(records: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
 
 def write_whole(path: Path, schema: pa.Schema, records: Iterable[pa.RecordBatch]) -> int:
     """Write an Arrow IPC file that is there whole or not at all; its bytes."""
-    temporary = path.with_name(f"{path.name}{TEMPORARY_INFIX}{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        with temporary.open("wb") as file:
-            with pa.ipc.new_file(file, schema) as writer:
-                for record in records:
-                    writer.write_batch(record)
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
-    return size
+    with atomic_file(path) as file:
+        with pa.ipc.new_file(file, schema) as writer:
+            for record in records:
+                writer.write_batch(record)
+        return file.tell()

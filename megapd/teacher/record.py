@@ -19,6 +19,7 @@ from megapd.tasks import Task
 from megapd.teacher.cache import SignalCache
 from megapd.teacher.cached import CachedStream
 from megapd.teacher.stream import Stream
+from megapd.tiling import tile
 from megapd.trajectory import Checkpoints
 
 
@@ -79,7 +80,9 @@ def record(
     for the rest alone. classes: of the teacher's head; device: where the batches go, default the CPU; agree: see CachedStream.
     Raises UserError if the ranks do not divide the batch, or the cache cannot be written.
     """
-    rows = _rows(config, rank, ranks)
+    # As training tiles them: every rank has as many, since a sharded teacher answers all ranks at once, and what training reads
+    # together lies together.
+    rows = tile(config, ranks).rows(rank)
     began = time.perf_counter()
     found, recorded, positions, size = _state(cache)
     cached = CachedStream(cache, plan, stream.spec, trajectory, stream, record=True, classes=classes, agree=agree)
@@ -119,19 +122,6 @@ def record(
 
 def _state(cache: SignalCache) -> tuple[int, int, int, int]:
     return cache.counts["hits"], cache.counts["recorded"], cache.positions, cache.written_bytes
-
-
-def _rows(config: Config, rank: int, ranks: int) -> list[range]:
-    """The rows of each micro-batch of `rank`, as training tiles them: every rank has as many, since a sharded teacher answers
-    all ranks at once, and what training reads together lies together."""
-    total = config.training.global_batch
-    micro = config.training.micro_batch or total // ranks
-    if micro == 0 or total % (micro * ranks):
-        raise UserError(
-            f"training.global_batch: {total} does not divide into micro-batches of {micro} on {ranks} ranks; "
-            f"start another number of ranks, or set training.micro_batch to a divisor of {total // ranks or total}"
-        )
-    return [range(start, start + micro) for start in range(rank * micro, total, ranks * micro)]
 
 
 def _check(cache: SignalCache) -> None:

@@ -1,7 +1,7 @@
 """Replica: a teacher in a world of its own, asked by one rank and answered by all.
 
-Rank 0 serves; the others follow its commands, which travel over the control group together with the batch they are about. Every
-rank hashes the ids that it received, so that a broken broadcast cannot pass for another batch.
+Rank 0 serves; the others follow its commands, which travel over the control group together with the batch they are about. They
+hash the ids that they received, so that a broken broadcast cannot pass for another batch.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class Replica:
         return self._teacher.classes
 
     def signal(self, step: int, batch: Batch, spec: SignalSpec) -> Signal:
-        """The signal of teacher step `step` for `batch`, on the host."""
+        """The signal of teacher step `step` for `batch`, packed or not, on the host."""
         self._command("signal", step, batch, spec)
-        self._agree(batch, batch.digest)
+        self._agree(batch.digest, batch.digest)
         return self._signal(step, batch, spec)
 
     def head(self, step: int) -> Head:
@@ -92,7 +92,7 @@ class Replica:
                 continue
             try:
                 if name == "signal":
-                    self._agree(batch, digest)
+                    self._agree(replace(batch).digest, digest)  # without the digests that it was sent with
                     self._signal(step, batch, spec)
                 else:
                     self._teacher.rotate(step)
@@ -100,10 +100,9 @@ class Replica:
             except Exception as error:
                 log.error("rank %d: %s of the teacher's step %s failed: %s", self._world.rank, name, step, error)
 
-    def _agree(self, batch: Batch, digest: str) -> None:
+    def _agree(self, received: str, digest: str) -> None:
         """RuntimeError on every rank unless all received the batch that `digest` names."""
-        fresh = replace(batch)  # without the digests that it was sent with
-        if self._world.sum(int(fresh.digest != digest))[0]:
+        if self._world.sum(int(received != digest))[0]:
             raise RuntimeError(f"the ranks of this replica did not receive the same batch {digest}")
 
     def _command(self, name: str, step: int = 0, batch: Batch | None = None, spec: SignalSpec | None = None) -> None:
@@ -127,21 +126,11 @@ class Replica:
         # A rank without samples answers the first one all the same: ZeRO-3 gathers parameters on all ranks or on none.
         signal = self._teacher.signal(batch.select(mine if mine.start < mine.stop else slice(0, 1)).to(device), spec)
 
-        def collect(part: Tensor | None) -> Tensor | None:
-            if part is None:
-                return None
+        def collect(part: Tensor) -> Tensor:
             padded = part.new_zeros(max(counts), *part.shape[1:])
             padded[: counts[rank]] = part[: counts[rank]]
             parts = [torch.empty_like(padded) for _ in range(size)] if rank == 0 else None
             dist.gather(padded, parts, dst=0)
             return torch.cat([found[:count] for found, count in zip(parts or [padded], counts, strict=False)]).cpu()
 
-        values = collect(signal.values)
-        assert values is not None
-        return replace(
-            signal,
-            samples=batch.digest,
-            values=values,
-            logprobs=collect(signal.logprobs),
-            log_rest=collect(signal.log_rest),
-        )
+        return replace(signal.map(collect), samples=batch.digest)

@@ -48,7 +48,7 @@ from megapd.teacher.wire import (
     read_token,
 )
 from megapd.trajectory import Checkpoint
-from megapd.trajectory.reader import nearest_steps
+from megapd.trajectory.listing import nearest_steps
 
 log = logging.getLogger(__name__)
 

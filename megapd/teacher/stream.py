@@ -7,7 +7,7 @@ from typing import Protocol
 
 from megapd.batch import Batch
 from megapd.schedule.policies import Plan
-from megapd.signal import Signal, SignalSpec
+from megapd.signal import Signal, SignalSpec, as_sent
 from megapd.teacher.engine import Teacher
 from megapd.trajectory import Checkpoint
 
@@ -74,6 +74,6 @@ class ColocatedStream:
         self._teacher.close()
 
     def _checked(self, batch: Batch, checkpoint: Checkpoint) -> Signal:
-        signal = self._teacher.signal(batch, self.spec)
+        signal = as_sent(self._teacher.signal(batch, self.spec))
         signal.check(checkpoint.digest, batch)
         return signal

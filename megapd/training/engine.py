@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from megapd.errors import Diverged, UserError
 from megapd.models import Learner
 from megapd.models.transformer import Block
 from megapd.signal import Signal
+from megapd.tiling import Tiling, tile
 from megapd.world import World, init_deepspeed, join_world
 
 
@@ -30,37 +30,6 @@ def start_world() -> World:
     world = join_world()
     init_deepspeed(world)
     return world
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How the rows of a global batch fall to ranks and micro-batches; the rows themselves depend on neither."""
-
-    global_batch: int
-    micro_batch: int
-    ranks: int
-
-    @property
-    def accumulation(self) -> int:
-        return self.global_batch // (self.micro_batch * self.ranks)
-
-    def rows(self, rank: int) -> list[range]:
-        """The rows of each micro-batch of `rank`, in order."""
-        starts = ((micro * self.ranks + rank) * self.micro_batch for micro in range(self.accumulation))
-        return [range(start, start + self.micro_batch) for start in starts]
-
-
-def tile(config: Config, ranks: int) -> Tiling:
-    training = config.training
-    if training.global_batch % ranks:
-        raise UserError(f"training.global_batch: {training.global_batch} does not divide among {ranks} ranks")
-    micro = training.micro_batch or training.global_batch // ranks
-    if training.global_batch % (micro * ranks):
-        raise UserError(
-            f"training.micro_batch: {micro} x {ranks} ranks does not divide training.global_batch {training.global_batch}; "
-            f"use a divisor of {training.global_batch // ranks}"
-        )
-    return Tiling(training.global_batch, micro, ranks)
 
 
 def parameter_groups(learner: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -14,8 +14,9 @@ from megapd.files import write_atomic
 from megapd.models.weights import copy_weights
 from megapd.signal import DTYPES
 from megapd.tasks import build_task
+from megapd.tiling import tile
 from megapd.training.checkpoint import CheckpointStore
-from megapd.training.engine import Engine, start_world, tile
+from megapd.training.engine import Engine, start_world
 from megapd.training.evaluation import held_out
 from megapd.training.run import build_student
 from megapd.trajectory import Trajectory

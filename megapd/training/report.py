@@ -13,7 +13,7 @@ from megapd.models import flops_per_token, parameter_count
 from megapd.tasks import Task, build_task
 from megapd.teacher.build import checkpoint_shape
 from megapd.teacher.setup import describe_signal, open_trajectory, resolve_plan, signal_spec
-from megapd.training.engine import tile
+from megapd.tiling import tile
 from megapd.training.run import build_student
 
 GIB = 2**30

@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from glob import escape, glob
@@ -16,7 +15,7 @@ from typing import Any
 from megapd.errors import UserError
 from megapd.files import sha256_file
 from megapd.trajectory.format import META, Checkpoint, File
-from megapd.trajectory.reader import CheckpointTimeout, nearest_steps
+from megapd.trajectory.listing import Listing, equal_weights
 
 HUB = "hf:"
 CONFIG = "config.json"
@@ -48,7 +47,7 @@ def is_hugging_face(spec: str) -> bool:
     return not found or any(map(_is_checkpoint, found))
 
 
-class HuggingFaceTrajectory:
+class HuggingFaceTrajectory(Listing):
     """Published checkpoints, with the interface of Trajectory.
 
     spec    PATH or hf:REPO[@REVISION]; {step} stands for the step, {kstep} for thousands of steps: "runs/pythia/step_{step}",
@@ -56,18 +55,18 @@ class HuggingFaceTrajectory:
             checkpoint, of the step in its name ("step3000", "step_20k") or of step 0
     steps   which there are; empty: those of the folders that match, or of the hub's branches and tags if {step} is in REVISION
 
-    From the hub a checkpoint is fetched, into huggingface_hub's cache, when it is first asked for.
+    `incomplete`: folders that lack a file of their weights; the hub has none. From the hub a checkpoint is fetched, into
+    huggingface_hub's cache, when it is first asked for.
     """
 
     def __init__(self, spec: str, steps: tuple[int, ...] = ()) -> None:
         """Raises UserError if there is no checkpoint, or the steps have to be told and are not."""
+        super().__init__()
         self.spec = spec
         self._hub = spec.startswith(HUB)
         self._pattern = spec.removeprefix(HUB)
         self._placeholder = _PLACEHOLDERS.search(self._pattern) is not None
         self._given = tuple(sorted(set(steps)))
-        self._steps: tuple[int, ...] = ()
-        self._incomplete: tuple[int, ...] = ()
         self._folders: dict[int, Path] = {}
         self._lock = threading.Lock()
         if len(self._given) > 1 and not self._placeholder:
@@ -79,23 +78,10 @@ class HuggingFaceTrajectory:
             incomplete = f" ({len(self._incomplete)} without all of their weights)" if self._incomplete else ""
             raise UserError(f"teacher.trajectory: no checkpoint of transformers matches {spec}{incomplete}; correct it")
 
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """Steps of the checkpoints, increasing."""
-        return self._steps
-
-    @property
-    def incomplete(self) -> tuple[int, ...]:
-        """Steps whose folder lacks a file of its weights: a copy that stopped midway. The hub has none."""
-        return self._incomplete
-
     def refresh(self) -> tuple[int, ...]:
         """Look again which folders there are; returns `steps`. The hub's list is asked for once."""
         if not self._hub:
-            found = self._local_steps()
-            complete = {step for step in found if self.written(step)}
-            self._steps = tuple(step for step in found if step in complete)
-            self._incomplete = tuple(step for step in found if step not in complete)
+            self._list(self._local_steps())
         elif not self._steps:
             self._steps = self._given or self._hub_steps()
             for step in self._steps:
@@ -111,16 +97,6 @@ class HuggingFaceTrajectory:
         folder = Path(self._name(step))
         return (self._placeholder or step == self._only_step()) and _is_checkpoint(folder) and not _missing(folder)
 
-    def wait_for(self, step: int, timeout_seconds: float, poll_seconds: float = 0.2) -> Checkpoint:
-        """The checkpoint of `step` as soon as it is whole; CheckpointTimeout if it is not after `timeout_seconds`."""
-        deadline = time.monotonic() + timeout_seconds
-        while not self.written(step):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise CheckpointTimeout(f"{self.spec}: no checkpoint of step {step} after {timeout_seconds:g} s")
-            time.sleep(min(poll_seconds, left))
-        return self.checkpoint(step)
-
     def checkpoint(self, step: int) -> Checkpoint:
         """Everything but the weights, in a folder on this machine. Its config is {"hugging_face": the tree of config.json}.
 
@@ -129,10 +105,9 @@ class HuggingFaceTrajectory:
         there, cannot be fetched, or its files are incomplete or damaged.
         """
         if not self.written(step):
-            nearest = nearest_steps(self.refresh(), step)
             raise UserError(
-                f"teacher.trajectory: {self.spec} has no checkpoint of step {step}; the nearest are "
-                f"{', '.join(map(str, nearest))}: change the schedule, or teacher.steps"
+                f"teacher.trajectory: {self.spec} has no checkpoint of step {step}; {self._nearest(step)}: "
+                f"change the schedule, or teacher.steps"
             )
         folder = self._fetch(step) if self._hub else Path(self._name(step))
         config = _read_json(folder / CONFIG)
@@ -167,10 +142,10 @@ class HuggingFaceTrajectory:
                 same[self.checkpoint(step).digest].append(step)
             except UserError as error:
                 problems.append(str(error))
-        for digest, steps in same.items():
-            if len(steps) > 1:
-                problems.append(f"{self.spec}: steps {', '.join(map(str, steps))} have the same weights, digest {digest[:12]}")
-        return problems
+        return problems + equal_weights(self.spec, same)
+
+    def _late(self, what: str) -> str:
+        return f"{self.spec}: {what}"
 
     # -------------------------------------------------------------------------------------------------------------- names
 

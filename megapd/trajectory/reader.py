@@ -1,9 +1,7 @@
-"""Read the checkpoints of a trajectory: which there are, their weights verified, and waiting for one still to be written."""
+"""Read the checkpoints of a trajectory: which there are, and their weights verified."""
 
 from __future__ import annotations
 
-import time
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,10 +14,7 @@ from megapd.errors import UserError
 from megapd.files import sha256_file
 from megapd.slices import Part, take
 from megapd.trajectory.format import META, Checkpoint, parse_step, read_meta, step_folder
-
-
-class CheckpointTimeout(TimeoutError):
-    """A checkpoint that a teacher was to write did not appear in time."""
+from megapd.trajectory.listing import Listing, equal_weights
 
 
 class Checkpoints(Protocol):
@@ -40,49 +35,35 @@ class Checkpoints(Protocol):
     def wait_for(self, step: int, timeout_seconds: float) -> Checkpoint: ...
 
 
-class Trajectory:
+class Trajectory(Listing):
     """The checkpoints in one folder.
 
     `steps` is what was there at construction or at the last `refresh`; `checkpoint`, `load` and `wait_for` look at the disk.
+    `incomplete`: folders without meta.json, copies that stopped midway, since checkpoints are renamed into place whole.
     """
 
     def __init__(self, folder: Path, *, must_exist: bool = True) -> None:
         """Raises UserError if there is no checkpoint in `folder`; must_exist=False allows that: the teacher has just begun."""
+        super().__init__()
         self.folder = Path(folder)
-        self._steps: tuple[int, ...] = ()
-        self._incomplete: tuple[int, ...] = ()
         self.refresh()
         if must_exist and not self._steps:
             raise UserError(
                 f"teacher.trajectory: {self._emptiness()}; name the trajectory folder of a teacher run, runs/NAME/trajectory"
             )
 
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """Teacher steps of the complete checkpoints, increasing."""
-        return self._steps
-
-    @property
-    def incomplete(self) -> tuple[int, ...]:
-        """Steps whose folder has no meta.json: a copy that stopped midway, since checkpoints are renamed into place whole."""
-        return self._incomplete
-
     def refresh(self) -> tuple[int, ...]:
         """Look again which checkpoints there are; returns `steps`."""
         names = [entry.name for entry in self.folder.iterdir()] if self.folder.is_dir() else []
-        found = sorted(step for step in map(parse_step, names) if step is not None)
-        complete = {step for step in found if self.written(step)}
-        self._steps = tuple(step for step in found if step in complete)
-        self._incomplete = tuple(step for step in found if step not in complete)
+        self._list(sorted(step for step in map(parse_step, names) if step is not None))
         return self._steps
 
     def checkpoint(self, step: int) -> Checkpoint:
         """Everything but the weights; UserError if it is not there (the nearest are listed) or its meta.json is damaged."""
         if not (self.folder / step_folder(step)).is_dir():
-            nearest = nearest_steps(self.refresh(), step)
-            there = f"the nearest are {', '.join(map(str, nearest))}" if nearest else "there are none"
             raise UserError(
-                f"{self.folder}: no checkpoint of step {step}; {there}: change the schedule, or train the teacher further"
+                f"{self.folder}: no checkpoint of step {step}; {self._nearest(step)}: "
+                f"change the schedule, or train the teacher further"
             )
         return read_meta(self.folder / step_folder(step))
 
@@ -132,29 +113,15 @@ class Trajectory:
                 check_files(checkpoint)
             except UserError as error:
                 problems.append(str(error))
-        for digest, steps in same.items():
-            if len(steps) > 1:
-                problems.append(f"{self.folder}: steps {', '.join(map(str, steps))} have the same weights, digest {digest[:12]}")
-        return problems
-
-    def wait_for(self, step: int, timeout_seconds: float, poll_seconds: float = 0.2) -> Checkpoint:
-        """The checkpoint of `step` as soon as it is complete; CheckpointTimeout if it is not after `timeout_seconds`."""
-        deadline = time.monotonic() + timeout_seconds
-        while not self.written(step):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                steps = self.refresh()
-                newest = f"the newest there is of step {steps[-1]}" if steps else "there is none yet"
-                raise CheckpointTimeout(
-                    f"{self.folder}: no checkpoint of step {step} after {timeout_seconds:g} s; {newest}; "
-                    f"is the teacher running, and does its trajectory.every write this step?"
-                )
-            time.sleep(min(poll_seconds, left))
-        return self.checkpoint(step)
+        return problems + equal_weights(self.folder, same)
 
     def written(self, step: int) -> bool:
         """Whether the checkpoint of `step` is there now, whole."""
         return (self.folder / step_folder(step) / META).is_file()
+
+    def _late(self, what: str) -> str:
+        fix = "is the teacher running, and does its trajectory.every write this step?"
+        return f"{self.folder}: {what}; {self._newest()}; {fix}"
 
     def _emptiness(self) -> str:
         if not self.folder.is_dir():
@@ -179,10 +146,3 @@ def check_files(checkpoint: Checkpoint, share: int = 0, of: int = 1) -> None:
         found = sha256_file(path)
         if found != expected.sha256:
             raise UserError(f"{path}: its sha256 is {found}, but {expected.sha256} was written; restore the checkpoint")
-
-
-def nearest_steps(steps: tuple[int, ...], step: int, count: int = 4) -> tuple[int, ...]:
-    """Up to `count` of the increasing `steps` around `step`, increasing."""
-    place = bisect_left(steps, step)
-    around = steps[max(0, place - count) : place + count]
-    return tuple(sorted(sorted(around, key=lambda s: (abs(s - step), s))[:count]))
