@@ -47,7 +47,7 @@ from megapd.signal import (
     pack,
     valid_rows,
 )
-from megapd.teacher.parts import Index, check_part, concatenate, read_records, samples_of, write_whole
+from megapd.teacher.parts import Index, Rows, check_part, concatenate, read_records, samples_of, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -87,10 +87,10 @@ class SignalCache:
         self._open: OrderedDict[Path, pa.RecordBatch] = OrderedDict()
         self._heads: OrderedDict[Path, Head] = OrderedDict()
         self._warned: set[str] = set()
-        self._pending: list[pa.RecordBatch] = []  # rows of the part to come, all of `_pending_index`
+        self._pending: Rows | None = None  # of the part to come, all of `_pending_index`
         self._pending_samples: set[bytes] = set()
         self._pending_index: Index | None = None
-        self._pending_bytes, self._pending_since = 0, 0.0
+        self._pending_since = 0.0
         self._unwritten: dict[Path, pa.RecordBatch] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="signal-cache")
         self._writes: deque[Future[None]] = deque()
@@ -191,21 +191,22 @@ class SignalCache:
         self._writer.shutdown()
 
     def _put(self, index: Index, signal: Signal, record: pa.RecordBatch, spans: list[tuple[int, int]], batch: Batch) -> None:
-        if index is not self._pending_index:
+        if index is not self._pending_index or (self._pending is not None and self._pending.schema != record.schema):
             self._seal()
         if signal.head is not None:
             self._put_head(index, signal.head, signal.teacher)
-        if not self._pending:
+        if not spans:
+            return
+        if self._pending is None:
+            self._pending = Rows(record.schema, self._part_bytes)
             self._pending_index, self._pending_since = index, time.monotonic()
         samples = samples_of(record)
         for start, stop in spans:
             # A copy: the record is a view of the signal, whose memory a carrier may use again before the part is written.
-            rows = pa.ipc.read_record_batch(record.slice(start, stop - start).serialize(), record.schema)
-            self._pending.append(rows)
-            self._pending_bytes += rows.nbytes
+            self._pending.add(record.slice(start, stop - start))
             self._pending_samples.update(samples[start:stop].tolist())
             self.positions += int(batch.counts[start:stop].sum())
-        if self._pending_bytes >= self._part_bytes or time.monotonic() - self._pending_since >= self._flush_seconds:
+        if self._pending.bytes >= self._part_bytes or time.monotonic() - self._pending_since >= self._flush_seconds:
             self._seal()
 
     def _put_head(self, index: Index, head: Head, teacher: str) -> None:
@@ -225,10 +226,10 @@ class SignalCache:
     def _seal(self) -> None:
         """Make a part of the pending rows and let it be written; from now on it is found in the index."""
         index, rows = self._pending_index, self._pending
-        self._pending, self._pending_samples, self._pending_index, self._pending_bytes = [], set(), None, 0
-        if index is None or not rows:
+        self._pending, self._pending_samples, self._pending_index = None, set(), None
+        if index is None or rows is None:
             return
-        record = concatenate(rows)
+        record = rows.record()
         # The time comes first, so that names sort by it, and the earliest of a sample's rows is the same for every reader.
         name = f"part-{time.time_ns():016x}-{secrets.token_hex(4)}.arrow"
         path = index.folder / name
@@ -281,7 +282,7 @@ class SignalCache:
         if index is self._pending_index and not self._pending_samples.isdisjoint(samples.tolist()):
             self._seal()
         now = time.monotonic()
-        if self._pending and now - self._pending_since >= self._flush_seconds:
+        if self._pending is not None and now - self._pending_since >= self._flush_seconds:
             self._seal()
         parts, rows = index.find(samples)
         if (parts < 0).any() and now - index.listed >= self._refresh_seconds:

@@ -101,6 +101,74 @@ def concatenate(records: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=records[0].schema)
 
 
+class Rows:
+    """The rows of a part to come, all of one schema, copied one after the other into memory that is laid out as the part's.
+
+    bytes: what `record` will hold.
+    """
+
+    def __init__(self, schema: pa.Schema, part_bytes: int) -> None:
+        """part_bytes: what is expected; more makes the memory grow, which copies it."""
+        self.schema, self.bytes = schema, 0
+        self._expected = part_bytes
+        self._columns: dict[str, tuple[NDArray[np.uint8], int]] = {}  # memory, and how much of it is used
+        self._counts: list[NDArray[np.int64]] = []  # labelled positions of the samples
+
+    def add(self, record: pa.RecordBatch) -> None:
+        counts = np.diff(record.column("values").offsets.to_numpy())
+        self._counts.append(counts)
+        data = {name: _bytes_of(record.column(name)) for name in self.schema.names}
+        size = sum(piece.nbytes for piece in data.values())
+        for name, piece in data.items():
+            memory, used = self._columns.get(name, (np.empty(0, dtype=np.uint8), 0))
+            if used + len(piece) > len(memory):
+                # Of the expected bytes, this column's share; pages that are never written to take no memory. Of Arrow's pool,
+                # which goes on to use what the last part had: new memory costs as much as the copy.
+                room = max(2 * len(memory), (self._expected + size) * len(piece) // max(size, 1), used + len(piece))
+                memory, old = np.frombuffer(pa.allocate_buffer(room), dtype=np.uint8), memory
+                memory[:used] = old[:used]
+            memory[used : used + len(piece)] = piece
+            self._columns[name] = memory, used + len(piece)
+        self.bytes += size
+
+    def record(self) -> pa.RecordBatch:
+        """All of them, views of the memory: nothing is to be added afterwards."""
+        counts = np.concatenate(self._counts)
+        ends = np.concatenate([[0], np.cumsum(counts)])
+        offsets = pa.Array.from_buffers(pa.int64(), len(ends), [None, pa.py_buffer(ends)])
+        arrays = []
+        for field in self.schema:
+            memory, used = self._columns[field.name]
+            buffers = [None, pa.py_buffer(memory[:used])]
+            if not pa.types.is_large_list(field.type):
+                arrays.append(pa.Array.from_buffers(field.type, len(counts), buffers))
+                continue
+            inner = field.type.value_type
+            if pa.types.is_fixed_size_list(inner):
+                flat = pa.Array.from_buffers(inner.value_type, int(ends[-1]) * inner.list_size, buffers)
+                rows = pa.FixedSizeListArray.from_arrays(flat, inner.list_size)
+            else:
+                rows = pa.Array.from_buffers(inner, int(ends[-1]), buffers)
+            arrays.append(pa.LargeListArray.from_arrays(offsets, rows))
+        return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
+
+
+def _bytes_of(column: pa.Array) -> NDArray[np.uint8]:
+    """What the column's rows hold, without the offsets of lists; a view."""
+    first, count = column.offset, len(column)
+    if pa.types.is_large_list(column.type):
+        offsets = column.offsets.to_numpy()
+        column = column.values
+        first, count = column.offset + int(offsets[0]), int(offsets[-1] - offsets[0])
+        if pa.types.is_fixed_size_list(column.type):
+            width, column = column.type.list_size, column.values
+            first, count = column.offset + first * width, count * width
+    buffer, size = column.buffers()[-1], column.type.bit_width // 8
+    if buffer is None:
+        return np.empty(0, dtype=np.uint8)
+    return np.frombuffer(buffer, dtype=np.uint8)[first * size : (first + count) * size]
+
+
 def write_whole(path: Path, schema: pa.Schema, records: Iterable[pa.RecordBatch]) -> int:
     """Write an Arrow IPC file that is there whole or not at all; its bytes."""
     with atomic_file(path) as file:
