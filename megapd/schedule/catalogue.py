@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Row, Select, delete, insert, select, update
 
 from megapd.schedule.journal import emit
 from megapd.schedule.store import Conflict, NotFound, Refused
-from megapd.schedule.tables import DIGEST, canonical, checkpoints, digest_of, flags, names, trajectories
+from megapd.schedule.tables import DIGEST, NAME, canonical, checkpoints, digest_of, flags, names, trajectories
 
 KINDS = ("changed", "duplicate", "order", "loss")
 
@@ -189,6 +189,8 @@ def accept(connection: Connection, checkpoint: str, author: str) -> dict[str, An
 def set_name(connection: Connection, name: str, digest: str, expected: int | None = None) -> dict[str, Any]:
     """Point a name to a trajectory or checkpoint. expected: its present version, 0 of none, else Conflict; None: whatever it
     is."""
+    if not re.fullmatch(NAME, name) or re.fullmatch(DIGEST, name):
+        raise Refused(f"name: {name!r} is none; give up to 120 letters, digits, dots, underscores, hyphens, and no digest")
     known = [connection.execute(select(t.c.digest).where(t.c.digest == digest)).first() for t in (trajectories, checkpoints)]
     if not any(known):
         raise NotFound(f"digest: there is no trajectory or checkpoint {digest}")

@@ -8,10 +8,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
 import yaml
+from sqlalchemy import make_url
 
 from megapd.config import Config, Scheduler
 from megapd.errors import UserError
@@ -52,7 +54,7 @@ def create_token(config: Config, role: str, name: str | None) -> int:
 
 def revoke_token(config: Config, name: str) -> int:
     """`megapd scheduler revoke NAME`."""
-    with contextlib.closing(Store(config.scheduler.database)) as store:
+    with contextlib.closing(_existing(config.scheduler)) as store:
         try:
             store.write(lambda connection: journal.revoke_token(connection, name))
         except NotFound as error:
@@ -62,7 +64,7 @@ def revoke_token(config: Config, name: str) -> int:
 
 def list_tokens(config: Config) -> int:
     """`megapd scheduler tokens`: names and roles."""
-    with contextlib.closing(Store(config.scheduler.database)) as store:
+    with contextlib.closing(_existing(config.scheduler)) as store:
         for token in store.read(journal.list_tokens):
             print(f"{token['name']}  {token['role']}")
     return 0
@@ -86,7 +88,7 @@ def show_schedule(config: Config, run: str) -> int:
     if not versions:
         print("no schedule yet")
         return 0
-    print(_version_line(versions[-1]))
+    print(_version_line(versions[-1], found["steps"]))
     print(yaml.safe_dump(versions[-1]["document"], sort_keys=False).rstrip())
     return 0
 
@@ -94,12 +96,13 @@ def show_schedule(config: Config, run: str) -> int:
 def schedule_history(config: Config, run: str) -> int:
     """`megapd schedule history RUN`: all versions, and all decisions with what they rest on."""
     with _runs(config.scheduler) as known:
-        versions, decisions = known.schedules(run), known.decisions(run)
+        found, versions, decisions = known.find(run), known.schedules(run), known.decisions(run)
     for version in versions:
-        print(_version_line(version))
+        print(_version_line(version, found["steps"]))
     for decision in decisions:
+        begin = runs.begins(decision)
         print(
-            f"decision {decision['sequence']}: teacher step {decision['checkpoint']} from student step {decision['effective']}, "
+            f"decision {decision['sequence']}: teacher step {decision['checkpoint']} from student step {begin}, "
             f"{decision['reason']} at step {decision['step']}: {json.dumps(decision['evidence'])}"
         )
     if not versions and not decisions:
@@ -115,12 +118,17 @@ def set_schedule(config: Config, run: str, document: dict[str, Any], *, at: int 
     with _runs(config.scheduler) as known:
         found = known.find(run)
         made = known.set_schedule(run, document, expected=found["schedule_version"], effective=at, note=note, accept=accept)
-    print(_version_line(made))
+    print(_version_line(made, found["steps"]))
     return 0
 
 
-def _version_line(version: dict[str, Any]) -> str:
-    applied = "not taken up yet" if version["applied"] is None else f"taken up at student step {version['applied']}"
+def _version_line(version: dict[str, Any], steps: int) -> str:
+    if version["applied"] is None:
+        applied = "not taken up yet"
+    elif version["applied"] >= steps:
+        applied = "never taken up: the run ended before, or could not follow it"
+    else:
+        applied = f"taken up at student step {version['applied']}"
     policy, note = version["document"]["policy"], f" ({version['note']})" if version["note"] else ""
     begins = f"version {version['version']}: {policy}, begins at student step {version['effective']}"
     return f"{begins}, {applied}, by {version['author']}{note}"
@@ -199,8 +207,18 @@ def _runs(settings: Scheduler) -> Iterator[_Runs]:
         with contextlib.closing(Api(settings, retry_seconds=RETRY_SECONDS)) as api:
             yield _RemoteRuns(api)
     else:
-        with contextlib.closing(Store(settings.database)) as store:
+        with contextlib.closing(_existing(settings)) as store:
             yield _LocalRuns(store)
+
+
+def _existing(settings: Scheduler) -> Store:
+    """The store. UserError where it would be made for a command that only reads, or changes, what is there."""
+    path = make_url(settings.database).database
+    if settings.database.startswith("sqlite") and not (path and Path(path).exists()):
+        raise UserError(
+            f"scheduler.database: there is no {path}; name the service with scheduler.url, or the database's own file"
+        )
+    return Store(settings.database)
 
 
 # ---------------------------------------------------------------------------------------------------------- trajectories
@@ -209,7 +227,7 @@ def _runs(settings: Scheduler) -> Iterator[_Runs]:
 def import_checkpoints(
     config: Config, source: str, *, name: str | None = None, probe_samples: int = 0, watch: bool = False
 ) -> int:
-    """`megapd trajectory import FOLDER|hf:REPO [--name NAME] [--probe SAMPLES] [--watch]`.
+    """`megapd trajectory import FOLDER|hf:REPO [--as NAME] [--probe SAMPLES] [--watch]`.
 
     Into the service at scheduler.url, else into scheduler.database. probe_samples: held-out samples of the configuration's task
     on which each checkpoint's loss is measured, 0: none. watch: go on until SIGTERM or SIGINT with what a teacher writes.
@@ -238,7 +256,7 @@ def verify_checkpoints(config: Config, reference: str, *, accept: bool = False) 
     """`megapd trajectory verify NAME [--accept]` of a registered trajectory; 1 if one is flagged and not accepted."""
     from megapd.schedule.registry import verify_trajectory
 
-    with _registry(config.scheduler) as registry:
+    with _registry(config.scheduler, existing=True) as registry:
         flagged = verify_trajectory(registry, reference, accept=accept)
     for checkpoint in flagged:
         for flag in checkpoint["flags"]:
@@ -250,14 +268,14 @@ def verify_checkpoints(config: Config, reference: str, *, accept: bool = False) 
 
 
 @contextlib.contextmanager
-def _registry(settings: Scheduler) -> Iterator[Registry]:
+def _registry(settings: Scheduler, *, existing: bool = False) -> Iterator[Registry]:
     from megapd.schedule.registry import LocalRegistry, RemoteRegistry
 
     if settings.url is not None:
         with contextlib.closing(RemoteRegistry(settings)) as remote:
             yield remote
     else:
-        with contextlib.closing(Store(settings.database)) as store:
+        with contextlib.closing(_existing(settings) if existing else Store(settings.database)) as store:
             yield LocalRegistry(store)
 
 

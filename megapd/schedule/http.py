@@ -40,14 +40,17 @@ class Api:
         headers, verify = {}, True if settings.root_certificate is None else _authority(settings)
         if settings.token is not None:
             headers["Authorization"] = f"Bearer {_token(settings)}"
-        self._client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_seconds, verify=verify)
+        try:
+            self._client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_seconds, verify=verify)
+        except httpx.InvalidURL as error:
+            raise UserError(f"scheduler.url: {self.url}: {error}; give http://HOST:PORT or https://HOST:PORT") from error
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """The tree of the answer, None if it is empty. Raises Refusal, or Away."""
         return self.answer(method, path, body)[1]
 
     def answer(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        """(HTTP code below 400, the tree)."""
+        """(HTTP code below 300, the tree)."""
         if not self._retry_seconds:
             return self._once(method, path, body)
         away = retry_if_exception(lambda error: isinstance(error, Away))
@@ -64,6 +67,10 @@ class Api:
             raise Away(f"scheduler.url: {self.url} does not answer ({error or type(error).__name__})") from error
         if response.status_code >= 500 or response.status_code == 429:
             raise Away(f"scheduler.url: {self.url} answers {response.status_code}: {_detail(response)}")
+        if 300 <= response.status_code < 400:
+            # Not followed: the token would go to whoever is named there.
+            where = response.headers.get("location", "nowhere")
+            raise Away(f"scheduler.url: {self.url} redirects to {where}; name the scheduler itself")
         if response.status_code >= 400:
             problem = _problem(response)
             raise Refusal(f"scheduler: {_detail(response)}", response.status_code, problem.get("current"))

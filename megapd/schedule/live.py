@@ -159,6 +159,11 @@ class LivePlan(Plan):
         begun = [version for version in self._versions if version.start <= student_step]
         return max(begun, key=lambda version: version.version)
 
+    def policies(self, student_step: int) -> set[str]:
+        """Of the versions that are in force somewhere from `student_step` on."""
+        versions = in_force([version.start for version in self._versions], self._steps)
+        return {self._versions[place].policy for place, _, end in versions if end > student_step}
+
     def take(self, change: Change) -> None:
         """On every rank, at the same step. RuntimeError where it would begin behind what was asked for, or out of order."""
         with self._guard:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from megapd.errors import UserError
@@ -20,9 +21,12 @@ class ScheduleRecord:
     A trajectory that grew or changed since the run began must not change what a resumed run learns.
     """
 
-    def __init__(self, path: Path, plan: Plan, *, resumed: bool, writes: bool) -> None:
-        """Raises UserError if a resumed run's schedule no longer resolves to what was recorded."""
-        self._path, self._writes = path, writes
+    def __init__(
+        self, path: Path, plan: Plan, *, resumed: bool, writes: bool, registered: Mapping[int, str] | None = None
+    ) -> None:
+        """registered: teacher step -> digest that the scheduler has of it, as far as it has one. Raises UserError if a resumed
+        run's schedule no longer resolves to what was recorded."""
+        self._path, self._writes, self._registered = path, writes, registered or {}
         self._digests: dict[int, str] = {}
         rotations = [list(rotation) for rotation in plan.fixed()]
         if resumed and path.exists():
@@ -37,7 +41,14 @@ class ScheduleRecord:
         self._rotations = rotations
 
     def confirm(self, checkpoint: Checkpoint) -> None:
-        """Record the digest of a checkpoint that is about to teach; UserError if another one was recorded for its step."""
+        """Record the digest of a checkpoint that is about to teach; UserError if another one was recorded or registered for its
+        step."""
+        known = self._registered.get(checkpoint.step, checkpoint.digest)
+        if known != checkpoint.digest:
+            raise UserError(
+                f"{checkpoint.path}: its digest is {checkpoint.digest}, but {known} is registered for that step as "
+                f"scheduler.trajectory; name the trajectory that is registered, or import this one"
+            )
         recorded = self._digests.setdefault(checkpoint.step, checkpoint.digest)
         if recorded != checkpoint.digest:
             raise UserError(

@@ -155,8 +155,9 @@ def parse_schedule(document: Any) -> Schedule:
         return _SCHEDULE.validate_python(document)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:])
-        raise Refused(f"schedule.{where}: {first['msg'].removeprefix('Value error, ')}") from error
+        parts = ["policy"] if first["type"].startswith("union_tag") else map(str, first["loc"][1:])
+        where = ".".join(["schedule", *parts])
+        raise Refused(f"{where}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
 def find_schedule(connection: Connection, run: str, version: int | None = None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from megapd.schedule import live
 from megapd.schedule.adaptive import FILE, AdaptivePlan, DecisionLog, EmbeddedDecider, check_lead, recorded_decisions, subject
 from megapd.schedule.client import Registration, ServiceSource
 from megapd.schedule.http import Api
-from megapd.schedule.live import ChangeLog, ChangeSource, EmbeddedSource, LivePlan
+from megapd.schedule.live import Change, ChangeLog, ChangeSource, EmbeddedSource, LivePlan
 from megapd.schedule.policies import Plan
 from megapd.schedule.record import ScheduleRecord
 from megapd.tasks import Task, build_task
@@ -27,6 +28,7 @@ from megapd.training.checkpoint import CheckpointStore
 from megapd.training.engine import Engine, start_world
 from megapd.training.telemetry import Telemetry
 from megapd.trajectory import Checkpoints
+from megapd.trajectory.hugging_face import HuggingFaceTrajectory
 from megapd.world import World
 
 # What may differ between a run's start and its resumption: nothing here changes what the run learns.
@@ -133,12 +135,16 @@ def start(config: Config) -> Run:
     saved = -1 if restored is None else int(restored["step"])
     state |= {key: value for key, value in (restored or {}).items() if key in state}
     stream, record, changes = None, None, None
+    registered: dict[int, str] = {}
     if config.scheduler.url is not None:
-        plan, changes = _join_scheduler(config, plan, trajectory, world, state)
-    elif isinstance(plan, AdaptivePlan):
-        changes = _resume_decisions(config, plan, world, state["decisions"])
+        plan, changes, registered = _join_scheduler(config, plan, trajectory, world, state)
+    else:
+        plan = _resume_changes(config, plan, world, state)
+        if isinstance(plan, AdaptivePlan):
+            changes = _resume_decisions(config, plan, world, state["decisions"])
     if plan is not None and trajectory is not None:
-        record = ScheduleRecord(config.folder / "schedule.json", plan, resumed=resumed, writes=world.rank == 0)
+        path, writes = config.folder / "schedule.json", world.rank == 0
+        record = ScheduleRecord(path, plan, resumed=resumed, writes=writes, registered=registered)
         if state["step"] < config.training.steps:
             stream = _open_stream(config, task, trajectory, plan, world, record, state["step"])
     fallback = None
@@ -165,22 +171,16 @@ def start(config: Config) -> Run:
 
 def _join_scheduler(
     config: Config, plan: Plan | None, trajectory: Checkpoints | None, world: World, state: dict[str, Any]
-) -> tuple[LivePlan | None, ChangeSource | None]:
-    """(the plan with all changes on record and those that the service tells now, where they come from: on rank 0)."""
-    ahead, known = 0, ChangeLog(config.folder / live.FILE)
-    if len(known.changes) < state["decisions"]:
-        raise UserError(
-            f"schedule: this run's checkpoint knew {state['decisions']} changes, but {len(known.changes)} are on record; restore "
-            f"{live.FILE} in the run's folder, or start a run of another name"
-        )
-    grown = None
+) -> tuple[LivePlan | None, ChangeSource | None, dict[int, str]]:
+    """(the plan with all changes on record and those that the service tells now, where they come from: on rank 0, the digests
+    that are registered of the teacher's steps)."""
+    ahead = 0
     if plan is not None:
         assert config.schedule is not None
         assert config.teacher is not None
         ahead = max(config.training.prefetch, config.teacher.depth)
         if isinstance(config.schedule, Adaptive):
             check_lead(config.schedule, ahead)
-        grown = LivePlan(live.resolved(1, 0, config.schedule, plan), config.training.steps, known.changes)
 
     def resolve(schedule: Schedule) -> Plan:
         assert trajectory is not None
@@ -188,29 +188,80 @@ def _join_scheduler(
         return resolve_plan(config, trajectory, schedule)
 
     def weights(step: int) -> str | None:
-        assert trajectory is not None
-        return trajectory.checkpoint(step).digest if trajectory.written(step) else None
+        # To describe a model of transformers is to fetch and hash it, for which no other rank waits long enough: ScheduleRecord
+        # looks at it when it begins to teach, as at all others.
+        if trajectory is None or isinstance(trajectory, HuggingFaceTrajectory) or not trajectory.written(step):
+            return None
+        return trajectory.checkpoint(step).digest
 
-    source, found, failure = None, [], None
-    if world.rank == 0:
+    source, grown, found, registered, failure = None, None, [], {}, None
+    known: Sequence[Change] = ()
+    if world.rank == 0:  # the one that reads the record: it writes there too, and no other rank may see some of that
         facts = {"task": config.task.kind, "model": config.model.kind, "ranks": world.size}
         settings = config.scheduler
-        registered = settings.trajectory if plan is not None else None
-        run = Registration(config.name, config.training.steps, registered, settings.group, facts, config.schedule)
+        name = settings.trajectory if plan is not None else None
+        run = Registration(config.name, config.training.steps, name, settings.group, facts, config.schedule)
         try:
-            source = ServiceSource(Api(settings, timeout_seconds=SERVICE_SECONDS), run, known, resolve, weights, ahead=ahead)
+            log = ChangeLog(config.folder / live.FILE)
+            known = log.changes
+            _check_known(known, state)
+            grown = _grown(config, plan, known)
+            source = ServiceSource(Api(settings, timeout_seconds=SERVICE_SECONDS), run, log, resolve, weights, ahead=ahead)
             found = source.start(grown, state["step"], config.folder / "metrics.jsonl")
+            registered = source.registered
         except UserError as error:
             failure = str(error)
-    (failure, found), *_ = world.gather((failure, found))
+    (failure, known, found, registered), *_ = world.gather((failure, known, found, registered))
     if failure is not None:
         if source is not None:
             source.close()
         raise UserError(failure)
-    if grown is not None and world.rank > 0:
-        for change in found:
-            grown.take(change)
-    return grown, source
+    if world.rank > 0:
+        grown = _grown(config, plan, [*known, *found])
+    return grown, source, registered
+
+
+def _resume_changes(config: Config, plan: Plan | None, world: World, state: dict[str, Any]) -> Plan | None:
+    """The plan with what the scheduler changed before, where scheduler.url is not set any more."""
+    if plan is None:
+        return None
+    known: Sequence[Change] = ()
+    failure, embedded = None, isinstance(plan, AdaptivePlan)
+    if world.rank == 0:
+        try:
+            known = ChangeLog(config.folder / live.FILE).changes
+            if known or not embedded:
+                _check_known(known, state)
+        except UserError as error:
+            failure = str(error)
+    (failure, known), *_ = world.gather((failure, known))
+    if failure is not None:
+        raise UserError(failure)
+    if not known:
+        return plan
+    grown = _grown(config, plan, known)
+    assert grown is not None
+    if "adaptive" in grown.policies(state["step"]):
+        raise UserError(
+            f"scheduler.url: the scheduler decides for this run ({live.FILE} in its folder), and nothing else can go on "
+            f"with that; name the scheduler again, or start a run of another name"
+        )
+    return grown
+
+
+def _grown(config: Config, plan: Plan | None, changes: Sequence[Change]) -> LivePlan | None:
+    if plan is None:
+        return None
+    assert config.schedule is not None
+    return LivePlan(live.resolved(1, 0, config.schedule, plan), config.training.steps, changes)
+
+
+def _check_known(changes: Sequence[Change], state: dict[str, Any]) -> None:
+    if len(changes) < state["decisions"]:
+        raise UserError(
+            f"schedule: this run's checkpoint knew {state['decisions']} changes, but {len(changes)} are on record; restore "
+            f"{live.FILE} in the run's folder, or start a run of another name"
+        )
 
 
 def _resume_decisions(config: Config, plan: AdaptivePlan, world: World, known: int) -> ChangeSource | None:

@@ -1,0 +1,123 @@
+"""How the ranks of a run come to one plan, of what is on record and what the scheduler tells rank 0."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from dataclasses import dataclass, field
+
+import pytest
+
+from megapd.cli import main
+from megapd.config import Config
+from megapd.errors import UserError
+from megapd.schedule.live import FILE, ChangeLog, Version
+from megapd.schedule.policies import Plan
+from megapd.schedule.record import ScheduleRecord
+from megapd.training import loop
+from megapd.training import run as runs
+from megapd.trajectory import Checkpoint
+from tests.schedule import services
+from tests.training import runs as training
+
+PINNED = Version(2, 53, "one_shot", ((0, 20),))
+STATE = {"step": 40, "decisions": 0}
+
+
+@dataclass
+class World:
+    """One rank of two, after the other: what rank 0 gave to each collective is what rank 1 finds there."""
+
+    rank: int
+    size = 2
+    given: list = field(default_factory=list)
+
+    def gather(self, value):
+        if self.rank == 0:
+            self.given.append(copy.deepcopy(value))
+            return [value, None]
+        return [self.given.pop(0), value]
+
+
+@pytest.fixture
+def config(tmp_path):
+    schedule = {"policy": "one_shot", "checkpoint": 10}
+    tree = {"runs_dir": tmp_path, "name": "student", "teacher": {"trajectory": str(tmp_path)}, "schedule": schedule}
+    return Config(**tree, scheduler={"url": "http://127.0.0.1:9"}, training={"steps": 100})
+
+
+PLAN = Plan("one_shot", 100, (0,), (10,))
+
+
+def test_a_rank_that_is_late_does_not_find_what_rank_0_wrote_meanwhile(config, monkeypatch):
+    class Source:
+        def __init__(self, api, run, log, *rest, ahead) -> None:
+            self.log, self.registered = log, {10: "abc"}
+
+        def start(self, plan, step, metrics):
+            self.log.append(PINNED)
+            plan.take(PINNED)
+            return [PINNED]
+
+    monkeypatch.setattr(runs, "ServiceSource", Source)
+    first = World(0)
+    plans = []
+    for world in (first, World(1, first.given)):
+        plan, _, registered = runs._join_scheduler(config, PLAN, None, world, STATE)
+        plans.append(plan.rotations())
+        assert registered == {10: "abc"}
+    assert plans == [[(0, 10), (53, 20)]] * 2
+
+
+def test_what_the_scheduler_changed_lasts_without_its_url(config):
+    assert runs._resume_changes(config, PLAN, World(0), STATE) is PLAN
+    with pytest.raises(UserError, match=r"knew 1 changes, but 0 are on record; restore changes\.json"):
+        runs._resume_changes(config, PLAN, World(0), {"step": 60, "decisions": 1})
+    log = ChangeLog(config.folder / FILE)
+    log.append(PINNED)
+    first = World(0)
+    for world in (first, World(1, first.given)):
+        plan = runs._resume_changes(config, PLAN, world, {"step": 60, "decisions": 1})
+        assert plan.rotations() == [(0, 10), (53, 20)]
+        assert plan.known == 1
+    log.append(Version(3, 80, "adaptive", ((0, 20),)))
+    with pytest.raises(UserError, match=r"scheduler\.url: the scheduler decides for this run"):
+        runs._resume_changes(config, PLAN, World(0), {"step": 60, "decisions": 2})
+
+
+def test_a_teacher_is_held_to_the_registered_one_when_it_begins(tmp_path):
+    record = ScheduleRecord(tmp_path / "schedule.json", PLAN, resumed=False, writes=True, registered={10: "abc"})
+    checkpoint = Checkpoint(step=10, path=tmp_path, digest="def", files={}, vocabulary="", config={}, metrics={})
+    with pytest.raises(UserError, match=r"its digest is def, but abc is registered for that step as scheduler\.trajectory"):
+        record.confirm(checkpoint)
+
+
+def test_a_killed_run_goes_on_without_the_service_that_changed_it(tmp_path, monkeypatch):
+    trajectory = training.teacher(tmp_path, steps=30, every=5)
+    given = training.student(tmp_path, "student", trajectory, "--telemetry.every=1", "--checkpoint.every=4")
+    monkeypatch.setattr("megapd.schedule.client.POLL_SECONDS", 0.01)
+    tell = loop.tell
+    with contextlib.closing(services.Process(f"sqlite:///{tmp_path}/s.db")) as service, service.http() as http:
+
+        def told(run, kind, step, values):
+            tell(run, kind, step, values)
+            if step == 8:
+                body = {"expected": 1, "effective": None, "document": {"policy": "one_shot", "checkpoint": 30}}
+                training.until(lambda: http.put("/v1/runs/student/schedule", json=body).status_code == 201)
+            if run.plan.known:
+                training.until(lambda: http.get("/v1/runs/student/schedule").json()["applied"] is not None)
+            if step >= 16 and run.plan.known:
+                raise KeyboardInterrupt
+            time.sleep(0.05)
+
+        monkeypatch.setattr(loop, "tell", told)
+        with pytest.raises(KeyboardInterrupt):
+            main([*given, f"--scheduler.url={service.url}"])
+        applied = http.get("/v1/runs/student/schedule").json()["applied"]
+    monkeypatch.setattr(loop, "tell", tell)
+    assert main(given) == 0
+    rotations = [
+        (line["step"], line["teacher_step"]) for line in training.metrics(tmp_path / "student") if line["kind"] == "rotation"
+    ]
+    assert rotations == [*((start, start + 5) for start in range(0, applied, 5)), (applied, 30)]
