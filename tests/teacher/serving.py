@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from megapd.trajectory import Checkpoint
 
 VOCABULARY, CLASSES, WIDTH, LENGTH = 300, 40, 8, 12
 STEPS = (10, 20, 30)
+TOKEN = b"0123456789abcdef0123"
 PLAN = Plan("explicit", 9, (0, 4, 6), STEPS)
 SPECS = {
     "dense": SignalSpec("dense"),
@@ -67,6 +67,10 @@ class FakeTrajectory:
         digest = hashlib.sha256(f"{self.run} {step}".encode()).hexdigest()
         shapes = {"vocab_size": VOCABULARY, "classes": CLASSES, "length": LENGTH}
         return Checkpoint(step, Path(self.run), digest, "words", {"shapes": shapes}, {"loss": 1.0 / step}, {})
+
+
+DENSE = SPECS["dense"]
+DIGESTS = {step: FakeTrajectory().checkpoint(step).digest for step in STEPS}
 
 
 class FakeReplica:
@@ -234,12 +238,6 @@ def same(found: Signal, expected: Signal) -> bool:
 
 def batches_of(step: int, count: int = 2, segments: bool = False) -> list[Batch]:
     return [make_batch(100 * step + number, segments=segments) for number in range(count)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_through(

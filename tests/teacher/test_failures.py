@@ -11,14 +11,15 @@ import pyarrow as pa
 import pytest
 
 from megapd.errors import TeacherLost
+from megapd.launch.local import free_port
 from megapd.signal import SignalMismatch
 from megapd.teacher.server import TeacherFlight
 from tests.teacher.serving import (
     PLAN,
+    TOKEN,
     FakeReplica,
     FakeTrajectory,
     batches_of,
-    free_port,
     make_batch,
     queued,
     run_through,
@@ -28,17 +29,7 @@ from tests.teacher.serving import (
     wait_for,
 )
 
-TOKEN = "0123456789abcdef0123"
-
-
-@pytest.fixture(autouse=True)
-def _soon(monkeypatch):
-    """Tries follow each other faster than in earnest."""
-    monkeypatch.setattr("megapd.teacher.replicas.BACKOFF", (0.02, 1.0))
-    monkeypatch.setattr("megapd.teacher.dispatch.POLL_SECONDS", 0.02)
-
-
-CARRIERS = pytest.mark.parametrize("shared_memory", [False, True], ids=["tcp", "memory"])
+pytestmark = pytest.mark.usefixtures("_soon")
 
 
 # ------------------------------------------------------------------------------------------------------------ failures
@@ -63,7 +54,6 @@ class Flipping(TeacherFlight):
         return record.set_column(place, record.schema.field(place), pa.LargeListArray.from_arrays(column.offsets, rows))
 
 
-@CARRIERS
 def test_flipped_bits_are_counted_and_asked_for_again(shared_memory):
     with served(flight_class=Flipping) as server, stream_of(server, shared_memory=shared_memory) as stream:
         assert len(list(run_through(stream, server.replica))) == 2 * PLAN.steps
@@ -71,7 +61,6 @@ def test_flipped_bits_are_counted_and_asked_for_again(shared_memory):
         assert stream.counts["retries"] == stream.counts["damaged"]
 
 
-@CARRIERS
 def test_a_server_that_is_restarted(shared_memory):
     port, replica = free_port(), FakeReplica()
     with stream_of(f"grpc://127.0.0.1:{port}", shared_memory=shared_memory) as stream:
@@ -125,7 +114,6 @@ def test_a_teacher_that_never_answers_is_lost_at_the_deadline():
         assert len(list(run_through(stream, replica, steps=range(1, 3)))) == 4
 
 
-@CARRIERS
 def test_another_run_of_equal_steps_is_refused_with_both_digests(shared_memory):
     own, other = FakeTrajectory("own"), FakeTrajectory("other")
     with served(FakeReplica(own)) as a, served(FakeReplica(own)) as b:
@@ -151,11 +139,10 @@ def test_a_replica_of_another_run_among_right_ones_costs_no_step():
         assert stream.counts["wrong_teacher"] > 0
 
 
-def test_a_refused_token_is_told_before_the_deadline(tmp_path):
-    token, another = tmp_path / "token", tmp_path / "another"
-    token.write_text(TOKEN + "\n")
-    another.write_text(TOKEN[::-1])
-    with served(None, f"--teacher.token={token}") as server:
+def test_a_refused_token_is_told_before_the_deadline(tmp_path, token_file):
+    another = tmp_path / "another"
+    another.write_bytes(TOKEN[::-1])
+    with served(None, f"--teacher.token={token_file}") as server:
         for overrides in ((f"--teacher.token={another}",), ()):
             with stream_of(server, overrides=overrides) as stream:
                 start = time.monotonic()
@@ -163,7 +150,7 @@ def test_a_refused_token_is_told_before_the_deadline(tmp_path):
                     stream.signals(0, batches_of(0))
                 assert time.monotonic() - start < 10
                 assert stream.counts["refused"] >= 3
-        with stream_of(server, overrides=(f"--teacher.token={token}",)) as stream:
+        with stream_of(server, overrides=(f"--teacher.token={token_file}",)) as stream:
             assert len(list(run_through(stream, server.replica, steps=range(2)))) == 4
 
 

@@ -11,52 +11,28 @@ from hypothesis import strategies as st
 
 from megapd.signal import decode
 from megapd.teacher.wire import COMMAND, Refused, decode_request, encode_request, parse_ticket, refusal
-from tests.teacher.serving import SPECS, FakeTrajectory, make_batch, same, served
+from tests.teacher.calls import exchange, options
+from tests.teacher.serving import DENSE, DIGESTS, make_batch, same
 
-TEACHER = FakeTrajectory().checkpoint(20).digest
-SPEC = SPECS["dense"]
-GOOD = encode_request(20, TEACHER, SPEC, make_batch(0))
+TEACHER = DIGESTS[20]
+GOOD = encode_request(20, TEACHER, DENSE, make_batch(0))
 ERRORS = (flight.FlightError, pa.ArrowException)
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-
-
-@pytest.fixture(scope="module")
-def server():
-    with served() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with flight.FlightClient(server.address) as found:
-        yield found
 
 
 @pytest.fixture(autouse=True)
 def _still_there(server, client):
     yield
     batch = make_batch(1)
-    writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(COMMAND), flight.FlightCallOptions(timeout=10))
-    with writer:
-        record = encode_request(20, TEACHER, SPEC, batch)
-        writer.begin(record.schema)
-        writer.write_batch(record)
-        writer.done_writing()
-        answer = decode(reader.read_chunk().data, SPEC, TEACHER, batch)
-    assert same(answer, server.replica.expected(20, batch, SPEC))
+    answer = decode(exchange(client, encode_request(20, TEACHER, DENSE, batch)).data, DENSE, TEACHER, batch)
+    assert same(answer, server.replica.expected(20, batch, DENSE))
 
 
 def send(client, record, command=COMMAND):
     """The answer's chunk, or the refusal that came instead: never silence, never a broken connection."""
-    descriptor = flight.FlightDescriptor.for_command(command)
     try:
-        writer, reader = client.do_exchange(descriptor, flight.FlightCallOptions(timeout=10))
-        with writer:
-            writer.begin(record.schema)
-            writer.write_batch(record)
-            writer.done_writing()
-            return reader.read_chunk()
+        return exchange(client, record, command)
     except ERRORS as error:
         return understood(error)
 
@@ -90,14 +66,14 @@ def test_descriptors(client, command):
 @given(parts=st.lists(st.text(max_size=20), max_size=4))
 def test_paths(client, parts):
     with pytest.raises(ERRORS):
-        client.do_exchange(flight.FlightDescriptor.for_path(*parts), flight.FlightCallOptions(timeout=10))[1].read_chunk()
+        client.do_exchange(flight.FlightDescriptor.for_path(*parts), options())[1].read_chunk()
 
 
 @quick
 @given(ticket=BODIES)
 def test_tickets(client, ticket):
     with pytest.raises(ERRORS) as caught:
-        client.do_get(flight.Ticket(ticket), flight.FlightCallOptions(timeout=10)).read_all()
+        client.do_get(flight.Ticket(ticket), options()).read_all()
     assert refusal(caught.value).kind == "invalid"
     with pytest.raises(Refused):
         parse_ticket(ticket)
@@ -107,7 +83,7 @@ def test_tickets(client, ticket):
 @given(name=st.sampled_from(["trajectory", "prepare", "health", "capacity"]) | st.text(max_size=12), body=BODIES)
 def test_actions(client, name, body):
     try:
-        (answer,) = client.do_action(flight.Action(name, body), flight.FlightCallOptions(timeout=10))
+        (answer,) = client.do_action(flight.Action(name, body), options())
     except ERRORS as error:
         understood(error)
     else:
@@ -117,7 +93,7 @@ def test_actions(client, name, body):
 def test_deep_and_long_json(client):
     for body in (b"[" * 60_000, b'{"a":' * 10_000, b" " * (1 << 20), b'{"step": ' + b"9" * 5000 + b"}"):
         with pytest.raises(ERRORS) as caught:
-            list(client.do_action(flight.Action("prepare", body), flight.FlightCallOptions(timeout=10)))
+            list(client.do_action(flight.Action("prepare", body), options()))
         assert refusal(caught.value).kind == "invalid"
 
 

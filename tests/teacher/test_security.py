@@ -11,10 +11,10 @@ from megapd.teacher.wire import encode_request, head_ticket
 from tests.teacher.calls import act, exchange, options
 from tests.teacher.certificates import make_authority
 from tests.teacher.serving import (
-    SPECS,
-    STEPS,
+    DENSE,
+    DIGESTS,
+    TOKEN,
     FakeReplica,
-    FakeTrajectory,
     Served,
     configuration,
     make_batch,
@@ -22,25 +22,15 @@ from tests.teacher.serving import (
     stream_of,
 )
 
-TOKEN = b"0123456789abcdef0123"
-DIGESTS = {step: FakeTrajectory().checkpoint(step).digest for step in STEPS}
-DENSE = SPECS["dense"]
-
-
-@pytest.fixture(autouse=True)
-def _soon(monkeypatch):
-    monkeypatch.setattr("megapd.teacher.dispatch.POLL_SECONDS", 0.02)
-    monkeypatch.setattr("megapd.teacher.replicas.BACKOFF", (0.02, 1.0))
+pytestmark = pytest.mark.usefixtures("_soon")
 
 
 # -------------------------------------------------------------------------------------------- tokens, certificates, hosts
 
 
-def test_without_the_token_nothing_is_answered(tmp_path):
-    file = tmp_path / "token"
-    file.write_bytes(TOKEN + b"\n")
+def test_without_the_token_nothing_is_answered(token_file):
     record = encode_request(20, DIGESTS[20], DENSE, make_batch(0))
-    with served(None, f"--teacher.token={file}") as server, flight.FlightClient(server.address) as client:
+    with served(None, f"--teacher.token={token_file}") as server, flight.FlightClient(server.address) as client:
         for token in (None, b"", TOKEN, b"Bearer " + TOKEN[:-1], b"Bearer " + TOKEN + b"0", b"bearer " + TOKEN, b"Bearer \xff"):
             for call in (
                 lambda token=token: exchange(client, record, token=token),
@@ -64,17 +54,14 @@ def test_tokens_that_are_none(tmp_path):
         Served(FakeReplica(), configuration(f"--teacher.token={tmp_path / 'none'}"))
 
 
-def test_it_listens_on_loopback_unless_there_is_a_token(tmp_path):
+def test_it_listens_on_loopback_unless_there_is_a_token(token_file):
     with pytest.raises(UserError, match=r"teacher\.token: teacher\.server\.host 0\.0\.0\.0"):
         Served(FakeReplica(), configuration("--teacher.server.host=0.0.0.0"))
-    file = tmp_path / "token"
-    file.write_bytes(TOKEN)
-
     with served() as server:
         assert listening_on(server.port) == {"0100007F"}
-    with served(None, "--teacher.server.host=0.0.0.0", f"--teacher.token={file}") as server:
+    with served(None, "--teacher.server.host=0.0.0.0", f"--teacher.token={token_file}") as server:
         assert listening_on(server.port) == {"00000000"}
-        with stream_of(server, overrides=(f"--teacher.token={file}",)) as stream:
+        with stream_of(server, overrides=(f"--teacher.token={token_file}",)) as stream:
             assert len(stream.signals(0, [make_batch(0)])) == 1
 
 
@@ -111,7 +98,6 @@ def shown(root, pair=None):
     return tuple(f"--teacher.{name}={value}" for name, value in settings.items())
 
 
-@pytest.mark.parametrize("shared_memory", [False, True])
 def test_mutual_tls(authorities, shared_memory, monkeypatch):
     monkeypatch.setattr("megapd.teacher.replicas.SOCKET_SECONDS", 0.2)
     ours, theirs = authorities
@@ -135,12 +121,10 @@ def test_mutual_tls(authorities, shared_memory, monkeypatch):
         assert len(server.replica.asked) == asked
 
 
-def test_tls_of_the_server_alone_with_a_token(authorities, tmp_path):
+def test_tls_of_the_server_alone_with_a_token(authorities, tmp_path, token_file):
     ours, _ = authorities
-    file = tmp_path / "token"
-    file.write_bytes(TOKEN)
-    with served(None, f"--teacher.token={file}", *tls(ours, mutual=False)) as server:
-        with stream_of(server, overrides=(*shown(ours.root), f"--teacher.token={file}")) as stream:
+    with served(None, f"--teacher.token={token_file}", *tls(ours, mutual=False)) as server:
+        with stream_of(server, overrides=(*shown(ours.root), f"--teacher.token={token_file}")) as stream:
             assert len(stream.signals(0, [make_batch(0)])) == 1
         with stream_of(server, overrides=shown(ours.root)) as stream, pytest.raises(TeacherLost, match=r"teacher\.token"):
             stream.signals(0, [make_batch(0)])

@@ -42,23 +42,12 @@ from tests.teacher.serving import (
 )
 from tests.teacher.teachers import write_trajectory
 
-TOKEN = "0123456789abcdef0123"
-
-
-@pytest.fixture(autouse=True)
-def _soon(monkeypatch):
-    """Tries follow each other faster than in earnest."""
-    monkeypatch.setattr("megapd.teacher.replicas.BACKOFF", (0.02, 1.0))
-    monkeypatch.setattr("megapd.teacher.dispatch.POLL_SECONDS", 0.02)
-
-
-CARRIERS = pytest.mark.parametrize("shared_memory", [False, True], ids=["tcp", "memory"])
+pytestmark = pytest.mark.usefixtures("_soon")
 
 
 # -------------------------------------------------------------------------------------------------------------- values
 
 
-@CARRIERS
 @pytest.mark.parametrize("name", SPECS)
 def test_what_arrives_is_what_the_teacher_answered(name, shared_memory):
     with served() as server, stream_of(server, spec=SPECS[name], shared_memory=shared_memory) as stream:
@@ -74,7 +63,6 @@ def test_what_arrives_is_what_the_teacher_answered(name, shared_memory):
         assert {key for key, value in stream.counts.items() if value} == {"requests"}
 
 
-@CARRIERS
 def test_a_step_that_was_not_requested(shared_memory):
     with served() as server, stream_of(server, shared_memory=shared_memory) as stream:
         assert len(list(run_through(stream, server.replica, ahead=-1))) == 2 * PLAN.steps
@@ -91,7 +79,6 @@ def test_a_batch_without_labelled_positions():
         assert stream.signals(0, [nothing])[0].values.shape[0] == 0
 
 
-@CARRIERS
 def test_the_real_teacher_over_the_wire_answers_as_in_the_process(tmp_path, shared_memory):
     trajectory, world = write_trajectory(tmp_path), join_world()
     options = TeacherOptions()

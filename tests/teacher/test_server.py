@@ -1,9 +1,7 @@
 """The served teacher by itself: what it answers, whom it refuses, what it tells about itself."""
 
 import json
-import socket
 import threading
-import time
 import urllib.error
 import urllib.request
 from concurrent.futures import Future
@@ -16,6 +14,7 @@ import pytest
 import torch
 
 from megapd.errors import UserError
+from megapd.launch.local import free_port
 from megapd.signal import decode, decode_head
 from megapd.teacher.dispatch import Dispatcher, Job
 from megapd.teacher.metrics import Metrics, MetricsServer
@@ -23,6 +22,8 @@ from megapd.teacher.server import TeacherFlight
 from megapd.teacher.wire import encode_request, head_ticket
 from tests.teacher.calls import act, exchange, options, refused
 from tests.teacher.serving import (
+    DENSE,
+    DIGESTS,
     LENGTH,
     SPECS,
     STEPS,
@@ -35,29 +36,10 @@ from tests.teacher.serving import (
     same,
     served,
     stream_of,
+    wait_for,
 )
 
-TOKEN = b"0123456789abcdef0123"
-DIGESTS = {step: FakeTrajectory().checkpoint(step).digest for step in STEPS}
-DENSE = SPECS["dense"]
-
-
-@pytest.fixture(autouse=True)
-def _soon(monkeypatch):
-    monkeypatch.setattr("megapd.teacher.dispatch.POLL_SECONDS", 0.02)
-    monkeypatch.setattr("megapd.teacher.replicas.BACKOFF", (0.02, 1.0))
-
-
-@pytest.fixture(scope="module")
-def server():
-    with served() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with flight.FlightClient(server.address) as found:
-        yield found
+pytestmark = pytest.mark.usefixtures("_soon")
 
 
 # ------------------------------------------------------------------------------------------------------------- answers
@@ -291,10 +273,7 @@ def test_an_idle_replica_hears_from_its_engine(monkeypatch):
     monkeypatch.setattr("megapd.teacher.dispatch.IDLE_SECONDS", 0.05)
     replica = FakeReplica()
     with served(replica):
-        end = time.monotonic() + 5
-        while replica.idled < 2:
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        wait_for(lambda: replica.idled >= 2, 5)
 
 
 # ------------------------------------------------------------------------------------------------------ metrics, drain
@@ -309,9 +288,7 @@ def fetch(url):
 
 
 def test_metrics_and_health_over_http():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     replica = FakeReplica()
     with served(replica, f"--teacher.server.metrics_port={port}") as server, flight.FlightClient(server.address) as client:
