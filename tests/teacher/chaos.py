@@ -9,15 +9,13 @@ import random
 import secrets
 import signal
 import socket
-import subprocess
-import tempfile
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from megapd.launch.local import local_command
+from tests.forked import Forked
 from tests.teacher.servers import Server
 from tests.teacher.teachers import MODELS, write_trajectory
 from tests.training.runs import environment, last_step, metrics
@@ -55,7 +53,7 @@ class Students:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Forked | None = None
         self.launches = 0
 
     def launch(self) -> None:
@@ -63,11 +61,9 @@ class Students:
         self.jobs = self.folder / f"launch-{self.launches}"
         self.jobs.mkdir()
         self.number = 0
-        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115, as long as the launch
-        command = local_command([str(self.jobs)], 2, "tests.teacher.chaos_worker")
-        self.process = subprocess.Popen(
-            command, env=environment(), stdout=self.output, stderr=self.output, start_new_session=True
-        )
+        self.output = self.jobs / "output"
+        self.output.touch()
+        self.process = Forked("tests.teacher.chaos_worker", [str(self.jobs)], environment(), self.output, ranks=2)
 
     def ranks(self) -> list[int]:
         """Process ids, by rank."""
@@ -100,12 +96,10 @@ class Students:
                 os.kill(int(path.read_text()), signal.SIGUSR2)
         time.sleep(0.5)
         self.kill()
-        self.output.seek(0)
-        return self.output.read()[-12000:]
+        return self.output.read_text()[-12000:]
 
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(30)
+        self.process.kill()
         self.process = None
 
     def close(self) -> None:
@@ -165,12 +159,12 @@ class Stage:
         self.students = Students(self.runs)
         self.students.launch()
         self.other = self.server("wrong")
-        self.pair = self.server("right", "--teacher.server.replicas=2", ports=2)
+        self.pair = self.server("right", "--teacher.server.replicas=2", ports=2, ranks=None)
         self.replicas = [f"grpc://127.0.0.1:{self.pair.port + number}" for number in range(2)]
 
-    def server(self, trajectory: str = "right", *overrides: str, ports: int = 1) -> Server:
+    def server(self, trajectory: str = "right", *overrides: str, ports: int = 1, ranks: int | None = 1) -> Server:
         settings = [*COMMON, *MODELS["gpt"], f"--teacher.trajectory={self.folder / trajectory}", f"--teacher.token={self.token}"]
-        server = Server([*settings, *SERVER, *overrides], free_ports(ports))
+        server = Server([*settings, *SERVER, *overrides], free_ports(ports), ranks)
         self.servers.append(server)
         return server
 
@@ -238,7 +232,8 @@ def ends_cleanly(server: Server) -> None:
     below = psutil.Process(server.process.pid).children(recursive=True)
     server.process.terminate()
     assert server.process.wait(60) == 0, server.printed()
-    assert not [process for process in below if process.is_running()]
+    _, left = psutil.wait_procs(below, 5.0)  # one that was killed is there until init has seen to it
+    assert not left
 
 
 def ranks_of(server: Server) -> dict[int, psutil.Process]:

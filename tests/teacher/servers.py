@@ -11,26 +11,36 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
-from tests.training.runs import environment
+from tests.forked import Forked, environment
 
 START_SECONDS = 120.0
 
 
 class Server:
-    """One `megapd teacher`, in a process group of its own; what it prints is kept for failures."""
+    """One `megapd teacher`, in a process group of its own; what it prints is kept for failures.
 
-    def __init__(self, arguments: Sequence[str], port: int) -> None:
-        self.arguments, self.port = list(arguments), port
+    ranks: of its own, joined without a launcher; None: whatever the command itself starts, by its settings
+    """
+
+    process: subprocess.Popen[bytes] | Forked
+
+    def __init__(self, arguments: Sequence[str], port: int, ranks: int | None = 1) -> None:
+        self.arguments, self.port, self.ranks = list(arguments), port, ranks
         self.endpoint = f"grpc://127.0.0.1:{port}"
-        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115, as long as the server
+        self.output = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115, as long as the server
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "megapd", "teacher", *self.arguments, f"--teacher.server.port={self.port}"]
-        self.process = subprocess.Popen(
-            command, env=environment(), stdout=self.output, stderr=self.output, start_new_session=True
-        )
+        arguments = ["teacher", *self.arguments, f"--teacher.server.port={self.port}"]
+        if self.ranks is None:
+            command = [sys.executable, "-m", "megapd", *arguments]
+            self.process = subprocess.Popen(
+                command, env=environment(), stdout=self.output, stderr=self.output, start_new_session=True
+            )
+        else:
+            self.process = Forked("megapd", arguments, environment(), Path(self.output.name), self.ranks)
 
     def wait(self) -> None:
         """Until it listens."""
@@ -41,11 +51,14 @@ class Server:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", self.port)) == 0:
                     return
-            time.sleep(0.1)
+            time.sleep(0.05)
 
     def send(self, number: int) -> None:
         """A signal to all of its processes."""
-        os.killpg(self.process.pid, number)
+        if isinstance(self.process, Forked):
+            self.process.send_to_groups(number)
+        else:
+            os.killpg(self.process.pid, number)
 
     def kill(self) -> None:
         self.send(signal.SIGKILL)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
 
 import pytest
 
-from megapd.launch.local import free_port, local_command
+from megapd.launch.local import free_port
 from tests.corpus import corpora
+from tests.forked import run_ranks
 from tests.teacher.servers import Server
 from tests.teacher.teachers import write_text_trajectory
-from tests.training.runs import environment, metrics
+from tests.training.runs import metrics
 
 STEPS = 50
 SHARDINGS = ("whole", "zero", "tensor")
@@ -49,8 +49,7 @@ def losses(request, tmp_path_factory):
     try:
         for sharding in SHARDINGS:
             ranks = 1 if sharding == "whole" else 2
-            arguments = [f"--teacher.sharding={sharding}", f"--teacher.server.ranks={ranks}"]
-            servers[sharding] = Server([*common, *arguments], free_port())
+            servers[sharding] = Server([*common, f"--teacher.sharding={sharding}"], free_port(), ranks)
         for sharding in SHARDINGS:
             servers[sharding].wait()
             for carrier in CARRIERS:
@@ -63,9 +62,7 @@ def losses(request, tmp_path_factory):
             cached = [f"--name={sharding}-cached", "--teacher.carrier=cached", f"--teacher.cache={folder / 'cache' / sharding}"]
             runs[f"{sharding}-cached"] = [*common, *cached]
         (folder / "runs.json").write_text(json.dumps(runs))
-        command = local_command([str(folder / "runs.json")], 2, "tests.teacher.students_worker")
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500, check=False)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+        run_ranks("tests.teacher.students_worker", [str(folder / "runs.json")])
     finally:
         for server in servers.values():
             server.stop()

@@ -1,8 +1,6 @@
 """What goes wrong between a student and its teachers costs no step, and where it must end, it says so early."""
 
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import CancelledError
 
@@ -14,6 +12,7 @@ from megapd.errors import TeacherLost
 from megapd.launch.local import free_port
 from megapd.signal import SignalMismatch
 from megapd.teacher.server import TeacherFlight
+from tests.forked import Forked, environment
 from tests.teacher.serving import (
     PLAN,
     TOKEN,
@@ -178,46 +177,29 @@ def test_closing_ends_requests_under_way():
 # --------------------------------------------------------------------------------------------------------------- drain
 
 
-SERVER = """
-import sys
-sys.path.insert(0, ".")
-from megapd.teacher.server import serve
-from tests.teacher.serving import FakeReplica, configuration
-class Slow(FakeReplica):
-    def signal(self, *arguments):
-        import time
-        print("asked", flush=True)
-        time.sleep(0.7)
-        return super().signal(*arguments)
-serve(configuration(), Slow(), ready=lambda port: print(port, flush=True))
-print("drained", flush=True)
-"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def processes():
-    """Teachers in processes of their own, one a test that ends it: started early, since that takes seconds."""
-    found = [subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    left = list(found)
-    yield left
-    for process in found:
-        process.kill()
-        process.wait()
-
-
 @pytest.fixture
-def teacher_process(processes):
-    """(process, its address)."""
-    process = processes.pop()
-    return process, f"grpc://127.0.0.1:{process.stdout.readline().strip()}"
+def teacher_process(tmp_path):
+    """(process, its address, what it printed since by lines)."""
+    output = tmp_path / "output"
+    output.touch()
+    process = Forked("tests.teacher.slow_teacher", [], environment(), output)
+
+    def printed():
+        return output.read_text().splitlines()[1:]
+
+    try:
+        wait_for(lambda: "\n" in output.read_text(), 60)
+        yield process, f"grpc://127.0.0.1:{int(output.read_text())}", printed
+    finally:
+        process.kill()
 
 
 def test_sigterm_answers_what_is_queued_and_sends_the_rest_elsewhere(teacher_process):
-    process, address = teacher_process
+    process, address, printed = teacher_process
     with served() as other, stream_of(address) as stream:
         batches = batches_of(0)
         stream.request(0, batches[:1])
-        assert process.stdout.readline() == "asked\n"
+        wait_for(lambda: printed() == ["asked"])
         stream.request(1, batches[1:])
         wait_for(lambda: queued(stream) == 1)
         process.send_signal(signal.SIGTERM)
@@ -225,20 +207,19 @@ def test_sigterm_answers_what_is_queued_and_sends_the_rest_elsewhere(teacher_pro
         for answer, batch in zip(found, batches, strict=True):
             assert same(answer, FakeReplica().expected(10, batch, stream.spec))
         assert process.wait(15) == 0
-        assert process.stdout.read() == "asked\ndrained\n"
+        assert printed() == ["asked", "asked", "drained"]
         assert stream.counts["retries"] == 0
         with stream_of(address, other) as second:
             assert len(list(run_through(second, other.replica, steps=range(3)))) == 6
 
 
 def test_a_killed_server_that_comes_back(teacher_process):
-    process, address = teacher_process
+    process, address, printed = teacher_process
     with stream_of(address, shared_memory=True) as stream:
         stream.signals(0, batches_of(0, 1))
         stream.request(1, batches_of(1))
-        assert [process.stdout.readline() for _ in range(2)] == ["asked\n"] * 2
+        wait_for(lambda: printed() == ["asked"] * 2)
         process.kill()
-        process.wait()
         with served(port=int(address.rsplit(":", 1)[1])) as server:
             assert len(list(run_through(stream, server.replica, steps=range(1, 3)))) == 4
         assert stream.counts["retries"] > 0

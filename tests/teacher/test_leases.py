@@ -21,6 +21,7 @@ from megapd.errors import UserError
 from megapd.teacher.client import ServedStream
 from megapd.teacher.leases import LeasedEndpoints, ReplicaLease, advertised
 from megapd.teacher.setup import open_endpoints, open_trajectory
+from tests.forked import environment
 from tests.schedule.services import Process
 from tests.teacher.calls import act
 from tests.teacher.chaos import free_ports
@@ -38,7 +39,6 @@ from tests.teacher.serving import (
     wait_for,
 )
 from tests.teacher.teachers import MODELS, TASK, write_trajectory
-from tests.training.runs import environment
 
 LEASE_SECONDS = 1.0
 A, B = "grpc://127.0.0.1:1", "grpc://127.0.0.1:2"

@@ -1,13 +1,11 @@
 """Teachers sharded over two ranks, asked by each of them and through a replica: all cases in one launch."""
 
 import json
-import subprocess
 
 import pytest
 
-from megapd.launch.local import local_command
+from tests.forked import run_ranks
 from tests.teacher.teachers import MODELS, STEPS, write_trajectory
-from tests.training.runs import environment
 
 CASES = [f"{model}-{sharding}" for model in MODELS for sharding in ("zero", "tensor") if (model, sharding) != ("mlp", "tensor")]
 
@@ -22,9 +20,7 @@ def results(tmp_path_factory):
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    command = local_command([str(folder)], 2, "tests.teacher.sharded_worker")
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_ranks("tests.teacher.sharded_worker", [str(folder)])
     return json.loads((folder / "results.json").read_text())
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 
 from megapd.cli import main
-from megapd.launch.local import local_command, local_environment
+from megapd.launch.local import local_command
+from tests.forked import environment, run_ranks
 
 TIMINGS = ("seconds", "tok_per_sec", "mfu")
 
@@ -53,8 +54,9 @@ def metrics(run: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
 
 
-def environment() -> dict[str, str]:
-    return {**local_environment(2), "OMP_NUM_THREADS": "1"}
+def run(arguments: list[str], ranks: int = 2) -> str:
+    """`megapd ARGUMENTS` on these ranks, without the launcher, which takes seconds; what it printed."""
+    return run_ranks("megapd", arguments, ranks)
 
 
 def launch(arguments: list[str], ranks: int, *, check: bool = True) -> subprocess.CompletedProcess[str]:

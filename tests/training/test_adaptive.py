@@ -50,10 +50,10 @@ def test_a_lead_shorter_than_what_is_asked_ahead_is_refused(trajectory, tmp_path
 
 @pytest.mark.full
 def test_killed_ranks_decide_as_undisturbed_ones(trajectory, tmp_path):
-    runs.launch(arguments(tmp_path, "undisturbed", trajectory), 2)
+    runs.run(arguments(tmp_path, "undisturbed", trajectory))
     killed = tmp_path / "killed"
     for step in (40, 90):
         runs.launch_and_kill(arguments(tmp_path, "killed", trajectory), 2, killed, step)
-    runs.launch(arguments(tmp_path, "killed", trajectory), 2)
+    runs.run(arguments(tmp_path, "killed", trajectory))
     assert runs.metrics(killed) == runs.metrics(tmp_path / "undisturbed")
     assert decisions(killed) == decisions(tmp_path / "undisturbed")

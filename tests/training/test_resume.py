@@ -27,7 +27,7 @@ def long_student(trajectory, tmp_path_factory):
         extra = ["--training.steps=300", "--schedule.refresh=50", "--checkpoint.every=20", "--evaluation.every=40"]
         return runs.student(folder, name, trajectory, *extra)
 
-    runs.launch(arguments("undisturbed"), 2)
+    runs.run(arguments("undisturbed"))
     return folder, arguments, runs.metrics(folder / "undisturbed")
 
 
@@ -38,7 +38,7 @@ def kill_and_resume(long_student, times, seed):
     for part in range(times):
         span = (STEPS - 40) // times
         runs.launch_and_kill(arguments(name), 2, folder / name, draw.randint(5 + part * span, 5 + (part + 1) * span - 1))
-    runs.launch(arguments(name), 2)
+    runs.run(arguments(name))
     resumed = runs.metrics(folder / name)
     assert [r["step"] for r in resumed if r["kind"] == "train"] == list(range(1, STEPS + 1))
     assert sum(r["kind"] == "rotation" for r in resumed) == 6
@@ -62,14 +62,14 @@ def test_stop_signal_on_one_rank_stops_all_and_resumes(long_student):
     (run).mkdir()
     stopper = threading.Thread(target=lambda: [_until(run, 30), (run / "stop").touch()])
     stopper.start()
-    done = runs.launch(arguments("stopped"), 2)
+    printed = runs.run(arguments("stopped"))
     stopper.join()
-    assert "stopped by" in done.stdout + done.stderr
+    assert "stopped by" in printed
     at = runs.last_step(run)
     assert 30 <= at < STEPS
     assert (run / "checkpoints" / f"step_{at}").is_dir()
     assert not (run / "stop").exists()
-    runs.launch(arguments("stopped"), 2)
+    runs.run(arguments("stopped"))
     assert runs.metrics(run) == undisturbed
 
 

@@ -2,26 +2,16 @@
 
 import json
 import math
-import subprocess
 
 import pytest
 
-from megapd.launch.local import local_command
-from tests.training.runs import environment
+from tests.forked import run_ranks
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     output = tmp_path_factory.mktemp("zero") / "results.json"
-    done = subprocess.run(
-        local_command([str(output)], 2, "tests.training.worker"),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_ranks("tests.training.worker", [str(output)])
     return json.loads(output.read_text())
 
 
