@@ -131,7 +131,7 @@ def test_the_only_teacher_is_killed_in_mid_batch(stage, first, undisturbed):
     job.go(13)
     step = job.until_stalled()  # so there are requests that the teacher holds
     first.kill()
-    time.sleep(2.0)
+    time.sleep(5.0)
     assert last_step(job.folder) == step
     first.start()
     results = job.finished()
