@@ -125,6 +125,8 @@ def trajectory_verify(arguments: argparse.Namespace) -> int:
         return verify_checkpoints(load(None, arguments.overrides), str(arguments.folder), accept=arguments.accept)
     if arguments.accept:
         raise UserError(f"--accept: {arguments.folder} is a folder; give the name of a registered trajectory")
+    if arguments.overrides:
+        raise UserError(f"{arguments.overrides[0]!r}: a folder's verification takes no settings; a registered trajectory's does")
     trajectory = open_folder(arguments.folder)
     problems = trajectory.verify()
     for problem in problems:

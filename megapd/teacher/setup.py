@@ -117,9 +117,13 @@ def open_stream(config: Config, task: Task, trajectory: Checkpoints, plan: Plan,
         source = open_source(config, task, trajectory, plan, world, step)
         if teacher.cache is None or teacher.on_failure == "cache":
             return source
-        classes = checkpoint_shape(source.teacher(step)).classes
-        agree, cache = rank_agreement(config, world), SignalCache(teacher.cache)
-        return CachedStream(cache, plan, source.spec, trajectory, source, record=True, classes=classes, agree=agree)
+        try:
+            classes = checkpoint_shape(source.teacher(step)).classes
+            agree, cache = rank_agreement(config, world), SignalCache(teacher.cache)
+            return CachedStream(cache, plan, source.spec, trajectory, source, record=True, classes=classes, agree=agree)
+        except BaseException:
+            source.close()
+            raise
     assert teacher.cache is not None
     spec = signal_spec(config, task, plan, _checked(config, task, trajectory, plan, step))
     return CachedStream(SignalCache(teacher.cache), plan, spec, trajectory, None, record=False)
