@@ -9,7 +9,7 @@ import time
 import httpx
 import pytest
 
-from megapd.config import Adaptive, Equal, Scheduler
+from megapd.config import Scheduler
 from megapd.errors import UserError
 from megapd.schedule import client
 from megapd.schedule.client import Registration, ServiceSource
@@ -17,11 +17,7 @@ from megapd.schedule.http import Api, Away, Refusal
 from megapd.schedule.live import ChangeLog, LivePlan, Version, resolved
 from megapd.schedule.policies import build_plan
 from tests.schedule import services
-
-THERE = tuple(range(10, 110, 10))
-STEPS, AHEAD = 1000, 2
-EQUAL = Equal(checkpoints=4, steps=200)
-ADAPTIVE = Adaptive(teachers=(10, 20, 40), window=1, min_dwell=1, max_dwell=20, lead=4, metric="accuracy")
+from tests.schedule.test_client import ADAPTIVE, AHEAD, EQUAL, STEPS, THERE
 
 
 @pytest.fixture(autouse=True)
