@@ -348,29 +348,67 @@ def check_lead(settings: Adaptive, ahead: int) -> None:
 # ------------------------------------------------------------------------------------------------------------- the plan
 
 
-class AdaptivePlan(Plan):
-    """A plan that decisions extend: with k of them, k + 1 rotations.
+class GrowingPlan(Plan):
+    """A plan that changes while the run goes on: what AdaptivePlan and live.LivePlan have in common.
 
-    `starts`, `teachers`, `rotations` and `next_after` say what is decided so far. checkpoint_at of a step that was asked for
-    never changes: a decision that would change it is refused. May be asked from several threads.
+    `starts`, `teachers`, `rotations` and `next_after` say what is known so far. checkpoint_at of a step that was asked for never
+    changes: subclasses refuse what would change it. May be asked from several threads.
     """
 
-    def __init__(self, candidates: Sequence[int], steps: int, decisions: Sequence[Decision] = ()) -> None:
+    def __init__(self, steps: int) -> None:
         # No field of Plan is set: this class computes each.
-        assert candidates
         assert steps >= 1
-        self._candidates, self._steps = tuple(candidates), steps
-        self._points: tuple[tuple[int, int], ...] = ((0, self._candidates[0]),)
-        self._known = 0  # decisions taken in
+        self._steps = steps
+        self._points: tuple[tuple[int, int], ...] = ()  # the rotations that the run reaches; neighbours differ
         self._asked = -1  # the latest step that checkpoint_at was asked for
         self._guard = threading.Lock()
+
+    warnings = ()
+    __eq__ = object.__eq__  # two plans may yet grow apart
+    __hash__ = object.__hash__
+
+    @property
+    def steps(self) -> int:
+        return self._steps
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        return tuple(start for start, _ in self._points)
+
+    @property
+    def teachers(self) -> tuple[int, ...]:
+        return tuple(teacher for _, teacher in self._points)
+
+    def checkpoint_at(self, student_step: int) -> int:
+        assert 0 <= student_step < self._steps, f"student step {student_step} of a plan for {self._steps} steps"
+        with self._guard:
+            self._asked = max(self._asked, student_step)
+            points = self._points
+        return points[bisect_right(points, student_step, key=lambda point: point[0]) - 1][1]
+
+    def rotations(self) -> list[tuple[int, int]]:
+        return list(self._points)
+
+    def next_after(self, student_step: int) -> tuple[int, int] | None:
+        points = self._points
+        place = bisect_right(points, student_step, key=lambda point: point[0])
+        return points[place] if place < len(points) else None
+
+
+class AdaptivePlan(GrowingPlan):
+    """A plan that decisions extend: with k of them, k + 1 rotations."""
+
+    def __init__(self, candidates: Sequence[int], steps: int, decisions: Sequence[Decision] = ()) -> None:
+        assert candidates
+        super().__init__(steps)
+        self._candidates = tuple(candidates)
+        self._points = ((0, self._candidates[0]),)
+        self._known = 0  # decisions taken in
+        self._latest = 0  # student step at which the last of them takes effect
         for decision in decisions:
             self.take(decision)
 
     policy = "adaptive"
-    warnings = ()
-    __eq__ = object.__eq__  # two plans may yet grow apart
-    __hash__ = object.__hash__
 
     def __repr__(self) -> str:
         return f"AdaptivePlan(candidates={self._candidates}, steps={self._steps}, rotations={self.rotations()})"
@@ -384,58 +422,23 @@ class AdaptivePlan(Plan):
         """Decisions taken in: what a checkpoint of the run names."""
         return self._known
 
-    @property
-    def steps(self) -> int:
-        return self._steps
-
-    @property
-    def starts(self) -> tuple[int, ...]:
-        return tuple(start for start, _ in self._within())
-
-    @property
-    def teachers(self) -> tuple[int, ...]:
-        return tuple(teacher for _, teacher in self._within())
-
-    def checkpoint_at(self, student_step: int) -> int:
-        assert 0 <= student_step < self._steps, f"student step {student_step} of a plan for {self._steps} steps"
-        with self._guard:
-            self._asked = max(self._asked, student_step)
-            points = self._points
-        return points[bisect_right(points, student_step, key=lambda point: point[0]) - 1][1]
-
-    def rotations(self) -> list[tuple[int, int]]:
-        return list(self._within())
-
-    def next_after(self, student_step: int) -> tuple[int, int] | None:
-        points = self._within()
-        place = bisect_right(points, student_step, key=lambda point: point[0])
-        return points[place] if place < len(points) else None
-
     def fixed(self) -> list[tuple[int, int]]:
         return [self._points[0]]
 
     def take(self, decision: Decision) -> None:
         """On every rank, at the same step. RuntimeError if its effect would lie behind what was asked for."""
-        self._extend(decision.sequence, decision.effective, decision.checkpoint)
-
-    def _extend(self, sequence: int, effective: int, checkpoint: int) -> None:
         with self._guard:
-            if sequence != self._known:
-                raise RuntimeError(f"decision {sequence} came after {self._known} others; the run's ranks do not agree")
-            if effective <= max(self._asked, self._points[-1][0]):
+            if decision.sequence != self._known:
+                raise RuntimeError(f"decision {decision.sequence} came after {self._known} others; the run's ranks do not agree")
+            settled = max(self._asked, self._latest)
+            if decision.effective <= settled:
                 raise RuntimeError(
-                    f"decision {sequence} takes effect at student step {effective}, but step "
-                    f"{max(self._asked, self._points[-1][0])} has been asked for; raise schedule.lead"
+                    f"decision {decision.sequence} takes effect at student step {decision.effective}, but step {settled} has "
+                    f"been asked for; raise schedule.lead"
                 )
-            self._points += ((effective, checkpoint),)
-            self._known += 1
-
-    def _within(self) -> tuple[tuple[int, int], ...]:
-        """The rotations that the run reaches, neighbours merged that name one checkpoint."""
-        points = self._points
-        return tuple(
-            point for i, point in enumerate(points) if point[0] < self._steps and (i == 0 or point[1] != points[i - 1][1])
-        )
+            self._known, self._latest = self._known + 1, decision.effective
+            if decision.effective < self._steps and decision.checkpoint != self._points[-1][1]:
+                self._points += ((decision.effective, decision.checkpoint),)
 
 
 def recorded_decisions(store: DecisionStore, named: int) -> tuple[Decision, ...]:

@@ -11,8 +11,6 @@ form in which it was resolved then, so that a trajectory that grew meanwhile cha
 from __future__ import annotations
 
 import json
-import threading
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +21,7 @@ from typing import Any, Protocol
 from megapd.config import Adaptive, Follow, Schedule
 from megapd.errors import UserError
 from megapd.files import write_atomic
-from megapd.schedule.adaptive import Decision, EmbeddedDecider, reported_kind
+from megapd.schedule.adaptive import Decision, EmbeddedDecider, GrowingPlan, reported_kind
 from megapd.schedule.policies import Plan
 
 FORMAT = "megapd-changes/1"
@@ -76,29 +74,21 @@ def pieces(rotations: Sequence[tuple[int, int]], start: int, end: int) -> Iterat
         yield begun, after, teacher
 
 
-class LivePlan(Plan):
-    """A plan that versions and decisions change. checkpoint_at of a step that was asked for never changes: what would change it
-    is refused. May be asked from several threads."""
+class LivePlan(GrowingPlan):
+    """A plan that versions and decisions change."""
 
     def __init__(self, first: Version, steps: int, changes: Sequence[Change] = ()) -> None:
         """first: of the run's own configuration; changes: those on record, in order."""
-        # No field of Plan is set: this class computes each.
         assert first.start == 0
-        assert steps >= 1
-        self._steps = steps
+        super().__init__(steps)
         self._versions: list[Version] = [first]
         self._decisions: list[Decision] = []
         self._changes = 0
-        self._asked = -1  # the latest step that checkpoint_at was asked for
-        self._guard = threading.Lock()
         self._resolve()
         for change in changes:
             self.take(change)
 
     policy = "live"
-    warnings = ()
-    __eq__ = object.__eq__  # two plans may yet grow apart
-    __hash__ = object.__hash__
 
     def __repr__(self) -> str:
         return f"LivePlan(versions={[v.version for v in self._versions]}, steps={self._steps}, rotations={self.rotations()})"
@@ -122,33 +112,6 @@ class LivePlan(Plan):
     def latest(self) -> int:
         """Student step at which the last decision begins, -1: there is none."""
         return self._decisions[-1].effective if self._decisions else -1
-
-    @property
-    def steps(self) -> int:
-        return self._steps
-
-    @property
-    def starts(self) -> tuple[int, ...]:
-        return tuple(start for start, _ in self._points)
-
-    @property
-    def teachers(self) -> tuple[int, ...]:
-        return tuple(teacher for _, teacher in self._points)
-
-    def checkpoint_at(self, student_step: int) -> int:
-        assert 0 <= student_step < self._steps, f"student step {student_step} of a plan for {self._steps} steps"
-        with self._guard:
-            self._asked = max(self._asked, student_step)
-            points = self._points
-        return points[bisect_right(points, student_step, key=lambda point: point[0]) - 1][1]
-
-    def rotations(self) -> list[tuple[int, int]]:
-        return list(self._points)
-
-    def next_after(self, student_step: int) -> tuple[int, int] | None:
-        points = self._points
-        place = bisect_right(points, student_step, key=lambda point: point[0])
-        return points[place] if place < len(points) else None
 
     def fixed(self) -> list[tuple[int, int]]:
         """Those of the run's own configuration, which a resumed run must find again."""
