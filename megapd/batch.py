@@ -48,7 +48,14 @@ class Batch:
     @cached_property
     def counts(self) -> NDArray[np.int64]:
         """Labelled positions of each sample, int64 [B], on the host."""
-        return np.bincount(self.positions.numpy(force=True) // self.ids.shape[1], minlength=self.samples)
+        starts = np.arange(self.samples + 1) * self.ids.shape[1]
+        return np.diff(np.searchsorted(self.positions.numpy(force=True), starts))
+
+    @cached_property
+    def places(self) -> NDArray[np.int64]:
+        """Of each labelled position, its place within its sample, int64 [N], on the host."""
+        starts = np.arange(self.samples) * self.ids.shape[1]
+        return self.positions.numpy(force=True) - np.repeat(starts, self.counts)
 
     @cached_property
     def sample_digests(self) -> NDArray[np.void]:
@@ -56,14 +63,15 @@ class Batch:
         (not the labels). They do not depend on the batch that a sample is part of."""
         length = self.ids.shape[1]
         rows = [_bytes(tensor.numpy(force=True)) for tensor in (self.ids, self.segments) if tensor is not None]
-        positions = _bytes(self.positions.numpy(force=True) % length)
+        positions = _bytes(self.places)
         prefix = hashlib.blake2b(f"{length} {len(rows)} ".encode(), digest_size=DIGEST_BYTES)
         digests = []
         ends = [0, *(8 * np.cumsum(self.counts)).tolist()]
+        width = 8 * length
         for sample, (first, last) in enumerate(pairwise(ends)):
             digest = prefix.copy()
             for row in rows:
-                digest.update(row[8 * length * sample : 8 * length * (sample + 1)])
+                digest.update(row[width * sample : width * (sample + 1)])
             digest.update(positions[first:last])
             digests.append(digest.digest())
         return np.frombuffer(b"".join(digests), dtype=f"V{DIGEST_BYTES}")

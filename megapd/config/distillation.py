@@ -22,6 +22,9 @@ class TeacherServer(Section):
         description="host that students reach it by, for scheduler.url; default: host",
     )
     port: int = Field(8470, ge=0, lt=1 << 16, description="replica i listens on port + i; 0: any free one")
+    data_port: int | None = Field(
+        0, ge=0, lt=1 << 16, description="signals travel over it, replica i on + i; 0: any free one; none: over Flight, slower"
+    )
     metrics_port: int | None = Field(None, ge=0, lt=1 << 16, description="HTTP /metrics and /health, replica i on + i; none: off")
     replicas: int = Field(1, ge=1, description="independent copies of the teacher that one command starts")
     ranks: int = Field(1, ge=1, description="processes that share one replica's weights, see teacher.sharding")

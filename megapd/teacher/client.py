@@ -1,4 +1,4 @@
-"""ServedStream: signals from teacher replicas over Arrow Flight or through shared memory, asked for steps ahead."""
+"""ServedStream: signals from teacher replicas over TCP or through shared memory, asked for steps ahead."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from megapd.schedule.policies import Plan
 from megapd.signal import Head, Signal, SignalDamaged, SignalSpec, decode, decode_head
 from megapd.teacher.announce import Announcer
 from megapd.teacher.catalogue import RemoteTrajectory
+from megapd.teacher.connections import ask
+from megapd.teacher.frames import Frame, Link, stream_parts
 from megapd.teacher.replicas import Endpoints, FixedEndpoints, Remote, Replicas
 from megapd.teacher.shared_memory import Slots
 from megapd.teacher.wire import COMMAND, Refused, encode_request, head_ticket, parse_json, refusal, with_memory
@@ -92,7 +94,8 @@ class ServedStream:
         self._plan, self._trajectory, self._device = plan, trajectory, device
         self._deadline_seconds = config.deadline_seconds
         self._replicas = Replicas(config, endpoints)
-        self._slots = Slots() if shared_memory else None
+        self._shared_memory = shared_memory
+        self._slots = Slots(shared_memory)
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="teacher-client")
         self._workers.submit(lambda: pa.array([0]).to_numpy())  # imports pandas, up to 1 s, beside what the student does first
         self._announcer = Announcer(self._replicas, trajectory)
@@ -156,8 +159,8 @@ class ServedStream:
         for call in calls:
             call.cancel()
         self._workers.shutdown(wait=True, cancel_futures=True)
-        if self._slots is not None:
-            self._slots.close()
+        self._replicas.disconnect()
+        self._slots.close()
 
     # ----------------------------------------------------------------------------------------------------- requests
 
@@ -224,12 +227,15 @@ class ServedStream:
         return self._checkpoints[teacher_step]
 
     def _exchange(self, remote: Remote, question: pa.RecordBatch, seconds: float) -> pa.RecordBatch:
-        if self._slots is None:
-            return self._call(remote, question, seconds)
+        if not self._shared_memory:
+            answer = self._ask(remote, question, seconds)
+            if not isinstance(answer, pa.RecordBatch):
+                raise SignalDamaged("signal: no record batch in the answer")
+            return answer
         slot = self._slots.take()
         while True:
             try:
-                answer = parse_json(self._call(remote, with_memory(question, slot.memory), seconds))
+                answer = self._ask(remote, with_memory(question, slot.memory), seconds)
             except Refused as error:
                 # The teacher has spoken, so it does not write into the slot any more.
                 if error.kind != "small" or error.needed <= slot.size:
@@ -240,10 +246,40 @@ class ServedStream:
                 slot.close()  # a teacher that was given up may still write: into memory that nobody reads
                 raise
             else:
-                return self._slots.read(slot, answer.get("bytes"))
+                return self._slots.read(slot, answer.get("bytes") if isinstance(answer, dict) else None)
 
-    def _call(self, remote: Remote, question: pa.RecordBatch, seconds: float) -> Any:
-        """One do_exchange: the record batch of the answer, or the bytes that stand for it."""
+    def _ask(self, remote: Remote, question: pa.RecordBatch, seconds: float) -> pa.RecordBatch | dict[str, Any]:
+        """The record batch of the answer, or the JSON that stands for it. Over the data port, or Flight where there is none."""
+        link = remote.connection(seconds)
+        if link is None:
+            return self._call(remote, question, seconds)
+        try:
+            with self._cancellable(link):
+                kind, length = ask(link, stream_parts(question), seconds)
+                answer = self._received(link, length) if kind is Frame.RECORD else parse_json(link.take(length))
+        except Refused:
+            remote.connections.give(link)
+            raise
+        except BaseException:
+            link.close()
+            remote.connections.forget()
+            raise
+        remote.connections.give(link)
+        return answer
+
+    def _received(self, link: Link, length: int) -> pa.RecordBatch:
+        slot = self._slots.take()
+        try:
+            if length > slot.size:
+                slot.grow(length)
+            link.fill(slot.writable(length))
+        except BaseException:
+            self._slots.give(slot)
+            raise
+        return self._slots.read(slot, length)
+
+    def _call(self, remote: Remote, question: pa.RecordBatch, seconds: float) -> pa.RecordBatch | dict[str, Any]:
+        """What `_ask` returns, by one do_exchange."""
         try:
             writer, reader = remote.client.do_exchange(_DESCRIPTOR, remote.options(seconds))
             with self._cancellable(reader), writer:
@@ -256,23 +292,23 @@ class ServedStream:
         if not chunks:
             raise SignalDamaged("signal: an empty answer")
         if chunks[0].data is None:
-            return chunks[0].app_metadata.to_pybytes()
+            return parse_json(chunks[0].app_metadata.to_pybytes())
         if len(chunks) == 1:
             return chunks[0].data
         return pa.Table.from_batches([chunk.data for chunk in chunks]).combine_chunks().to_batches()[0]
 
     @contextlib.contextmanager
-    def _cancellable(self, reader: Any) -> Iterator[None]:
+    def _cancellable(self, call: Any) -> Iterator[None]:
         """`close` ends the call."""
         with self._lock:
-            self._calls.add(reader)
+            self._calls.add(call)
         if self._replicas.closed.is_set():  # `close` may have looked before
-            reader.cancel()
+            call.cancel()
         try:
             yield
         finally:
             with self._lock:
-                self._calls.discard(reader)
+                self._calls.discard(call)
 
     # -------------------------------------------------------------------------------------------------- heads, device
 

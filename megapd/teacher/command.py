@@ -139,8 +139,9 @@ class _Supervisor:
 
     def _start(self, number: int) -> subprocess.Popen[bytes]:
         own = ["--teacher.server.replicas=1", f"--teacher.server.port={self._server.port + number if self._server.port else 0}"]
-        if self._server.metrics_port:
-            own.append(f"--teacher.server.metrics_port={self._server.metrics_port + number}")
+        for name in ("data_port", "metrics_port"):
+            if port := getattr(self._server, name):
+                own.append(f"--teacher.server.{name}={port + number}")
         arguments, ranks = [*self._arguments, *own], self._server.ranks
         command = local_command(arguments, ranks) if ranks > 1 else [sys.executable, "-m", "megapd", *arguments]
         return subprocess.Popen(command, env=local_environment(ranks * self._server.replicas))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import random
+import ssl
 import threading
 import time
 from collections import Counter
@@ -19,6 +20,8 @@ import pyarrow.flight as flight
 from megapd.config import Teacher as TeacherConfig
 from megapd.errors import TeacherLost
 from megapd.signal import SignalDamaged, SignalMismatch
+from megapd.teacher.connections import Connections, HandshakeFailed, client_context
+from megapd.teacher.frames import Link
 from megapd.teacher.wire import RefusalKind, Refused, bearer, parse_json, read_secret, read_token, refusal
 
 log = logging.getLogger(__name__)
@@ -65,15 +68,20 @@ class FixedEndpoints:
 class Remote:
     """One replica as a client sees it; thread-safe as far as Flight's client is, which is for all it does here."""
 
-    def __init__(self, address: str, client: flight.FlightClient, headers: list[tuple[bytes, bytes]]) -> None:
+    def __init__(self, address: str, client: flight.FlightClient, token: bytes | None, tls: ssl.SSLContext | None) -> None:
         self.address, self.client = address, client
-        self._headers = headers
+        self.connections = Connections(address, None if token is None else token.decode(), tls)
+        self._headers = [] if token is None else [(b"authorization", bearer(token))]
         self.failures = 0  # in a row, of the replica as a whole
         self.retry_at = 0.0
         self.last = "no answer yet"
 
     def options(self, seconds: float) -> flight.FlightCallOptions:
         return flight.FlightCallOptions(timeout=seconds, headers=self._headers)
+
+    def connection(self, seconds: float) -> Link | None:
+        """To the data port, None where signals go over Flight; to be given back to `connections`."""
+        return self.connections.take(lambda: self.action("data", b"", min(seconds, PROBE_SECONDS)), seconds)
 
     def action(self, name: str, body: bytes, seconds: float) -> bytes:
         """The one result of a do_action. Raises Refused, or Flight's errors."""
@@ -116,10 +124,11 @@ class Replicas:
         self.counts: Counter[str] = Counter(requests=0, retries=0, damaged=0, refused=0, wrong_teacher=0)
         self.closed = threading.Event()
         self._endpoints, self._call_seconds = endpoints, config.call_seconds
-        self._headers = [] if config.token is None else [(b"authorization", bearer(read_token(config.token)))]
+        self._token = None if config.token is None else read_token(config.token)
         files = {"tls_root_certs": "root_certificate", "cert_chain": "certificate", "private_key": "key"}
         paths = {argument: (getattr(config, name), f"teacher.{name}") for argument, name in files.items()}
         self._tls = {argument: read_secret(path, name) for argument, (path, name) in paths.items() if path is not None}
+        self._context = client_context(config)
         self._known: dict[str, Remote] = {}
         self._turn = itertools.count()
         self._lock = threading.Lock()
@@ -130,11 +139,11 @@ class Replicas:
         with self._lock:
             for address in addresses:
                 if address not in self._known:
-                    tls = self._tls if address.startswith("grpc+tls:") else {}
-                    client = flight.FlightClient(address, generic_options=_OPTIONS, **tls)
-                    self._known[address] = Remote(address, client, self._headers)
+                    tls = address.startswith("grpc+tls:")
+                    client = flight.FlightClient(address, generic_options=_OPTIONS, **(self._tls if tls else {}))
+                    self._known[address] = Remote(address, client, self._token, self._context if tls else None)
             for address in self._known.keys() - set(addresses):
-                del self._known[address]  # its client closes with the last call that uses it
+                self._known.pop(address).connections.forget()  # its client closes with the last call that uses it
             return [self._known[address] for address in addresses]
 
     def ask(self, what: str, do: Callable[[Remote, float], T], deadline: Callable[[], float | None]) -> T:
@@ -176,8 +185,13 @@ class Replicas:
         return "; ".join(lines) or "teacher.endpoints: there is no replica, nor one with a lease at scheduler.url"
 
     def close(self) -> None:
+        """No call begins from now on; those under way are for the caller to end, and then to `disconnect`."""
         self.closed.set()
         self._endpoints.close()
+
+    def disconnect(self) -> None:
+        for remote in self._known.values():
+            remote.connections.forget()
 
     def _choose(self, later: dict[str, float], previous: str) -> tuple[Remote | None, float]:
         """(the replica to ask, when): round about those that are well, another than the previous one if there is one."""
@@ -201,6 +215,7 @@ class Replicas:
             if health.get("draining"):
                 raise Refused("draining", "it is about to end")
             remote.failures, remote.retry_at = 0, 0.0
+            remote.connections.forget()
         self._count("requests")
         return do(remote, seconds)
 
@@ -250,6 +265,8 @@ def classify(error: Exception) -> tuple[Failure, str]:
         return told.kind, str(told)
     if isinstance(error, SignalMismatch):
         return "wrong_teacher", str(error)
+    if isinstance(error, HandshakeFailed):
+        return "certificate", str(error)
     message = str(error).split(". gRPC client debug context")[0].split(". Client context")[0]
     message = " ".join(message.removeprefix("Flight returned unavailable error, with message: ").split())[:500]
     if isinstance(error, flight.FlightUnauthenticatedError | flight.FlightUnauthorizedError):

@@ -2,7 +2,7 @@
 
     do_exchange  `signal`: a request (megapd.teacher.wire) in, megapd.signal's record batch out, or its length in shared memory
     do_get       {"head": step, "teacher": digest}: the output layer, for students that receive hidden states
-    do_action    trajectory, prepare, health, capacity
+    do_action    trajectory, prepare, health, capacity, data: the port where signals cost less than by do_exchange
 
 Everything else is refused. Nothing is unpickled, no call names a file, and no answer depends on what was asked before.
 """
@@ -29,6 +29,7 @@ import pyarrow.flight as flight
 from megapd.config import Config, TeacherServer
 from megapd.errors import UserError
 from megapd.signal import encode
+from megapd.teacher.data_port import DataPort
 from megapd.teacher.dispatch import Answer, Dispatcher, Job, Replica
 from megapd.teacher.leases import ReplicaLease, advertised
 from megapd.teacher.metrics import Metrics, MetricsServer
@@ -95,6 +96,7 @@ class TeacherFlight(flight.FlightServerBase):
         self._checkpoints: dict[int, Checkpoint] = {}
         self._mappings = Mappings()
         self._swept = time.monotonic()
+        self.data_port: int | None = None  # that clients are told
         super().__init__(
             location,
             tls_certificates=[tls] if tls else None,
@@ -108,33 +110,45 @@ class TeacherFlight(flight.FlightServerBase):
     def do_exchange(
         self, context: Any, descriptor: flight.FlightDescriptor, reader: flight.MetadataRecordBatchReader, writer: Any
     ) -> None:
-        with self._told("signal", context):
+        with _as_flight(), self._told("signal", context.is_cancelled):
             self._dispatcher.check_open()
             if descriptor.descriptor_type != flight.DescriptorType.CMD or descriptor.command != COMMAND:
                 raise Refused("invalid", f"descriptor: the one command there is is {COMMAND.decode()!r}")
-            request = decode_request(_read(reader))
-            checkpoint = self._checkpoint(request.step, request.teacher)
-            check_request(request, checkpoint)
-            # Opened before the forward pass, which would be in vain where the memory cannot be reached.
-            memory = None if request.memory is None else self._mappings.open(request.memory)
-            record = self.respond(request, self._ask(request, context))
-            if memory is not None:
-                length = write(record, memory)
-                writer.write_metadata(pa.py_buffer(json.dumps({"bytes": length}).encode()))
+            found = self._answer(_read(reader), context.is_cancelled)
+            if isinstance(found, int):
+                writer.write_metadata(pa.py_buffer(json.dumps({"bytes": found}).encode()))
             else:
-                length = record.nbytes
-                writer.begin(record.schema)
-                for part in _messages(record):
+                writer.begin(found.schema)
+                for part in _messages(found):
                     writer.write_batch(part)
-            self._metrics.bytes.inc(length)
-            self._sweep()
+
+    def answer(self, record: pa.RecordBatch, gone: Callable[[], bool]) -> pa.RecordBatch | int:
+        """The answer to a request, or the bytes that it takes in the client's memory. Raises Refused. The data port's calls."""
+        with self._told("signal", gone):
+            return self._answer(record, gone)
+
+    def _answer(self, record: pa.RecordBatch, gone: Callable[[], bool]) -> pa.RecordBatch | int:
+        self._dispatcher.check_open()
+        request = decode_request(record)
+        checkpoint = self._checkpoint(request.step, request.teacher)
+        check_request(request, checkpoint)
+        # Opened before the forward pass, which would be in vain where the memory cannot be reached.
+        memory = None if request.memory is None else self._mappings.open(request.memory)
+        found = self.respond(request, self._ask(request, gone))
+        self._sweep()
+        if memory is None:
+            self._metrics.bytes.inc(found.nbytes)
+            return found
+        length = write(found, memory)
+        self._metrics.bytes.inc(length)
+        return length
 
     def do_get(self, context: Any, ticket: flight.Ticket) -> flight.RecordBatchStream:
-        with self._told("head", context):
+        with _as_flight(), self._told("head", context.is_cancelled):
             step, teacher = parse_ticket(ticket.ticket)
             self._checkpoint(step, teacher)
             job = Job(step, teacher, None, context.is_cancelled)
-            schema, batches = self._wait(job, job.head, context)
+            schema, batches = self._wait(job, job.head)
             self._metrics.bytes.inc(sum(batch.nbytes for batch in batches))
             return flight.RecordBatchStream(pa.RecordBatchReader.from_batches(schema, batches))
 
@@ -144,8 +158,9 @@ class TeacherFlight(flight.FlightServerBase):
             "prepare": self._prepare,
             "health": self._health,
             "capacity": self._capacity,
+            "data": self._data,
         }
-        with self._told(action.type if action.type in answers else "unknown", context):
+        with _as_flight(), self._told(action.type if action.type in answers else "unknown", context.is_cancelled):
             if action.type not in answers:
                 raise Refused("invalid", f"action: there are {', '.join(answers)}")
             return [answers[action.type](parse_json(action.body.to_pybytes()))]
@@ -215,6 +230,9 @@ class TeacherFlight(flight.FlightServerBase):
         }
         return json.dumps(figures).encode()
 
+    def _data(self, _: dict[str, Any]) -> bytes:
+        return json.dumps({"port": self.data_port}).encode()
+
     # ------------------------------------------------------------------------------------------------------- helpers
 
     def _known(self, step: int) -> Checkpoint:
@@ -233,11 +251,11 @@ class TeacherFlight(flight.FlightServerBase):
             raise Refused("wrong_teacher", f"{text}; teacher.trajectory and the server's are different runs")
         return found
 
-    def _ask(self, request: Request, context: Any) -> Answer:
-        job = Job(request.step, request.teacher, request, context.is_cancelled)
-        return self._wait(job, job.answer, context)
+    def _ask(self, request: Request, gone: Callable[[], bool]) -> Answer:
+        job = Job(request.step, request.teacher, request, gone)
+        return self._wait(job, job.answer)
 
-    def _wait(self, job: Job, future: Any, context: Any) -> Any:
+    def _wait(self, job: Job, future: Any) -> Any:
         self._dispatcher.submit(job)
         while True:
             try:
@@ -245,30 +263,30 @@ class TeacherFlight(flight.FlightServerBase):
             except FutureTimeout:
                 if future.done():  # the replica's own time-out, not this wait's
                     raise
-                if context.is_cancelled():
+                if job.gone():
                     self._dispatcher.forget(job)
                     raise Refused("failed", "nobody waits for the answer any more") from None
 
     @contextlib.contextmanager
-    def _told(self, call: str, context: Any) -> Iterator[None]:
-        """Counts a call's outcome, and turns what goes wrong into the error that tells the client so."""
+    def _told(self, call: str, gone: Callable[[], bool]) -> Iterator[None]:
+        """Counts a call's outcome, and turns what goes wrong into the refusal that tells the client so."""
         outcome = "ok"
         try:
             yield
         except Refused as error:
             outcome = error.kind
-            raise error.as_flight() from None
+            raise
         except UserError as error:
             outcome = "failed"
             log.error("%s: %s", call, error)
-            raise Refused("failed", str(error)).as_flight() from None
+            raise Refused("failed", str(error)) from None
         except Exception as error:
             outcome = "failed"
-            if not context.is_cancelled():
+            if not gone():
                 log.exception("%s: a call failed", call)
-            raise Refused("failed", f"the teacher failed: {error}").as_flight() from error
+            raise Refused("failed", f"the teacher failed: {error}") from error
         finally:
-            self._metrics.requests.labels(call, "dropped" if context.is_cancelled() else outcome).inc()
+            self._metrics.requests.labels(call, "dropped" if gone() else outcome).inc()
 
     def _no(self) -> Any:
         self._metrics.requests.labels("unknown", "invalid").inc()
@@ -312,6 +330,10 @@ def serve(
             stack.callback(shown.close)
         server = _listen(options, dispatcher, token, flight_class)
         stack.callback(_shut, server, options.drain_seconds)
+        if options.data_port is not None:
+            data = DataPort(options, server.answer, token, lambda kind: metrics.requests.labels("data", kind).inc())
+            stack.callback(data.close, options.drain_seconds)
+            server.data_port = data.port
         stack.enter_context(_stopped_by_signals(stop))
         pa.array([0]).to_numpy()  # imports pandas, up to 1 s that the first requests would wait for
         log.info("teacher listens on %s:%d", options.host, server.port)
@@ -406,6 +428,14 @@ def _loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+@contextlib.contextmanager
+def _as_flight() -> Iterator[None]:
+    try:
+        yield
+    except Refused as error:
+        raise error.as_flight() from None
 
 
 def _read(reader: flight.MetadataRecordBatchReader) -> pa.RecordBatch:

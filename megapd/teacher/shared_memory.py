@@ -1,4 +1,6 @@
-"""Answers in shared memory: the client gives memory, the teacher on the same host writes an Arrow stream into it, once.
+"""Memory that answers lie in on the client's side, given out again and again, and shared with a teacher on the same host.
+
+Where it is shared, the client gives it and the teacher writes an Arrow stream into it, once.
 
 The memory is a memfd, which has no name in any file system: it is gone when the last process that maps it is, however it ends.
 The request says which descriptor of which process it is, and the teacher opens it through /proc. The client seals it against
@@ -18,6 +20,8 @@ from collections import OrderedDict, deque
 
 import pyarrow as pa
 
+from megapd.signal import SignalDamaged
+from megapd.teacher.frames import read_stream
 from megapd.teacher.wire import Memory, Refused
 
 PREFIX = "megapd-"
@@ -36,13 +40,18 @@ _ELSEWHERE = (
 
 
 class Slot:
-    """One piece of memory that an answer is written into; mapped, and grown when an answer does not fit."""
+    """One piece of memory that an answer is written into; mapped, and grown when an answer does not fit.
 
-    def __init__(self, size: int) -> None:
-        self.name = f"{PREFIX}{secrets.token_hex(8)}"
-        self.fd = os.memfd_create(self.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        self._close = weakref.finalize(self, os.close, self.fd)
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    shared: a teacher on the same host writes; else this process does, with what it receives.
+    """
+
+    def __init__(self, size: int, shared: bool) -> None:
+        self.name, self.fd = "", -1
+        if shared:
+            self.name = f"{PREFIX}{secrets.token_hex(8)}"
+            self.fd = os.memfd_create(self.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        self._close = weakref.finalize(self, os.close, self.fd) if shared else lambda: None
         self._map(size)
 
     def grow(self, needed: int) -> None:
@@ -51,13 +60,21 @@ class Slot:
 
     def _map(self, size: int) -> None:
         self.size = -(-size // GRANULE) * GRANULE
-        os.ftruncate(self.fd, self.size)
         # The mapping that was there goes when nothing refers to it any more.
-        self._buffer = pa.py_buffer(mmap.mmap(self.fd, self.size))
+        if self.fd < 0:
+            self._mapping = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:
+            os.ftruncate(self.fd, self.size)
+            self._mapping = mmap.mmap(self.fd, self.size)
+        self._buffer = pa.py_buffer(self._mapping)
 
     @property
     def memory(self) -> Memory:
         return Memory(os.getpid(), self.fd, self.name, self.size)
+
+    def writable(self, length: int) -> memoryview:
+        """The first `length` bytes, for an answer that is received."""
+        return memoryview(self._mapping)[:length]
 
     def view(self, length: int, owner: object) -> pa.Buffer:
         """The first `length` bytes, without a copy; `owner` lives as long as anything that was made of them."""
@@ -75,9 +92,13 @@ class _Lease:
 
 
 class Slots:
-    """A client's memory: a slot for every answer that is awaited or still in use, reused when nothing refers to it."""
+    """A client's memory: a slot for every answer that is awaited or still in use, reused when nothing refers to it.
 
-    def __init__(self) -> None:
+    Memory that is new to the process costs more than to receive into it: 1,500 page faults for 6 MiB.
+    """
+
+    def __init__(self, shared: bool) -> None:
+        self._shared = shared
         # Filled by finalizers, which may run inside any allocation of any thread: no lock there, a deque appends atomically.
         self._free: deque[Slot] = deque()
         self._closed = False
@@ -85,9 +106,9 @@ class Slots:
 
     def take(self) -> Slot:
         try:
-            return self._free.popleft()
+            return self._free.pop()  # the last one that was used, which the caches may still hold
         except IndexError:
-            return Slot(self._largest)
+            return Slot(self._largest, self._shared)
 
     def give(self, slot: Slot) -> None:
         """Back at once: nobody writes into it or refers to it. A slot that a teacher may yet write into is closed instead."""
@@ -97,13 +118,13 @@ class Slots:
             self._free.append(slot)
 
     def read(self, slot: Slot, length: object) -> pa.RecordBatch:
-        """The answer in a slot, a view; the slot is free again when nothing refers to it. Raises pa.ArrowInvalid."""
+        """The answer in a slot, a view; the slot is free again when nothing refers to it. Raises SignalDamaged."""
         if type(length) is not int or not 0 < length <= slot.size:
-            raise pa.ArrowInvalid(f"an answer of {length} bytes in {slot.size} bytes of shared memory")
+            raise SignalDamaged(f"an answer of {length} bytes in {slot.size} bytes of shared memory")
         self._largest = max(self._largest, slot.size)
         lease = _Lease(slot)
         weakref.finalize(lease, self.give, slot).atexit = False
-        return pa.ipc.open_stream(slot.view(length, lease)).read_next_batch()
+        return read_stream(slot.view(length, lease))
 
     def close(self) -> None:
         """Free slots go now, the others with what refers to them."""

@@ -1,6 +1,7 @@
 """What a student asks a served teacher, in Arrow and JSON, and how a teacher says no. Labels never travel.
 
-A request is one record batch of one row a sample, sent by one do_exchange call whose command is `signal`:
+A request is one record batch of one row a sample, sent to the data port (megapd.teacher.frames) or by one do_exchange call whose
+command is `signal`:
 
     sample     fixed_size_binary[16]    Batch.sample_digests; the teacher computes them again from what it received
     ids        fixed_size_list[L] of uint8, uint16 or uint32, the smallest that fits
@@ -19,6 +20,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,6 +64,7 @@ RefusalKind = Literal[
 
 _TYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.uint32))
 _ARROW_TYPES = tuple(pa.from_numpy_dtype(dtype) for dtype in _TYPES)
+_LIMITS = tuple(((1 << 8 * dtype.itemsize) - 1, dtype, kind) for dtype, kind in zip(_TYPES, _ARROW_TYPES, strict=True))
 _STEP = re.compile(r"0|[1-9][0-9]{0,14}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _REQUEST = re.compile(r"[0-9a-f]{32}")
@@ -75,10 +78,13 @@ class Refused(Exception):
         self.kind: RefusalKind = kind
         self.needed = needed
 
+    def as_json(self) -> bytes:
+        """What `parse_refusal` reads."""
+        return json.dumps({"kind": self.kind, "message": str(self)[:MAX_MESSAGE], "needed": self.needed}).encode()
+
     def as_flight(self) -> flight.FlightError:
         """The error that a Flight handler raises, which `refusal` turns back on the client."""
-        message = str(self)[:MAX_MESSAGE]
-        extra = json.dumps({"kind": self.kind, "message": message, "needed": self.needed}).encode()
+        message, extra = str(self)[:MAX_MESSAGE], self.as_json()
         if self.kind == "token":
             return flight.FlightUnauthenticatedError(message, extra)
         if self.kind in ("busy", "draining"):
@@ -89,12 +95,15 @@ class Refused(Exception):
 def refusal(error: BaseException) -> Refused | None:
     """The refusal that a Flight error carries; None where the teacher itself said nothing (it is away, or the call ran out)."""
     extra = getattr(error, "extra_info", None)
-    if not extra:
-        return None
+    return parse_refusal(extra) if extra else None
+
+
+def parse_refusal(data: bytes) -> Refused | None:
+    """None where it is none of a teacher's."""
     try:
-        tree = json.loads(extra)
+        tree = json.loads(data)
         return Refused(tree["kind"], str(tree["message"]), int(tree.get("needed", 0)))
-    except (ValueError, TypeError, KeyError):  # another server's extra_info
+    except (ValueError, TypeError, KeyError):  # another server's
         return None
 
 
@@ -132,16 +141,16 @@ def request_id(teacher: str, spec: SignalSpec, batch: Batch) -> str:
 def encode_request(step: int, teacher: str, spec: SignalSpec, batch: Batch) -> pa.RecordBatch:
     """The question for `batch` about the checkpoint of teacher step `step`, digest `teacher`. Ids are not negative."""
     samples, length = batch.ids.shape
-    digests = batch.sample_digests.tobytes()
-    columns: dict[str, pa.Array] = {
-        "sample": pa.FixedSizeBinaryArray.from_buffers(pa.binary(DIGEST_BYTES), samples, [None, pa.py_buffer(digests)])
-    }
-    for name, tensor in (("ids", batch.ids), ("segments", batch.segments)):
-        if tensor is not None:
-            columns[name] = pa.FixedSizeListArray.from_arrays(_small(tensor.numpy(force=True).reshape(-1)), length)
-    positions = batch.positions.numpy(force=True) % length
-    offsets = np.concatenate([[0], np.cumsum(batch.counts)]).astype(np.int32)
-    columns["positions"] = pa.ListArray.from_arrays(pa.array(offsets), _small(positions))
+    ends = np.zeros(samples + 1, dtype=np.int32)
+    np.cumsum(batch.counts, out=ends[1:])
+    matrices = [_small(tensor.numpy(force=True).reshape(-1)) for tensor in (batch.ids, batch.segments) if tensor is not None]
+    positions = _small(batch.places)
+    schema = _request_schema(length, tuple(matrix.type for matrix in matrices), positions.type)
+    columns = [
+        pa.Array.from_buffers(schema.types[0], samples, [None, pa.py_buffer(batch.sample_digests.tobytes())], 0),
+        *(pa.Array.from_buffers(pa.list_(matrix.type, length), samples, [None], 0, children=[matrix]) for matrix in matrices),
+        pa.Array.from_buffers(schema.types[-1], samples, [None, pa.py_buffer(ends)], 0, children=[positions]),
+    ]
     metadata = {
         "format": FORMAT,
         "request": request_id(teacher, spec, batch),
@@ -149,8 +158,17 @@ def encode_request(step: int, teacher: str, spec: SignalSpec, batch: Batch) -> p
         "teacher": teacher,
         "parameters": spec.parameters,
     }
-    schema = pa.schema([pa.field(name, array.type, nullable=False) for name, array in columns.items()], metadata=metadata)
-    return pa.RecordBatch.from_arrays(list(columns.values()), schema=schema)
+    return pa.RecordBatch.from_arrays(columns, schema=schema.with_metadata(metadata))
+
+
+@lru_cache(maxsize=256)
+def _request_schema(length: int, matrices: tuple[pa.DataType, ...], positions: pa.DataType) -> pa.Schema:
+    fields = {
+        "sample": pa.binary(DIGEST_BYTES),
+        **{name: pa.list_(kind, length) for name, kind in zip(("ids", "segments"), matrices, strict=False)},
+        "positions": pa.list_(positions),
+    }
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields.items()])
 
 
 def with_memory(record: pa.RecordBatch, memory: Memory) -> pa.RecordBatch:
@@ -186,7 +204,7 @@ def _decode(record: pa.RecordBatch) -> Request:
     segments = _matrix(record.column("segments"), "segments") if "segments" in names else None
     if segments is not None and segments.shape != ids.shape:
         raise Refused("invalid", f"request: segments of length {segments.shape[1]}, but ids of length {length}")
-    positions = _positions(record.column("positions"), length)
+    positions, places, counts = _positions(record.column("positions"), length)
     batch = Batch(
         ids=torch.from_numpy(ids),
         segments=None if segments is None else torch.from_numpy(segments),
@@ -194,6 +212,7 @@ def _decode(record: pa.RecordBatch) -> Request:
         labels=torch.zeros(len(positions), dtype=torch.int64),
         sample_ids=torch.zeros(samples, dtype=torch.int64),
     )
+    batch.__dict__.update(counts=counts, places=places)
     if _digests(record.column("sample")) != batch.sample_digests.tobytes():
         raise Refused("invalid", "request: the samples' digests are not those of the ids that arrived; it was damaged on its way")
     if spec.k * len(positions) * 4 > MAX_ANSWER_BYTES:
@@ -213,7 +232,7 @@ def check_request(request: Request, checkpoint: Checkpoint) -> None:
     if HUGGING_FACE in checkpoint.config:
         shapes = checkpoint_shape(checkpoint)._asdict()
     vocabulary, length, classes = (shapes.get(name) for name in ("vocab_size", "length", "classes"))
-    largest = int(request.batch.ids.max())
+    largest = int(request.batch.ids.numpy().max())  # torch's gives the interpreter away meanwhile
     if vocabulary is not None and largest >= vocabulary:
         raise Refused("invalid", f"request: id {largest} is outside the teacher's vocabulary of {vocabulary}")
     if length is not None and request.batch.ids.shape[1] > length:
@@ -229,13 +248,16 @@ def check_request(request: Request, checkpoint: Checkpoint) -> None:
 
 
 def _small(values: NDArray[np.int64]) -> pa.Array:
-    largest = int(values.max()) if len(values) else 0
-    if len(values) and int(values.min()) < 0:
-        raise ValueError(f"ids: {int(values.min())} is negative; token ids and segments count from 0")
-    dtype = next((dtype for dtype in _TYPES if largest <= np.iinfo(dtype).max), None)
-    if dtype is None:
+    # As unsigned, a negative number is larger than any that fits.
+    largest = int(values.view(np.uint64).max()) if len(values) else 0
+    found = next((both for limit, *both in _LIMITS if largest <= limit), None)
+    if found is None:
+        smallest = int(values.min())
+        if smallest < 0:
+            raise ValueError(f"ids: {smallest} is negative; token ids and segments count from 0")
         raise ValueError(f"ids: {largest} does not fit into 32 bits")
-    return pa.Array.from_buffers(pa.from_numpy_dtype(dtype), len(values), [None, pa.py_buffer(values.astype(dtype))])
+    dtype, kind = found
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values.astype(dtype))], 0)
 
 
 def _matrix(column: pa.Array, name: str) -> NDArray[np.int64]:
@@ -249,19 +271,19 @@ def _matrix(column: pa.Array, name: str) -> NDArray[np.int64]:
     return _values(column, name).reshape(-1, kind.list_size)
 
 
-def _positions(column: pa.Array, length: int) -> NDArray[np.int64]:
-    """int64 [N], indices into the flattened B * L."""
+def _positions(column: pa.Array, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """(indices into the flattened B * L, their places in the samples, int64 [N]; how many each sample has, int64 [B])."""
     if not pa.types.is_list(column.type) or column.type.value_type not in _ARROW_TYPES:
         raise Refused("invalid", f"request: positions is of type {column.type}")
     values = _values(column, "positions")
     offsets = column.offsets.to_numpy()
-    counts = offsets[1:] - offsets[:-1]
+    counts = np.diff(offsets).astype(np.int64)
     if len(values) and values.max() >= length:
         raise Refused("invalid", f"request: position {values.max()} in samples of {length} tokens")
     flat = np.repeat(np.arange(len(column), dtype=np.int64) * length, counts) + values
     if (flat[1:] <= flat[:-1]).any():
         raise Refused("invalid", "request: the positions of a sample do not increase")
-    return flat
+    return flat, values, counts
 
 
 def _values(column: pa.Array, name: str) -> NDArray[np.int64]:

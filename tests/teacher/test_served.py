@@ -214,7 +214,7 @@ def test_memory_that_could_shrink_is_refused():
 
 
 def test_mappings_are_few():
-    slots, mappings = Slots(), Mappings(limit=2)
+    slots, mappings = Slots(shared=True), Mappings(limit=2)
     held = [slots.take() for _ in range(4)]
     for slot in held:
         mappings.open(slot.memory)
@@ -223,7 +223,7 @@ def test_mappings_are_few():
 
 def test_slots_close_their_descriptors():
     before = len(os.listdir("/proc/self/fd"))
-    slots = Slots()
+    slots = Slots(shared=True)
     held = [slots.take() for _ in range(5)]
     for _ in range(3):
         slots.give(held.pop())
