@@ -68,6 +68,9 @@ class Teacher(Section):
     endpoints: tuple[str, ...] = Field(
         (), description="grpc://HOST:PORT or grpc+tls://HOST:PORT of the replicas; none: those that hold a lease at scheduler.url"
     )
+    data_port: bool = Field(
+        True, description="take signals from the replicas' data ports; false: by Flight alone, through what forwards one port"
+    )
     token: Path | None = Field(None, description="file with the bearer token that server and clients share")
     root_certificate: Path | None = Field(None, description="PEM of the authority that signed the server's certificate")
     certificate: Path | None = Field(None, description="PEM of the client's certificate (mutual TLS)")

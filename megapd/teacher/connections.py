@@ -31,13 +31,13 @@ class HandshakeFailed(OSError):
 class Connections:
     """To the data port of one replica; thread-safe. A connection is used by one thread at a time."""
 
-    def __init__(self, address: str, token: str | None, tls: ssl.SSLContext | None) -> None:
-        """address: grpc://HOST:PORT of the replica. tls: for grpc+tls://."""
+    def __init__(self, address: str, token: str | None, tls: ssl.SSLContext | None, *, allowed: bool) -> None:
+        """address: grpc://HOST:PORT of the replica. tls: for grpc+tls://. allowed: False: signals go over Flight."""
         self._host = urlsplit(address).hostname or ""
         self._address, self._token, self._tls = address, token, tls
         self._idle: list[Link] = []
         self._port: int | None = None
-        self._known = False
+        self._known, self._allowed = False, allowed
         self._lock = threading.Lock()
 
     def take(self, ask: Callable[[], bytes], seconds: float) -> Link | None:
@@ -45,6 +45,8 @@ class Connections:
 
         Raises OSError, Refused, SignalDamaged, or what `ask` raises.
         """
+        if not self._allowed:
+            return None
         with self._lock:
             if self._idle:
                 return self._idle.pop()

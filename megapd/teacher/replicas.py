@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import random
-import ssl
 import threading
 import time
 from collections import Counter
@@ -68,9 +67,8 @@ class FixedEndpoints:
 class Remote:
     """One replica as a client sees it; thread-safe as far as Flight's client is, which is for all it does here."""
 
-    def __init__(self, address: str, client: flight.FlightClient, token: bytes | None, tls: ssl.SSLContext | None) -> None:
-        self.address, self.client = address, client
-        self.connections = Connections(address, None if token is None else token.decode(), tls)
+    def __init__(self, address: str, client: flight.FlightClient, token: bytes | None, connections: Connections) -> None:
+        self.address, self.client, self.connections = address, client, connections
         self._headers = [] if token is None else [(b"authorization", bearer(token))]
         self.failures = 0  # in a row, of the replica as a whole
         self.retry_at = 0.0
@@ -128,7 +126,7 @@ class Replicas:
         files = {"tls_root_certs": "root_certificate", "cert_chain": "certificate", "private_key": "key"}
         paths = {argument: (getattr(config, name), f"teacher.{name}") for argument, name in files.items()}
         self._tls = {argument: read_secret(path, name) for argument, (path, name) in paths.items() if path is not None}
-        self._context = client_context(config)
+        self._context, self._data_port = client_context(config), config.data_port
         self._known: dict[str, Remote] = {}
         self._turn = itertools.count()
         self._lock = threading.Lock()
@@ -141,7 +139,9 @@ class Replicas:
                 if address not in self._known:
                     tls = address.startswith("grpc+tls:")
                     client = flight.FlightClient(address, generic_options=_OPTIONS, **(self._tls if tls else {}))
-                    self._known[address] = Remote(address, client, self._token, self._context if tls else None)
+                    token = None if self._token is None else self._token.decode()
+                    connections = Connections(address, token, self._context if tls else None, allowed=self._data_port)
+                    self._known[address] = Remote(address, client, self._token, connections)
             for address in self._known.keys() - set(addresses):
                 self._known.pop(address).connections.forget()  # its client closes with the last call that uses it
             return [self._known[address] for address in addresses]

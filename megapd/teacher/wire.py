@@ -62,7 +62,7 @@ RefusalKind = Literal[
     "failed",  # the answer could not be made
 ]
 
-_TYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.uint32))
+_TYPES: tuple[np.dtype[Any], ...] = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.uint32))
 _ARROW_TYPES = tuple(pa.from_numpy_dtype(dtype) for dtype in _TYPES)
 _LIMITS = tuple(((1 << 8 * dtype.itemsize) - 1, dtype, kind) for dtype, kind in zip(_TYPES, _ARROW_TYPES, strict=True))
 _STEP = re.compile(r"0|[1-9][0-9]{0,14}")

@@ -6,9 +6,12 @@ import contextlib
 import random
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import psutil
+
+from megapd.teacher.frames import HEADER, Frame
 
 LARGE = 1000  # bytes of a DATA frame that may be damaged: one that carries ids or values, not headers alone
 PREFACE = len(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
@@ -30,11 +33,22 @@ class Damage:
             return True
 
 
-class _Frames:
-    """Follows the HTTP/2 frames of one direction of a connection (RFC 9113, section 4.1)."""
+def http2(header: bytes) -> tuple[int, bool]:
+    """(bytes that follow, whether they are data) by a frame's header (RFC 9113, section 4.1)."""
+    return int.from_bytes(header[:3]), header[3] == 0
 
-    def __init__(self, damage: Damage, skip: int) -> None:
-        self._damage, self._skip = damage, skip
+
+def data_port(header: bytes) -> tuple[int, bool]:
+    """The same of megapd.teacher.frames."""
+    _, kind, length, _ = HEADER.unpack(header)
+    return length, kind in (Frame.QUESTION, Frame.RECORD)
+
+
+class _Frames:
+    """Follows the frames of one direction of a connection, which begins with `skip` bytes that are none."""
+
+    def __init__(self, damage: Damage, size: int, parse: Callable[[bytes], tuple[int, bool]], skip: int) -> None:
+        self._damage, self._size, self._parse, self._skip = damage, size, parse, skip
         self._header = bytearray()
         self._length = self._left = 0
 
@@ -43,12 +57,12 @@ class _Frames:
         self._skip -= at
         while at < len(data):
             if self._left == 0:
-                taken = data[at : at + 9 - len(self._header)]
+                taken = data[at : at + self._size - len(self._header)]
                 self._header += taken
                 at += len(taken)
-                if len(self._header) == 9:
-                    self._length = self._left = int.from_bytes(self._header[:3])
-                    self._is_data = self._header[3] == 0
+                if len(self._header) == self._size:
+                    self._length, self._is_data = self._parse(bytes(self._header))
+                    self._left = self._length
                     self._header.clear()
                 continue
             size = min(self._left, len(data) - at)
@@ -60,10 +74,15 @@ class _Frames:
 
 
 class Proxy:
-    """Listens on a port of its own and passes everything on to `target`. answers, requests: damage to either direction."""
+    """Listens on a port of its own and passes everything on to `target`. answers, requests: damage to either direction.
 
-    def __init__(self, target: int) -> None:
+    flight: whether Flight is behind it, else a data port.
+    """
+
+    def __init__(self, target: int, *, flight: bool = True) -> None:
         self.target = target
+        self._form: tuple[Any, ...] = (9, http2) if flight else (HEADER.size, data_port)
+        self._skip = PREFACE if flight else 0
         self.answers, self.requests = Damage(), Damage()
         self._dropped: set[int] = set()
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
@@ -136,11 +155,11 @@ class Proxy:
             with self._lock:
                 self._pairs.append((client, server))
             for source, sink, damage, skip in (
-                (client, server, self.requests, PREFACE),
+                (client, server, self.requests, self._skip),
                 (server, client, self.answers, 0),
             ):
                 source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                threading.Thread(target=_pump, args=(source, sink, _Frames(damage, skip)), daemon=True).start()
+                threading.Thread(target=_pump, args=(source, sink, _Frames(damage, *self._form, skip)), daemon=True).start()
 
 
 def _pump(source: socket.socket, sink: socket.socket, frames: _Frames) -> None:
