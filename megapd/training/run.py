@@ -43,8 +43,8 @@ FREE_SECTIONS = (
     "training.prefetch",
 )
 # Streams are interchangeable, and schedule.json holds a resumed run to the digests of its teachers, wherever they lie.
-FREE_TEACHER = "trajectory sharding resident carrier cache endpoints token root_certificate certificate key depth call_seconds"
-FREE_TEACHER += " deadline_seconds on_failure server."
+FREE_TEACHER = "trajectory sharding resident carrier cache endpoints data_port token root_certificate certificate key depth"
+FREE_TEACHER += " call_seconds deadline_seconds on_failure server."
 FREE_SECTIONS += tuple(f"teacher.{key}" for key in FREE_TEACHER.split())
 
 SERVICE_SECONDS = 5.0  # longest wait for an answer of the scheduler
