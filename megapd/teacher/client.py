@@ -250,7 +250,9 @@ class ServedStream:
 
     def _ask(self, remote: Remote, question: pa.RecordBatch, seconds: float) -> pa.RecordBatch | dict[str, Any]:
         """The record batch of the answer, or the JSON that stands for it. Over the data port, or Flight where there is none."""
+        end = time.monotonic() + seconds
         link = remote.connection(seconds)
+        seconds = max(end - time.monotonic(), 0.001)
         if link is None:
             return self._call(remote, question, seconds)
         try:

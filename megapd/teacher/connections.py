@@ -7,6 +7,7 @@ import logging
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
@@ -21,6 +22,7 @@ from megapd.teacher.wire import MAX_ANSWER_BYTES, Refused, parse_json, parse_ref
 log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 5.0
+AGAIN_SECONDS = 30.0  # before a data port that could not be reached is tried once more
 ANSWER_BYTES = MAX_ANSWER_BYTES + (16 << 20)  # with schema, digests and checksums
 
 
@@ -38,6 +40,8 @@ class Connections:
         self._idle: list[Link] = []
         self._port: int | None = None
         self._known, self._allowed = False, allowed
+        self._again = float("inf")  # monotonic; when it is asked for once more
+        self._warned = False
         self._lock = threading.Lock()
 
     def take(self, ask: Callable[[], bytes], seconds: float) -> Link | None:
@@ -48,10 +52,13 @@ class Connections:
         if not self._allowed:
             return None
         with self._lock:
-            if self._idle:
-                return self._idle.pop()
-            if not self._known:  # others wait: they need it too
-                self._port, self._known = _port(ask), True
+            while self._idle:
+                link = self._idle.pop()
+                if not link.gone():  # closed by a teacher that ended, or with bytes that nobody asked for
+                    return link
+                link.close()
+            if not self._known or time.monotonic() > self._again:  # others wait: they need it too
+                self._port, self._known, self._again = _port(ask), True, float("inf")
             port = self._port
         return None if port is None else self._connect(port, min(seconds, CONNECT_SECONDS))
 
@@ -68,20 +75,29 @@ class Connections:
             link.close()
 
     def _connect(self, port: int, seconds: float) -> Link | None:
+        """None, and none for a while, where the port is closed to us."""
         try:
-            connection = socket.create_connection((self._host, port), seconds)
+            return self._open(port, seconds)
+        except HandshakeFailed:
+            raise
         except OSError as error:
+            if isinstance(error, TimeoutError) and seconds < CONNECT_SECONDS:
+                raise  # the caller's time, which was short
             with self._lock:
-                if self._port == port:
-                    self._port = None
-                    log.warning(
-                        "%s: its data port %d cannot be reached (%s); signals travel over Flight, which is slower. Let the port "
-                        "through, or set teacher.server.data_port to null there",
-                        self._address,
-                        port,
-                        error.strerror or error,
-                    )
+                told, self._warned = self._warned, True
+                self._port, self._again = None, time.monotonic() + AGAIN_SECONDS
+            if not told:
+                log.warning(
+                    "%s: its data port %d cannot be reached (%s); signals travel over Flight, which is slower. Let the port "
+                    "through, or set teacher.server.data_port to null there",
+                    self._address,
+                    port,
+                    error.strerror or error,
+                )
             return None
+
+    def _open(self, port: int, seconds: float) -> Link:
+        connection = socket.create_connection((self._host, port), seconds)
         try:
             if self._tls is not None:
                 connection = self._tls.wrap_socket(connection, server_hostname=self._host)

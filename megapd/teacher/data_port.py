@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 
 HELLO_SECONDS = 10.0  # that a client may take to say who it is, TLS included
 FRAME_SECONDS = 60.0  # that a frame may take on its way, once begun
-CONNECTIONS = 1024  # at once; a rank of a student has at most megapd.teacher.client.WORKERS
+STRANGERS = 128  # connections that have not said who they are
+CONNECTIONS = 1024  # others at once; a rank of a student has at most megapd.teacher.client.WORKERS
 QUESTION_BYTES = MAX_BYTES + (1 << 20)  # with its schema
 
 # A question's record batch, and whether its client has gone: the answer, or its bytes in the client's memory. Raises Refused.
@@ -39,7 +40,7 @@ class DataPort:
         self._answer, self._token, self._refused = answer, token, refused
         self._tls = _context(options)
         self._links: set[Link] = set()
-        self._open = 0  # connections, those too that have not said who they are
+        self._strangers = 0
         self._busy = 0  # connections with a question that is not answered
         self._changed = threading.Condition()
         self._closed = False
@@ -80,24 +81,30 @@ class DataPort:
                     log.warning("the data port took no connection: %s", error)
                     time.sleep(0.1)
                 continue
-            if self._open >= CONNECTIONS:
-                log.warning("the data port has %d connections, no more are taken", CONNECTIONS)
-                connection.close()
+            if self._strangers >= STRANGERS or len(self._links) >= CONNECTIONS:
+                connection.close()  # the client takes the signal over Flight
                 continue
             with self._changed:
-                self._open += 1
-            threading.Thread(target=self._serve, args=(connection,), name="teacher-data", daemon=True).start()
+                self._strangers += 1
+            try:
+                threading.Thread(target=self._serve, args=(connection,), name="teacher-data", daemon=True).start()
+            except RuntimeError as error:  # the system has no more threads
+                log.warning("the data port took no connection: %s", error)
+                connection.close()
+                with self._changed:
+                    self._strangers -= 1
 
     def _serve(self, connection: socket.socket) -> None:
-        link = None
+        link, stranger = None, True
         try:
             connection.settimeout(HELLO_SECONDS)
             if self._tls is not None:
                 connection = self._tls.wrap_socket(connection, server_side=True)
             link = Link(connection)
-            with self._changed:
-                self._links.add(link)
             if self._greet(link):
+                with self._changed:
+                    self._strangers, stranger = self._strangers - 1, False
+                    self._links.add(link)
                 self._converse(link)
         except (OSError, SignalDamaged) as error:
             log.debug("a connection to the data port ended: %s", error)
@@ -106,7 +113,7 @@ class DataPort:
         finally:
             connection.close()
             with self._changed:
-                self._open -= 1
+                self._strangers -= stranger
                 if link is not None:
                     self._links.discard(link)
 
@@ -159,8 +166,10 @@ class DataPort:
         try:
             found = self._answer(_read(question), link.gone)
         except Refused as error:
+            link.within(FRAME_SECONDS)
             link.write(Frame.REFUSED, [error.as_json()])
             return
+        link.within(FRAME_SECONDS)
         if isinstance(found, int):
             link.write(Frame.WRITTEN, [b'{"bytes": %d}' % found])
         else:

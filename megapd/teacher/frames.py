@@ -32,6 +32,7 @@ FORMAT = "megapd-data/1"
 HEADER = struct.Struct("<4sB3xQI")  # mark, kind, bytes that follow, crc32 of these three; little-endian
 MARK = b"mgpd"
 SMALL_BYTES = 64 << 10  # of every frame but QUESTION and RECORD
+TLS_BYTES = 1 << 20  # that are sent between looks at the clock
 CALL_BYTES = 1 << 30  # of one call of OpenSSL, whose lengths have 31 bits
 
 _TIMEVAL = struct.Struct("@ll")
@@ -55,8 +56,6 @@ class Link:
         self._socket = connection
         self._tls = isinstance(connection, ssl.SSLSocket)
         self._end = float("inf")  # monotonic
-        self._poll = select.poll()
-        self._poll.register(connection, select.POLLIN | select.POLLRDHUP)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a peer whose machine is gone says nothing
         for option, value in _KEEPALIVE:
@@ -65,8 +64,11 @@ class Link:
             connection.setblocking(True)
 
     def within(self, seconds: float | None) -> None:
-        """How long what is read and written from now on may take; None: for ever."""
+        """How long all that is read and written from now on may take; None: for ever."""
         self._end = float("inf") if seconds is None else time.monotonic() + seconds
+        self._limit(seconds)
+
+    def _limit(self, seconds: float | None) -> None:
         if self._tls:
             self._socket.settimeout(seconds)
             return
@@ -84,10 +86,13 @@ class Link:
         with _timed():
             if self._tls:
                 for view in views:
-                    for start in range(0, len(view), CALL_BYTES):
-                        self._socket.sendall(view[start : start + CALL_BYTES])
+                    done = 0
+                    while done < len(view):
+                        self._go_on()
+                        done += self._socket.send(view[done : done + TLS_BYTES])
                 return length
             while views:
+                self._go_on()
                 sent = self._socket.sendmsg(views)
                 while views and sent >= len(views[0]):
                     sent -= len(views.pop(0))
@@ -98,7 +103,7 @@ class Link:
     def read(self, limit: int = SMALL_BYTES) -> tuple[Frame, int] | None:
         """(kind, bytes that follow) of the next frame, None where the peer has closed before it.
 
-        Raises SignalDamaged for anything that is no frame, or for one of more bytes than `limit`.
+        Raises SignalDamaged for anything that is no frame, or a question or record of more bytes than `limit`.
         """
         head = bytearray(HEADER.size)
         if not self._fill(memoryview(head), at_end=True):
@@ -106,8 +111,9 @@ class Link:
         mark, kind, length, checksum = HEADER.unpack(head)
         if mark != MARK or checksum != zlib.crc32(head[:-4]) or kind not in Frame.__members__.values():
             raise SignalDamaged("the data port: not a frame of megapd's")
-        if length > limit:
-            raise SignalDamaged(f"the data port: a frame of {length} bytes, {limit} at most")
+        allowed = limit if kind in (Frame.QUESTION, Frame.RECORD) else SMALL_BYTES
+        if length > allowed:
+            raise SignalDamaged(f"the data port: a frame of {length} bytes, {allowed} at most")
         return Frame(kind), length
 
     def fill(self, view: memoryview) -> None:
@@ -122,12 +128,18 @@ class Link:
 
     def gone(self) -> bool:
         """Whether a client that waits for an answer does so no longer: it has closed, or says something out of turn."""
-        return bool(self._poll.poll(0))
+        poll = select.poll()  # of its own: two threads ask, and one object polls once at a time
+        try:
+            poll.register(self._socket, select.POLLIN | select.POLLRDHUP)
+        except ValueError:  # closed here
+            return True
+        return bool(poll.poll(0))
 
     def cancel(self) -> None:
         """End what another thread does with it."""
         with contextlib.suppress(OSError):  # closed by the peer already
-            self._socket.shutdown(socket.SHUT_RDWR)
+            # Not the method of ssl's, which forgets TLS before it shuts down, so that another thread might send plain text.
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._socket.close()
@@ -137,6 +149,7 @@ class Link:
         done = 0
         with _timed():
             while done < len(view):
+                self._go_on()
                 flags = 0 if self._tls else socket.MSG_WAITALL
                 here = self._socket.recv_into(view[done : done + CALL_BYTES], 0, flags)
                 if not here:
@@ -144,9 +157,16 @@ class Link:
                         return False
                     raise ConnectionResetError("the connection was closed in the middle of a frame")
                 done += here
-                if done < len(view) and time.monotonic() > self._end:  # of a peer that sends a byte now and then
-                    raise TimeoutError("timed out")
         return True
+
+    def _go_on(self) -> None:
+        """The next call may take what is left of the time: a peer that moves a byte now and then gains nothing by it."""
+        if self._end == float("inf"):
+            return
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self._limit(left)
 
 
 @contextlib.contextmanager

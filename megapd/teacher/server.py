@@ -96,7 +96,8 @@ class TeacherFlight(flight.FlightServerBase):
         self._checkpoints: dict[int, Checkpoint] = {}
         self._mappings = Mappings()
         self._swept = time.monotonic()
-        self.data_port: int | None = None  # that clients are told
+        self.data_port: int | None = None  # that clients are told, once it is known
+        self.data_port_known = False
         super().__init__(
             location,
             tls_certificates=[tls] if tls else None,
@@ -231,6 +232,8 @@ class TeacherFlight(flight.FlightServerBase):
         return json.dumps(figures).encode()
 
     def _data(self, _: dict[str, Any]) -> bytes:
+        if not self.data_port_known:
+            raise Refused("busy", "the teacher is about to open its data port; come again")
         return json.dumps({"port": self.data_port}).encode()
 
     # ------------------------------------------------------------------------------------------------------- helpers
@@ -334,6 +337,7 @@ def serve(
             data = DataPort(options, server.answer, token, lambda kind: metrics.requests.labels("data", kind).inc())
             stack.callback(data.close, options.drain_seconds)
             server.data_port = data.port
+        server.data_port_known = True
         stack.enter_context(_stopped_by_signals(stop))
         pa.array([0]).to_numpy()  # imports pandas, up to 1 s that the first requests would wait for
         log.info("teacher listens on %s:%d", options.host, server.port)

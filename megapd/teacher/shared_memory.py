@@ -59,14 +59,15 @@ class Slot:
         self._map(int(needed * ROOM))
 
     def _map(self, size: int) -> None:
-        self.size = -(-size // GRANULE) * GRANULE
+        size = -(-size // GRANULE) * GRANULE
         # The mapping that was there goes when nothing refers to it any more.
         if self.fd < 0:
-            self._mapping = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         else:
-            os.ftruncate(self.fd, self.size)
-            self._mapping = mmap.mmap(self.fd, self.size)
+            os.ftruncate(self.fd, size)
+            self._mapping = mmap.mmap(self.fd, size)
         self._buffer = pa.py_buffer(self._mapping)
+        self.size = size  # now that it is there
 
     @property
     def memory(self) -> Memory:
@@ -74,6 +75,7 @@ class Slot:
 
     def writable(self, length: int) -> memoryview:
         """The first `length` bytes, for an answer that is received."""
+        assert length <= self.size
         return memoryview(self._mapping)[:length]
 
     def view(self, length: int, owner: object) -> pa.Buffer:

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -102,9 +102,12 @@ def parse_refusal(data: bytes) -> Refused | None:
     """None where it is none of a teacher's."""
     try:
         tree = json.loads(data)
-        return Refused(tree["kind"], str(tree["message"]), int(tree.get("needed", 0)))
-    except (ValueError, TypeError, KeyError):  # another server's
+        kind, message, needed = tree["kind"], str(tree["message"]), tree.get("needed", 0)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # another server's
         return None
+    if kind not in get_args(RefusalKind) or type(needed) is not int or not 0 <= needed <= 2 * MAX_ANSWER_BYTES:
+        return None
+    return Refused(kind, message, needed)
 
 
 # ------------------------------------------------------------------------------------------------------------ requests

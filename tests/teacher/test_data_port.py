@@ -4,8 +4,10 @@ import contextlib
 import errno
 import json
 import logging
+import mmap
 import socket
 import threading
+import time
 import zlib
 from typing import ClassVar
 
@@ -18,6 +20,7 @@ from megapd.teacher.client import WORKERS
 from megapd.teacher.connections import Connections, ask
 from megapd.teacher.frames import FORMAT, HEADER, MARK, Frame, Link, read_stream, stream_parts
 from megapd.teacher.server import TeacherFlight
+from megapd.teacher.shared_memory import Slot
 from megapd.teacher.wire import Refused, encode_request
 from tests.teacher.proxy import Proxy
 from tests.teacher.serving import (
@@ -207,6 +210,10 @@ def _header(kind, length):
     return head + zlib.crc32(head).to_bytes(4, "little")
 
 
+def _frame(kind, body):
+    return _header(kind, len(body)) + body
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     kind=st.integers(0, 255),
@@ -244,10 +251,28 @@ def test_whatever_is_sent_the_next_one_is_answered(port, kind, length, body, gre
         _header(Frame.RECORD, 0),
         _header(Frame.WRITTEN, 4) + b"nono",
         _header(Frame.REFUSED, 2) + b"{}",
+        _header(Frame.REFUSED, 1 << 33),
+        _frame(Frame.REFUSED, b'{"kind": "small", "message": "", "needed": 1e400}'),
+        _frame(Frame.REFUSED, b'{"kind": [], "message": ""}'),
+        _frame(Frame.REFUSED, b"[" * 60_000),
         _header(Frame.RECORD, 1000) + b"ends early",
         b"",
     ],
-    ids=["http", "huge", "hello", "garbage", "empty", "no-json", "no-refusal", "short", "closed"],
+    ids=[
+        "http",
+        "huge",
+        "hello",
+        "garbage",
+        "empty",
+        "no-json",
+        "no-refusal",
+        "long",
+        "needed",
+        "kind",
+        "deep",
+        "short",
+        "closed",
+    ],
 )
 def test_what_a_broken_server_answers_is_asked_for_again(answer):
     """The first answer is broken, the connections after it lead to the teacher."""
@@ -278,10 +303,106 @@ def test_what_a_broken_server_answers_is_asked_for_again(answer):
         proxy.cut()
 
 
-def test_a_frame_must_be_whole():
-    ours, theirs = socket.create_server(("127.0.0.1", 0)), None
-    theirs = socket.create_connection(ours.getsockname())
-    link = Link(ours.accept()[0])
+@pytest.fixture
+def pair():
+    """(link, the socket at its other end)."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        other = socket.create_connection(listener.getsockname())
+        link = Link(listener.accept()[0])
+    yield link, other
+    link.close()
+    other.close()
+
+
+def test_a_peer_that_moves_a_little_now_and_then_gains_no_time(pair):
+    link, other = pair
+    stop = threading.Event()
+
+    def drip():
+        with contextlib.suppress(OSError):
+            while not stop.wait(0.05):
+                other.recv(1 << 14)
+                other.send(b"x")
+
+    thread = threading.Thread(target=drip, daemon=True)
+    thread.start()
+    for act in (lambda: link.write(Frame.RECORD, [bytes(64 << 20)]), lambda: link.take(1000)):
+        link.within(0.5)
+        start = time.monotonic()
+        with pytest.raises(TimeoutError):
+            act()
+        assert 0.4 < time.monotonic() - start < 2
+    stop.set()
+    thread.join(5)
+
+
+def test_threads_may_ask_at_once_whether_a_peer_is_gone(pair):
+    link, other = pair
+    errors = []
+
+    def look(number):
+        try:
+            for _ in range(3000):
+                link.gone()
+        except Exception as error:
+            errors.append((number, error))
+
+    threads = [threading.Thread(target=look, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert not link.gone()
+    other.close()
+    assert link.gone()
+    link.close()
+    assert link.gone()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_memory_that_does_not_grow_keeps_its_size(shared, monkeypatch):
+    slot = Slot(1 << 20, shared)
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOMEM, "no memory")
+
+    monkeypatch.setattr(mmap, "mmap", fail)
+    with pytest.raises(OSError, match="no memory"):
+        slot.grow(8 << 20)
+    assert slot.size == 1 << 20
+    assert len(slot.writable(slot.size)) == slot.size
+
+
+def test_idle_connections_that_broke_are_not_used_again(pair):
+    link, other = pair
+    connections = Connections("grpc://127.0.0.1:1", None, None, allowed=True)
+    connections.give(link)
+    assert connections.take(lambda: b"{}", 1) is link
+    connections.give(link)
+    other.sendall(b"more than was asked for")
+    wait_for(link.gone)
+    assert connections.take(lambda: b'{"port": null}', 1) is None
+
+
+def test_a_port_that_could_not_be_reached_is_tried_again(monkeypatch):
+    monkeypatch.setattr("megapd.teacher.connections.AGAIN_SECONDS", 0.1)
+    with served(flight_class=Told) as server, stream_of(server) as stream:
+        proxy = Told.made.pop().proxy
+        proxy.cut()
+        steps = run_through(stream, server.replica)
+        next(steps)
+        (remote,) = stream._replicas.current()
+        assert not remote.connections._idle
+        proxy.mend()
+        time.sleep(0.2)
+        assert len(list(steps)) == 2 * PLAN.steps - 1
+        assert remote.connections._idle
+        proxy.cut()
+
+
+def test_a_frame_must_be_whole(pair):
+    link, theirs = pair
     link.within(2)
     theirs.sendall(_header(Frame.HELLO, 1)[:-1] + b"?")
     with pytest.raises(SignalDamaged, match="not a frame"):
