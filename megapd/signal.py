@@ -40,6 +40,8 @@ Encoding = Literal["fp32", "bf16", "fp16", "int8"]
 
 FORMAT = "megapd-signal/1"
 HEAD_FORMAT = "megapd-head/1"
+# What Arrow's readers raise for bytes that are none of its own; a failure of the disk is an OSError too, when the file is opened.
+NO_ARROW = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, NotImplementedError)
 HEAD_CHUNK_BYTES = 4 << 20  # of the head's weight a record batch
 TEACHER_DIGEST_BYTES = 32
 

@@ -39,8 +39,8 @@ class Connections:
         self._address, self._token, self._tls = address, token, tls
         self._idle: list[Link] = []
         self._port: int | None = None
-        self._known, self._allowed = False, allowed
-        self._again = float("inf")  # monotonic; when it is asked for once more
+        self._allowed = allowed
+        self._again = float("-inf")  # monotonic; from when on the port is to be asked for
         self._warned = False
         self._lock = threading.Lock()
 
@@ -57,8 +57,8 @@ class Connections:
                 if not link.gone():  # closed by a teacher that ended, or with bytes that nobody asked for
                     return link
                 link.close()
-            if not self._known or time.monotonic() > self._again:  # others wait: they need it too
-                self._port, self._known, self._again = _port(ask), True, float("inf")
+            if time.monotonic() > self._again:  # others wait: they need it too
+                self._port, self._again = _port(ask), float("inf")
             port = self._port
         return None if port is None else self._connect(port, min(seconds, CONNECT_SECONDS))
 
@@ -70,7 +70,7 @@ class Connections:
     def forget(self) -> None:
         """The replica may have become another process: its port is asked for again."""
         with self._lock:
-            idle, self._idle, self._known = self._idle, [], False
+            idle, self._idle, self._again = self._idle, [], float("-inf")
         for link in idle:
             link.close()
 
@@ -114,32 +114,28 @@ class Connections:
     def _greet(self, link: Link, seconds: float) -> None:
         link.within(seconds)
         link.write(Frame.HELLO, [json.dumps({"format": FORMAT, "token": self._token}).encode()])
-        frame = link.read()
-        if frame is None:
-            raise ConnectionResetError("the data port closed the connection without a word")
-        body = link.take(frame[1])
-        if frame[0] is Frame.REFUSED:
-            raise refusal_in(body)
-        if frame[0] is not Frame.HELLO:
-            raise SignalDamaged(f"the data port: {frame[0].name} where HELLO belongs")
+        _, length = _answer(link, Frame.HELLO)
+        link.take(length)
 
 
 def ask(link: Link, question: list[bytes | pa.Buffer], seconds: float) -> tuple[Frame, int]:
     """Send a question; the kind of the answer, RECORD or WRITTEN, and its bytes, which are yet to be read. Raises Refused."""
     link.within(seconds)
     link.write(Frame.QUESTION, question)
+    return _answer(link, Frame.RECORD, Frame.WRITTEN)
+
+
+def _answer(link: Link, *wanted: Frame) -> tuple[Frame, int]:
+    """The next frame, one of those wanted. Raises Refused, SignalDamaged, ConnectionResetError."""
     frame = link.read(ANSWER_BYTES)
     if frame is None:
         raise ConnectionResetError("the teacher closed the connection before it answered")
-    if frame[0] is Frame.REFUSED:
-        raise refusal_in(link.take(frame[1]))
-    if frame[0] not in (Frame.RECORD, Frame.WRITTEN):
-        raise SignalDamaged(f"the data port: {frame[0].name} where an answer belongs")
+    kind, length = frame
+    if kind is Frame.REFUSED:
+        raise parse_refusal(link.take(length)) or SignalDamaged("the data port: a refusal that says nothing")
+    if kind not in wanted:
+        raise SignalDamaged(f"the data port: {kind.name} where {' or '.join(each.name for each in wanted)} belongs")
     return frame
-
-
-def refusal_in(body: bytes) -> Refused | SignalDamaged:
-    return parse_refusal(body) or SignalDamaged("the data port: a refusal that says nothing")
 
 
 def client_context(config: TeacherConfig) -> ssl.SSLContext:

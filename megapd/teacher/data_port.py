@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hmac
 import logging
 import socket
 import ssl
@@ -17,7 +16,7 @@ from megapd.config import TeacherServer
 from megapd.errors import UserError
 from megapd.signal import SignalDamaged
 from megapd.teacher.frames import FORMAT, Frame, Link, read_stream, stream_parts
-from megapd.teacher.wire import MAX_BYTES, Refused, parse_json
+from megapd.teacher.wire import MAX_BYTES, Refused, check_token, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +62,8 @@ class DataPort:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # ends accept()
         self._listener.close()
-        end = time.monotonic() + seconds
         with self._changed:
-            while self._busy and time.monotonic() < end:
-                self._changed.wait(max(0.0, end - time.monotonic()))
-            if self._busy:
+            if not self._changed.wait_for(lambda: not self._busy, seconds):
                 log.warning("%d answers were still being sent after %g s", self._busy, seconds)
             for link in self._links:
                 link.cancel()
@@ -129,8 +125,8 @@ class DataPort:
             hello = parse_json(link.take(frame[1]))
             given = hello.get("token")
             # Before anything else is told.
-            if self._token is not None and not hmac.compare_digest(str(given).encode("utf-8", "replace"), self._token):
-                raise Refused("token", "the bearer token is missing or another; student and teacher need one teacher.token")
+            if self._token is not None:
+                check_token(str(given).encode("utf-8", "replace"), self._token)
             if hello.get("format") != FORMAT:
                 text = f"the data port: the format is not {FORMAT}; student and teacher run different versions of megapd"
                 raise Refused("invalid", text)
@@ -163,17 +159,18 @@ class DataPort:
             raise SignalDamaged(f"the data port: {kind.name} where a question belongs")
         question = pa.allocate_buffer(length)
         link.fill(memoryview(question).cast("B"))
+        kind, parts = self._found(question, link)
+        link.within(FRAME_SECONDS)
+        link.write(kind, parts)
+
+    def _found(self, question: pa.Buffer, link: Link) -> tuple[Frame, list[bytes | pa.Buffer]]:
         try:
             found = self._answer(_read(question), link.gone)
         except Refused as error:
-            link.within(FRAME_SECONDS)
-            link.write(Frame.REFUSED, [error.as_json()])
-            return
-        link.within(FRAME_SECONDS)
+            return Frame.REFUSED, [error.as_json()]
         if isinstance(found, int):
-            link.write(Frame.WRITTEN, [b'{"bytes": %d}' % found])
-        else:
-            link.write(Frame.RECORD, stream_parts(found))
+            return Frame.WRITTEN, [b'{"bytes": %d}' % found]
+        return Frame.RECORD, stream_parts(found)
 
 
 def _read(question: pa.Buffer) -> pa.RecordBatch:

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
-from megapd.signal import SignalDamaged
+from megapd.signal import NO_ARROW, SignalDamaged
 
 FORMAT = "megapd-data/1"
 HEADER = struct.Struct("<4sB3xQI")  # mark, kind, bytes that follow, crc32 of these three; little-endian
@@ -49,6 +49,12 @@ class Frame(enum.IntEnum):
     REFUSED = 5
 
 
+def frame_header(kind: int, length: int) -> bytes:
+    """What stands before a frame's `length` bytes."""
+    head = HEADER.pack(MARK, kind, length, 0)[:-4]
+    return head + zlib.crc32(head).to_bytes(4, "little")
+
+
 class Link:
     """Frames over a connected socket, for one thread at a time. Raises OSError where the connection fails or time runs out."""
 
@@ -66,7 +72,6 @@ class Link:
     def within(self, seconds: float | None) -> None:
         """How long all that is read and written from now on may take; None: for ever."""
         self._end = float("inf") if seconds is None else time.monotonic() + seconds
-        self._limit(seconds)
 
     def _limit(self, seconds: float | None) -> None:
         if self._tls:
@@ -78,11 +83,9 @@ class Link:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
 
-    def write(self, kind: Frame, parts: Sequence[bytes | pa.Buffer]) -> int:
-        """Send one frame, the parts one after the other; returns their bytes."""
-        length = sum(map(len, parts))
-        head = HEADER.pack(MARK, kind, length, 0)[:-4]
-        views = [memoryview(part) for part in (head + zlib.crc32(head).to_bytes(4, "little"), *parts)]
+    def write(self, kind: Frame, parts: Sequence[bytes | pa.Buffer]) -> None:
+        """Send one frame, the parts one after the other."""
+        views = [memoryview(part) for part in (frame_header(kind, sum(map(len, parts))), *parts)]
         with _timed():
             if self._tls:
                 for view in views:
@@ -90,7 +93,7 @@ class Link:
                     while done < len(view):
                         self._go_on()
                         done += self._socket.send(view[done : done + TLS_BYTES])
-                return length
+                return
             while views:
                 self._go_on()
                 sent = self._socket.sendmsg(views)
@@ -98,7 +101,6 @@ class Link:
                     sent -= len(views.pop(0))
                 if views:
                     views[0] = views[0][sent:]
-        return length
 
     def read(self, limit: int = SMALL_BYTES) -> tuple[Frame, int] | None:
         """(kind, bytes that follow) of the next frame, None where the peer has closed before it.
@@ -162,6 +164,7 @@ class Link:
     def _go_on(self) -> None:
         """The next call may take what is left of the time: a peer that moves a byte now and then gains nothing by it."""
         if self._end == float("inf"):
+            self._limit(None)
             return
         left = self._end - time.monotonic()
         if left <= 0:
@@ -212,5 +215,5 @@ def read_stream(buffer: pa.Buffer) -> pa.RecordBatch:
     """The one record batch of an Arrow stream, a view. Raises SignalDamaged if it is none."""
     try:
         return pa.ipc.open_stream(buffer).read_next_batch()
-    except (pa.ArrowException, OSError, StopIteration, ValueError) as error:
+    except (*NO_ARROW, StopIteration) as error:
         raise SignalDamaged(f"not an Arrow stream: {' '.join(str(error).split()) or 'it ends early'}") from error

@@ -11,10 +11,7 @@ from numpy.typing import NDArray
 
 from megapd.batch import DIGEST_BYTES
 from megapd.files import atomic_file
-from megapd.signal import TEACHER_DIGEST_BYTES, SignalDamaged, SignalSpec, check_form
-
-# What the Arrow reader raises for bytes that are no IPC file; a failure of the disk is an OSError too, when the file is opened.
-NO_ARROW = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, NotImplementedError)
+from megapd.signal import NO_ARROW, TEACHER_DIGEST_BYTES, SignalDamaged, SignalSpec, check_form
 
 
 class Index:

@@ -126,7 +126,9 @@ class Replicas:
         files = {"tls_root_certs": "root_certificate", "cert_chain": "certificate", "private_key": "key"}
         paths = {argument: (getattr(config, name), f"teacher.{name}") for argument, name in files.items()}
         self._tls = {argument: read_secret(path, name) for argument, (path, name) in paths.items() if path is not None}
-        self._context, self._data_port = client_context(config), config.data_port
+        # Made where it is needed: 50 ms, for the authorities of the system.
+        self._context = client_context(config) if self._tls else None
+        self._config = config
         self._known: dict[str, Remote] = {}
         self._turn = itertools.count()
         self._lock = threading.Lock()
@@ -138,9 +140,11 @@ class Replicas:
             for address in addresses:
                 if address not in self._known:
                     tls = address.startswith("grpc+tls:")
+                    if tls and self._context is None:
+                        self._context = client_context(self._config)
                     client = flight.FlightClient(address, generic_options=_OPTIONS, **(self._tls if tls else {}))
                     token = None if self._token is None else self._token.decode()
-                    connections = Connections(address, token, self._context if tls else None, allowed=self._data_port)
+                    connections = Connections(address, token, self._context if tls else None, allowed=self._config.data_port)
                     self._known[address] = Remote(address, client, self._token, connections)
             for address in self._known.keys() - set(addresses):
                 self._known.pop(address).connections.forget()  # its client closes with the last call that uses it

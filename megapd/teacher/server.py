@@ -10,7 +10,6 @@ Everything else is refused. Nothing is unpickled, no call names a file, and no a
 from __future__ import annotations
 
 import contextlib
-import hmac
 import ipaddress
 import json
 import logging
@@ -40,6 +39,7 @@ from megapd.teacher.wire import (
     Request,
     bearer,
     check_request,
+    check_token,
     decode_request,
     encode_catalogue,
     parse_json,
@@ -71,11 +71,11 @@ class _Token(flight.ServerMiddlewareFactory):
         if self._expected is None:
             return
         given = headers.get("authorization", [])
-        if len(given) != 1 or not hmac.compare_digest(_bytes(given[0]), self._expected):
+        try:
+            check_token(_bytes(given[0]) if len(given) == 1 else b"", self._expected)
+        except Refused as error:
             self._metrics.requests.labels("any", "token").inc()
-            raise Refused(
-                "token", "the bearer token is missing or another; student and teacher need one teacher.token"
-            ).as_flight()
+            raise error.as_flight() from None
 
 
 class TeacherFlight(flight.FlightServerBase):
@@ -126,10 +126,10 @@ class TeacherFlight(flight.FlightServerBase):
     def answer(self, record: pa.RecordBatch, gone: Callable[[], bool]) -> pa.RecordBatch | int:
         """The answer to a request, or the bytes that it takes in the client's memory. Raises Refused. The data port's calls."""
         with self._told("signal", gone):
+            self._dispatcher.check_open()
             return self._answer(record, gone)
 
     def _answer(self, record: pa.RecordBatch, gone: Callable[[], bool]) -> pa.RecordBatch | int:
-        self._dispatcher.check_open()
         request = decode_request(record)
         checkpoint = self._checkpoint(request.step, request.teacher)
         check_request(request, checkpoint)

@@ -16,6 +16,7 @@ the client's shared memory. The answer is megapd.signal's record batch.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -149,10 +150,11 @@ def encode_request(step: int, teacher: str, spec: SignalSpec, batch: Batch) -> p
     matrices = [_small(tensor.numpy(force=True).reshape(-1)) for tensor in (batch.ids, batch.segments) if tensor is not None]
     positions = _small(batch.places)
     schema = _request_schema(length, tuple(matrix.type for matrix in matrices), positions.type)
+    sample, *lists, places = schema.types
     columns = [
-        pa.Array.from_buffers(schema.types[0], samples, [None, pa.py_buffer(batch.sample_digests.tobytes())], 0),
-        *(pa.Array.from_buffers(pa.list_(matrix.type, length), samples, [None], 0, children=[matrix]) for matrix in matrices),
-        pa.Array.from_buffers(schema.types[-1], samples, [None, pa.py_buffer(ends)], 0, children=[positions]),
+        pa.Array.from_buffers(sample, samples, [None, pa.py_buffer(batch.sample_digests.tobytes())], 0),
+        *(pa.Array.from_buffers(kind, samples, [None], 0, children=[part]) for kind, part in zip(lists, matrices, strict=True)),
+        pa.Array.from_buffers(places, samples, [None, pa.py_buffer(ends)], 0, children=[positions]),
     ]
     metadata = {
         "format": FORMAT,
@@ -420,3 +422,9 @@ def read_secret(path: Path, setting: str) -> bytes:
 def bearer(token: bytes) -> bytes:
     """The value of the authorization header."""
     return b"Bearer " + token
+
+
+def check_token(given: bytes, expected: bytes) -> None:
+    """Refused, kind token, unless they are equal; takes the same time wherever they differ."""
+    if not hmac.compare_digest(given, expected):
+        raise Refused("token", "the bearer token is missing or another; student and teacher need one teacher.token")

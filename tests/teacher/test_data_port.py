@@ -8,7 +8,6 @@ import mmap
 import socket
 import threading
 import time
-import zlib
 from typing import ClassVar
 
 import pytest
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 from megapd.signal import SignalDamaged, decode
 from megapd.teacher.client import WORKERS
 from megapd.teacher.connections import Connections, ask
-from megapd.teacher.frames import FORMAT, HEADER, MARK, Frame, Link, read_stream, stream_parts
+from megapd.teacher.frames import FORMAT, Frame, Link, frame_header, read_stream, stream_parts
 from megapd.teacher.server import TeacherFlight
 from megapd.teacher.shared_memory import Slot
 from megapd.teacher.wire import Refused, encode_request
@@ -30,6 +29,7 @@ from tests.teacher.serving import (
     TOKEN,
     FakeReplica,
     make_batch,
+    queued,
     run_through,
     same,
     served,
@@ -57,12 +57,17 @@ class Told(TeacherFlight):
         super().__setattr__(name, value)
 
 
+def port_of(stream):
+    """The data port of the stream's replica."""
+    (remote,) = stream._replicas.current()
+    return json.loads(remote.action("data", b"", 5))["port"]
+
+
 @pytest.fixture
 def port(server):
     """Of the module's server, which answers at the end."""
     with stream_of(server) as stream:
-        (remote,) = stream._replicas.current()
-        yield json.loads(remote.action("data", b"", 5))["port"]
+        yield port_of(stream)
         batch = make_batch(1)
         (found,) = stream.signals(0, [batch])
         assert same(found, server.replica.expected(10, batch, DENSE))
@@ -139,8 +144,7 @@ def test_flipped_bits_and_cut_connections():
 def test_without_the_token_nothing_is_answered(token_file):
     with served(None, f"--teacher.token={token_file}") as server:
         with stream_of(server, overrides=(f"--teacher.token={token_file}",)) as stream:
-            (remote,) = stream._replicas.current()
-            port = json.loads(remote.action("data", b"", 5))["port"]
+            port = port_of(stream)
         for token in (None, "", TOKEN.decode()[:-1], TOKEN.decode() + "0", "\ud800", 7, {}):
             hello = json.dumps({"format": FORMAT, "token": token}).encode()
             with pytest.raises(Refused) as caught, connected(port, hello):
@@ -170,7 +174,7 @@ def test_one_question_after_the_other_also_after_refusals(port, server):
     with connected(port) as link:
         for _ in range(3):
             _, length = ask(link, QUESTION, 10)
-            found = decode(read_stream(_buffer(link, length)), DENSE, DIGESTS[20], batch)
+            found = decode(read_stream(link.take(length)), DENSE, DIGESTS[20], batch)
             assert same(found, server.replica.expected(20, batch, DENSE))
             with pytest.raises(Refused, match="no record batch"):
                 ask(link, [b"no arrow stream"], 10)
@@ -178,24 +182,17 @@ def test_one_question_after_the_other_also_after_refusals(port, server):
                 ask(link, stream_parts(encode_request(20, DIGESTS[10], DENSE, batch)), 10)
 
 
-def _buffer(link, length):
-    data = bytearray(length)
-    link.fill(memoryview(data))
-    return data
-
-
 def test_slow_and_silent_peers_are_left(monkeypatch):
     monkeypatch.setattr("megapd.teacher.data_port.HELLO_SECONDS", 0.3)
     monkeypatch.setattr("megapd.teacher.data_port.FRAME_SECONDS", 0.3)
     with served() as server, stream_of(server) as stream:
-        (remote,) = stream._replicas.current()
-        port = json.loads(remote.action("data", b"", 5))["port"]
+        port = port_of(stream)
         silent = socket.create_connection(("127.0.0.1", port), 5)
         dripping = socket.create_connection(("127.0.0.1", port), 5)
         with connected(port) as half:
-            half._socket.sendall(_header(Frame.QUESTION, 5000) + b"x" * 10)
+            half._socket.sendall(frame_header(Frame.QUESTION, 5000) + b"x" * 10)
             with contextlib.suppress(OSError):
-                for byte in _header(Frame.HELLO, 50):
+                for byte in frame_header(Frame.HELLO, 50):
                     dripping.send(bytes([byte]))
                     threading.Event().wait(0.05)
             for each in (silent, dripping, half._socket):
@@ -205,13 +202,8 @@ def test_slow_and_silent_peers_are_left(monkeypatch):
                 each.close()
 
 
-def _header(kind, length):
-    head = HEADER.pack(MARK, kind, length, 0)[:-4]
-    return head + zlib.crc32(head).to_bytes(4, "little")
-
-
 def _frame(kind, body):
-    return _header(kind, len(body)) + body
+    return frame_header(kind, len(body)) + body
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -228,7 +220,7 @@ def test_whatever_is_sent_the_next_one_is_answered(port, kind, length, body, gre
     with connected(port) if greeted else fresh as link:
         link.within(5)
         try:
-            link._socket.sendall(_header(kind, length) + body)
+            link._socket.sendall(frame_header(kind, length) + body)
             link._socket.sendall(raw)
             link._socket.shutdown(socket.SHUT_WR)
             while link._socket.recv(1 << 16):
@@ -245,17 +237,17 @@ def test_whatever_is_sent_the_next_one_is_answered(port, kind, length, body, gre
     "answer",
     [
         b"HTTP/1.1 400 Bad Request\r\n\r\nabcdefgh",
-        _header(Frame.RECORD, 1 << 60),
-        _header(Frame.HELLO, 2) + b"{}",
-        _header(Frame.RECORD, 40) + b"no arrow stream" + b"x" * 25,
-        _header(Frame.RECORD, 0),
-        _header(Frame.WRITTEN, 4) + b"nono",
-        _header(Frame.REFUSED, 2) + b"{}",
-        _header(Frame.REFUSED, 1 << 33),
+        frame_header(Frame.RECORD, 1 << 60),
+        frame_header(Frame.HELLO, 2) + b"{}",
+        frame_header(Frame.RECORD, 40) + b"no arrow stream" + b"x" * 25,
+        frame_header(Frame.RECORD, 0),
+        frame_header(Frame.WRITTEN, 4) + b"nono",
+        frame_header(Frame.REFUSED, 2) + b"{}",
+        frame_header(Frame.REFUSED, 1 << 33),
         _frame(Frame.REFUSED, b'{"kind": "small", "message": "", "needed": 1e400}'),
         _frame(Frame.REFUSED, b'{"kind": [], "message": ""}'),
         _frame(Frame.REFUSED, b"[" * 60_000),
-        _header(Frame.RECORD, 1000) + b"ends early",
+        frame_header(Frame.RECORD, 1000) + b"ends early",
         b"",
     ],
     ids=[
@@ -404,14 +396,14 @@ def test_a_port_that_could_not_be_reached_is_tried_again(monkeypatch):
 def test_a_frame_must_be_whole(pair):
     link, theirs = pair
     link.within(2)
-    theirs.sendall(_header(Frame.HELLO, 1)[:-1] + b"?")
+    theirs.sendall(frame_header(Frame.HELLO, 1)[:-1] + b"?")
     with pytest.raises(SignalDamaged, match="not a frame"):
         link.read()
     link.within(0.05)
     with pytest.raises(TimeoutError):
         link.read()
     link.within(2)
-    theirs.sendall(_header(Frame.HELLO, 10)[:5])
+    theirs.sendall(frame_header(Frame.HELLO, 10)[:5])
     theirs.close()
     with pytest.raises(ConnectionResetError):
         link.read()
@@ -422,15 +414,14 @@ def test_a_client_that_went_is_noticed_and_its_question_forgotten(monkeypatch):
     monkeypatch.setattr("megapd.teacher.server.GONE_SECONDS", 0.05)
     replica = FakeReplica()
     with served(replica) as server, stream_of(server) as stream:
-        (remote,) = stream._replicas.current()
-        port = json.loads(remote.action("data", b"", 5))["port"]
+        port = port_of(stream)
         replica.gate.clear()
         with connected(port) as first, connected(port) as second:
             first.write(Frame.QUESTION, QUESTION)
             wait_for(lambda: replica.entered == 1)
             second.write(Frame.QUESTION, stream_parts(encode_request(20, DIGESTS[20], DENSE, make_batch(5))))
-            wait_for(lambda: json.loads(remote.action("capacity", b"", 5))["queued"] == 1)
-        wait_for(lambda: json.loads(remote.action("capacity", b"", 5))["queued"] == 0)
+            wait_for(lambda: queued(stream) == 1)
+        wait_for(lambda: queued(stream) == 0)
         replica.gate.set()
         assert len(list(run_through(stream, replica, steps=range(1)))) == 2
         assert replica.asked[0] == (20, 3)
