@@ -3,10 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # torch goes first: with it in place, the packages that ask for it do not fetch the CUDA build on a CPU machine.
-$(VENV)/ready: setup.py pyproject.toml constraints.txt
+$(VENV)/ready: pyproject.toml kernels/pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ./kernels --editable '.[dev]'
 	touch $@
 
 .PHONY: install demo test test-full kernels-report lint format clean
@@ -28,8 +28,7 @@ kernels-report: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy megapd
-	$(BIN)/mypy --explicit-package-bases kernels launch
+	$(BIN)/mypy megapd kernels/megapd_kernels
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .

@@ -18,7 +18,7 @@ WHEELS      folder of wheels, installed in a temporary folder, for a host withou
 ARGUMENTS   for benchmarks/kernels_gpu.py, such as --quick
 PYTHON      environment variable: the interpreter, which must have torch; default python3
 
-Nothing needs to be installed: megapd is taken from this checkout. Exits with 0, with 1 if a step failed, with 2 for wrong arguments
+Nothing needs to be installed: megapd and megapd_kernels are taken from this checkout. Exits with 0, with 1 if a step failed, with 2 for wrong arguments
 or without a GPU.
 TEXT
 }
@@ -79,18 +79,8 @@ if ((${#places[@]} == 2)); then
     "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$temporary/site" "${wheels[@]}"
 fi
 
-# The checkout as setup.py lays it out, in links: megapd.kernels is the folder kernels/. Steps run in there, so that the current
-# folder, which Python searches first, has no megapd without kernels.
-mirror=$temporary/megapd
-mkdir -p "$mirror/megapd"
-for entry in "$root"/*; do
-    [[ ${entry##*/} == megapd ]] || ln -s "$entry" "$mirror/"
-done
-for entry in "$root"/megapd/* "$root"/{kernels,launch,configs}; do
-    [[ ${entry##*/} == __pycache__ ]] || ln -s "$entry" "$mirror/megapd/"
-done
-cd "$mirror"
-export PYTHONPATH=$mirror:$temporary/site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+cd "$root"
+export PYTHONPATH=$root:$root/kernels:$temporary/site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
 # shellcheck disable=SC2329 # by bash -c, under timeout
 environment() {
@@ -105,7 +95,7 @@ import platform
 
 import torch
 
-import megapd.kernels
+import megapd_kernels
 
 print("python", platform.python_version(), "cuda", torch.version.cuda, "hip", torch.version.hip)
 for name in ("torch", "triton", "liger-kernel", "deepspeed", "numpy", "pytest", "hypothesis"):
@@ -115,7 +105,7 @@ for name in ("torch", "triton", "liger-kernel", "deepspeed", "numpy", "pytest", 
         print(name, "is not installed")
 properties = torch.cuda.get_device_properties(0)
 print(properties)
-print("kernels:", megapd.kernels.implementation(torch.device("cuda"), torch.float32), "from", megapd.kernels.__file__)
+print("kernels:", megapd_kernels.implementation(torch.device("cuda"), torch.float32), "from", megapd_kernels.__file__)
 PYTHON
 }
 

@@ -41,7 +41,7 @@ import peers
 import torch
 from torch import Tensor
 
-from megapd.kernels import distillation_loss
+from megapd_kernels import distillation_loss
 
 FIELDS = (
     *("gpu", "driver", "torch", "triton", "liger", "date", "operation", "divergence", "implementation"),

@@ -25,9 +25,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megapd.files import write_atomic
-from megapd.kernels.triton_dense import NUMBERS, dense_rows
-from megapd.kernels.triton_math import launch_shape
-from megapd.kernels.triton_student import student_rows
+from megapd_kernels.rows.triton_dense import NUMBERS, dense_rows
+from megapd_kernels.rows.triton_math import launch_shape
+from megapd_kernels.rows.triton_student import student_rows
 
 VOCABULARIES = (32768, 50304, 128256, 151936, 262144)
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")

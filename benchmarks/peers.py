@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megapd import kernels
-from megapd.kernels import LossOptions
+import megapd_kernels as kernels
+from megapd_kernels import LossOptions
 
 Contestant = Callable[..., Any]
 

@@ -31,10 +31,11 @@ import psutil
 from common import write_result
 from sqlalchemy import insert, update
 
-from megapd.schedule import journal, runs
-from megapd.schedule.store import Store
-from megapd.schedule.tables import decisions as decisions_table
-from megapd.schedule.tables import runs as runs_table
+from megapd.scheduler.store import runs
+from megapd.scheduler.store import tokens as journal
+from megapd.scheduler.store.database import Store
+from megapd.scheduler.store.tables import decisions as decisions_table
+from megapd.scheduler.store.tables import runs as runs_table
 
 _SERVE = """
 import sys

@@ -23,7 +23,7 @@ import torch
 from megapd.analysis.plots import plot_runs, read_metrics
 from megapd.cli import main as megapd
 from megapd.files import write_atomic
-from megapd.launch.local import launch_local
+from megapd.processes.local import launch_local
 
 RANKS = 2
 KINDS = ("bert", "gpt")

@@ -23,7 +23,8 @@ from common import write_result
 from megapd.analysis.plots import read_metrics, steps_to_accuracy
 from megapd.analysis.suggest import describe_found, suggest
 from megapd.config import Transition
-from megapd.schedule.policies import Plan, build_plan
+from megapd.schedule.plan import Plan
+from megapd.schedule.policies import build_plan
 from megapd.trajectory import Trajectory
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "demo"

@@ -21,7 +21,7 @@ from rich.markup import escape
 from megapd import __version__
 from megapd.config import Config, Follow, dump, load, parse_overrides
 from megapd.errors import Diverged, TeacherLost, UserError
-from megapd.signal import SignalMismatch
+from megapd.signals.signal import SignalMismatch
 from megapd.trajectory import CheckpointTimeout
 
 
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 def train(arguments: argparse.Namespace) -> int:
     config = _load(arguments)
     if arguments.dry_run:
-        from megapd.training.report import dry_run
+        from megapd.commands.dry_run import dry_run
 
         Console(soft_wrap=True).print(escape(dry_run(config)), highlight=False)
         return 0
@@ -70,14 +70,14 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def teacher(arguments: argparse.Namespace) -> int:
-    from megapd.teacher.command import serve_teacher
+    from megapd.commands.teacher import serve_teacher
 
     own = [] if arguments.config is None else [str(arguments.config)]
     return serve_teacher(_load(arguments), ["teacher", *own, *arguments.overrides])
 
 
 def record(arguments: argparse.Namespace) -> int:
-    from megapd.teacher.command import record_signals
+    from megapd.commands.record import record_signals
 
     summary = record_signals(_load(arguments))
     if summary is not None:
@@ -95,7 +95,8 @@ def prepare(arguments: argparse.Namespace) -> int:
 def plan(arguments: argparse.Namespace) -> int:
     from megapd.analysis.plots import plot_plan
     from megapd.analysis.timeline import describe_plan
-    from megapd.teacher.setup import open_trajectory, resolve_plan
+    from megapd.schedule.resolve import resolve_plan
+    from megapd.teacher.setup import open_trajectory
 
     config = _load(arguments)
     if config.teacher is None:
@@ -120,7 +121,7 @@ def trajectory_verify(arguments: argparse.Namespace) -> int:
     from megapd.analysis.suggest import open_folder
 
     if not arguments.folder.exists():
-        from megapd.schedule.command import verify_checkpoints
+        from megapd.commands.trajectory import verify_checkpoints
 
         return verify_checkpoints(load(None, arguments.overrides), str(arguments.folder), accept=arguments.accept)
     if arguments.accept:
@@ -145,7 +146,7 @@ def trajectory_suggest(arguments: argparse.Namespace) -> int:
 
 
 def trajectory_import(arguments: argparse.Namespace) -> int:
-    from megapd.schedule.command import import_checkpoints
+    from megapd.commands.trajectory import import_checkpoints
 
     config = load(None, arguments.overrides)
     return import_checkpoints(
@@ -154,7 +155,7 @@ def trajectory_import(arguments: argparse.Namespace) -> int:
 
 
 def scheduler(arguments: argparse.Namespace) -> int:
-    from megapd.schedule import command
+    from megapd.commands import scheduler as command
 
     words = arguments.words
     match words:
@@ -170,19 +171,19 @@ def scheduler(arguments: argparse.Namespace) -> int:
 
 
 def schedule_show(arguments: argparse.Namespace) -> int:
-    from megapd.schedule.command import show_schedule
+    from megapd.commands.schedule import show_schedule
 
     return show_schedule(load(None, arguments.overrides), arguments.run_name)
 
 
 def schedule_history(arguments: argparse.Namespace) -> int:
-    from megapd.schedule.command import schedule_history as history
+    from megapd.commands.schedule import schedule_history as history
 
     return history(load(None, arguments.overrides), arguments.run_name)
 
 
 def schedule_set(arguments: argparse.Namespace) -> int:
-    from megapd.schedule.command import set_schedule
+    from megapd.commands.schedule import set_schedule
 
     # The schedule alone, which in a run's configuration would ask for a teacher beside it.
     own = [o for o in arguments.overrides if o.startswith(("--schedule.", "--schedule="))]
@@ -194,7 +195,7 @@ def schedule_set(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    from megapd.training.offline import evaluate_run
+    from megapd.commands.evaluate import evaluate_run
 
     config = load(arguments.folder / "config.yaml", arguments.overrides)
     for line in evaluate_run(config, arguments.folder):
@@ -212,7 +213,7 @@ def plot(arguments: argparse.Namespace) -> int:
 
 
 def demo(arguments: argparse.Namespace) -> int:
-    from megapd.demo import run_demo
+    from megapd.commands.demo import run_demo
 
     return run_demo(arguments.folder)
 

@@ -18,11 +18,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megapd.launch.local import free_port, local_environment
+from megapd.processes.local import free_port, local_environment
 
 _PR_SET_PDEATHSIG = 1
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["megapd.cli", "megapd.training.loop", "megapd.teacher.command", "megapd.teacher.server"])
+_context.set_forkserver_preload(["megapd.cli", "megapd.training.loop", "megapd.commands.teacher", "megapd.teacher.server.flight"])
 
 
 class Forked:

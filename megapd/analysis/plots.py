@@ -20,7 +20,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullForma
 
 from megapd.errors import UserError
 from megapd.files import write_atomic
-from megapd.schedule.policies import Plan
+from megapd.schedule.plan import Plan
 
 METRICS = "metrics.jsonl"
 Record = dict[str, Any]

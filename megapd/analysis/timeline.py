@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from megapd.schedule.policies import Plan
+from megapd.schedule.plan import Plan
 
 SHOWN = 24  # rotations; of a longer plan the middle is left out
 FIRST = 14

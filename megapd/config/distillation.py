@@ -232,7 +232,7 @@ Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd", "soft_cross_entro
 
 class Loss(Section):
     """alpha * CE(labels) + (1 - alpha) * divergence(teacher, student) + z_loss * (log normaliser)^2, averaged over the labelled
-    positions; see megapd.kernels.LossOptions."""
+    positions; see megapd_kernels.LossOptions."""
 
     divergence: Divergence = "forward_kl"
     teacher_temperature: float = Field(1.0, ge=0.0, description="0: the teacher's argmax, exactly")

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from megapd.batch import Batch
 from megapd.config import MLPModel, Model, TransformerModel
 from megapd.errors import UserError
-from megapd.kernels import LossOptions
 from megapd.models.heads import LossHead
 from megapd.models.mlp import MLP
 from megapd.models.transformer import MaskedTransform, Transformer
-from megapd.signal import Signal
+from megapd.signals.signal import Signal
+from megapd_kernels import LossOptions
 
 INIT_STD = 0.02  # GPT-2's and BERT's
 

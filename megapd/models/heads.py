@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megapd.kernels import LossOptions, LossResult, linear_distillation_loss
-from megapd.signal import Signal
+from megapd.signals.signal import Signal
+from megapd_kernels import LossOptions, LossResult, linear_distillation_loss
 
 
 class LossHead(nn.Module):

@@ -23,9 +23,9 @@ from torch import Tensor
 from megapd.config import MLPModel, Model, TransformerModel
 from megapd.errors import UserError
 from megapd.files import commit_folder, temporary_folder
-from megapd.kernels import LossOptions
 from megapd.models.build import Learner, build_model
 from megapd.models.transformer import LAYER_NORM_EPS, TOKEN_TYPES, Transformer
+from megapd_kernels import LossOptions
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megapd.errors import UserError
-from megapd.kernels import VocabularyShard
 from megapd.models.build import Learner
 from megapd.models.mlp import MLP
 from megapd.models.transformer import Attention
 from megapd.slices import Part, Ranges
+from megapd_kernels import VocabularyShard
 
 # colwise          output features are split, and the bias
 # colwise_qkv      the same, of three matrices one below the other (query, key, value), each by whole heads

@@ -20,60 +20,16 @@ training.steps ends before a schedule does, the rest is not used, need not exist
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from math import log
 from typing import Any
 
 from megapd.config import Adaptive, Equal, Explicit, Follow, Geometric, Matched, OneShot, Schedule, Transition
 from megapd.errors import UserError
+from megapd.schedule.plan import Plan
 from megapd.schedule.transition import all_metrics, find_transition, nearest_increasing
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A schedule resolved for one run: the map from student step to the teacher's checkpoint.
-
-    policy      the schedule's policy
-    steps       student steps of the run
-    starts      increasing student steps, the first 0: where a checkpoint begins to teach
-    teachers    teacher step of each, the same length; neighbours differ
-    warnings    what a user may not have meant, one line each
-    """
-
-    policy: str
-    steps: int
-    starts: tuple[int, ...]
-    teachers: tuple[int, ...]
-    warnings: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        assert len(self.starts) == len(self.teachers)
-        assert self.starts[0] == 0
-        assert self.starts[-1] < self.steps
-        assert all(a < b for a, b in zip(self.starts, self.starts[1:], strict=False))
-        assert all(a != b for a, b in zip(self.teachers, self.teachers[1:], strict=False))
-
-    def checkpoint_at(self, student_step: int) -> int:
-        """The teacher step that teaches student step `student_step`, 0 <= student_step < steps. O(log rotations)."""
-        assert 0 <= student_step < self.steps, f"student step {student_step} of a plan for {self.steps} steps"
-        return self.teachers[bisect_right(self.starts, student_step) - 1]
-
-    def rotations(self) -> list[tuple[int, int]]:
-        """(student step, teacher step) wherever another checkpoint begins to teach; the first is at student step 0."""
-        return list(zip(self.starts, self.teachers, strict=True))
-
-    def next_after(self, student_step: int) -> tuple[int, int] | None:
-        """The first rotation later than `student_step`, None if there is none. O(log rotations)."""
-        place = bisect_right(self.starts, student_step)
-        return (self.starts[place], self.teachers[place]) if place < len(self.starts) else None
-
-    def fixed(self) -> list[tuple[int, int]]:
-        """The rotations that a resumed run must find again; of a plan that grows by decisions, the first alone."""
-        return self.rotations()
-
 
 MetricsOf = Callable[[int], Mapping[str, Any]]  # teacher step -> what its checkpoint's meta.json holds as metrics
 
@@ -104,7 +60,7 @@ def build_plan(schedule: Schedule, *, available: Sequence[int] | None, steps: in
         elif isinstance(schedule, Transition):
             pieces, warnings = _transition(schedule, there, steps, metrics_of)
         elif isinstance(schedule, Adaptive):
-            from megapd.schedule.adaptive import AdaptivePlan  # which is itself a Plan
+            from megapd.schedule.plan import AdaptivePlan  # which is itself a Plan
 
             return AdaptivePlan(candidates(schedule, there), steps)
         else:

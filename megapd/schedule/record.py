@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megapd.errors import UserError
 from megapd.files import write_atomic
-from megapd.schedule.policies import Plan
+from megapd.schedule.plan import Plan
 from megapd.trajectory import Checkpoint
 
 log = logging.getLogger(__name__)

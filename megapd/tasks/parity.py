@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from megapd import config as settings
 from megapd.batch import Batch
+from megapd.rng import Stream, Words, bits
 from megapd.tasks.base import heldout_rows, training_samples
-from megapd.tasks.random import Stream, Words, bits
 
 HELDOUT_SAMPLES = 1 << 31  # drawn on demand, so any number would do
 

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from megapd import config as settings
 from megapd.batch import Batch
 from megapd.errors import UserError
+from megapd.rng import Stream, below, bits, permute, scale
 from megapd.tasks.base import heldout_rows, training_samples
 from megapd.tasks.blocks import Blocks, read_meta
-from megapd.tasks.random import Stream, below, bits, permute, scale
 
 STYLES = {"mlm": "bert", "clm": "gpt"}
 HELDOUT_SEED = 0  # the held-out masks are the same for every run, whatever its seed

@@ -7,21 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megapd.config import Config, Follow, Schedule
-from megapd.schedule.policies import Plan, build_plan
-from megapd.signal import Encoding, SignalSpec, negotiate
+from megapd.config import Config, Follow
+from megapd.models.from_checkpoint import Shape, checkpoint_shape
+from megapd.schedule.plan import Plan
+from megapd.signals.spec import Encoding, SignalSpec, negotiate
 from megapd.tasks import Task
-from megapd.teacher.build import Shape, checkpoint_shape
-from megapd.teacher.cache import SignalCache
-from megapd.teacher.cached import CachedStream
-from megapd.teacher.engine import Demands, Teacher, TeacherOptions
+from megapd.teacher.cache.cache import SignalCache
+from megapd.teacher.cache.cached import CachedStream
+from megapd.teacher.engine.teacher import Demands, Teacher, TeacherOptions
 from megapd.teacher.stream import ColocatedStream, Stream
 from megapd.trajectory import Checkpoint, Checkpoints, Trajectory
 from megapd.trajectory.hugging_face import HuggingFaceTrajectory, is_hugging_face
 from megapd.world import World
 
 if TYPE_CHECKING:
-    from megapd.teacher.replicas import Endpoints
+    from megapd.teacher.client.replicas import Endpoints
+
 
 DEFAULT_K = {"topk": 64, "sampled": 12}
 
@@ -31,7 +32,7 @@ def open_trajectory(config: Config) -> Checkpoints:
     assert config.teacher is not None
     named = config.teacher.trajectory
     if named is None:
-        from megapd.teacher.client import RemoteTrajectory
+        from megapd.teacher.client.served import RemoteTrajectory
 
         return RemoteTrajectory(config.teacher, open_endpoints(config))
     if is_hugging_face(named):
@@ -41,22 +42,13 @@ def open_trajectory(config: Config) -> Checkpoints:
 
 def open_endpoints(config: Config) -> Endpoints:
     """Where the served teacher's replicas are: as the configuration names them, or else as the scheduler does."""
-    from megapd.teacher.leases import LeasedEndpoints
-    from megapd.teacher.replicas import FixedEndpoints
+    from megapd.scheduler.client.endpoints import LeasedEndpoints
+    from megapd.teacher.client.replicas import FixedEndpoints
 
     assert config.teacher is not None
     if config.teacher.endpoints:
         return FixedEndpoints(config.teacher.endpoints)
     return LeasedEndpoints(config.scheduler, config.name)
-
-
-def resolve_plan(config: Config, trajectory: Checkpoints, schedule: Schedule | None = None) -> Plan:
-    """The schedule, by default that of the run, over the checkpoints there are; `follow` does not need them yet."""
-    schedule = schedule or config.schedule
-    assert schedule is not None
-    # Models of transformers come without metrics, and to describe one is to fetch and hash it.
-    metrics_of = None if isinstance(trajectory, HuggingFaceTrajectory) else lambda step: trajectory.checkpoint(step).metrics
-    return build_plan(schedule, available=trajectory.steps, steps=config.training.steps, metrics_of=metrics_of)
 
 
 def teacher_options(config: Config, *, served: bool = False) -> TeacherOptions:
@@ -141,7 +133,7 @@ def open_source(config: Config, task: Task, trajectory: Checkpoints, plan: Plan,
         except BaseException:
             own.close()  # its reader may be waiting for a file, and would keep the process alive
             raise
-    from megapd.teacher.client import ServedStream
+    from megapd.teacher.client.served import ServedStream
 
     spec = signal_spec(config, task, plan, _checked(config, task, trajectory, plan, step))
     endpoints = open_endpoints(config)

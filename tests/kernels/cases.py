@@ -12,13 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megapd.kernels import (
-    LossOptions,
-    LossResult,
-    distillation_loss,
-    linear_distillation_loss,
-    ops,
-)
+from megapd_kernels import LossOptions, LossResult, distillation_loss, linear_distillation_loss, ops
 
 DIVERGENCES = ["forward_kl", "reverse_kl", "jsd", "tvd", "soft_cross_entropy"]
 FORMS = ["none", "ids", "logits", "hidden"]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from megapd.kernels import LossOptions, LossResult, VocabularyShard, linear_distillation_loss, softmax_kl, topk_logits
+from megapd_kernels import LossOptions, LossResult, VocabularyShard, linear_distillation_loss, softmax_kl, topk_logits
 
 from .cases import DIVERGENCES, F64, SPARSE, Case, N, make_case, possible, relative, row_bytes
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megapd.kernels import LossOptions, linear_cross_entropy, linear_softmax_kl, linear_sparse_kl, ops, softmax_kl
+from megapd_kernels import LossOptions, linear_cross_entropy, linear_softmax_kl, linear_sparse_kl, ops, softmax_kl
 
 from .cases import D, E, N, V, below, make_case, relative
 
@@ -152,7 +152,7 @@ def test_opcheck_of_linear_loss(recompute: bool) -> None:
     for call in problems(recompute):
         has_bias = below(call)[2] is not None
         needs = [not recompute, not recompute, has_bias and not recompute]
-        torch.library.opcheck(torch.ops.megapd.linear_loss.default, linear_arguments(call, needs))
+        torch.library.opcheck(torch.ops.megapd_kernels.linear_loss.default, linear_arguments(call, needs))
 
 
 def test_opcheck_of_logits_loss_and_gradient() -> None:
@@ -161,11 +161,11 @@ def test_opcheck_of_logits_loss_and_gradient() -> None:
     teacher = F.linear(x["teacher_hidden"], x["teacher_weight"], x["teacher_bias"])
     logits, problem, in_place = below(lambda: softmax_kl(student, teacher, labels=x["labels"], options=OPTIONS))
     packed = ops.pack(problem)
-    torch.library.opcheck(torch.ops.megapd.logits_loss.default, (logits, in_place, *packed))
-    statistics = torch.ops.megapd.logits_loss(logits.detach(), in_place, *packed)[-1]
+    torch.library.opcheck(torch.ops.megapd_kernels.logits_loss.default, (logits, in_place, *packed))
+    statistics = torch.ops.megapd_kernels.logits_loss(logits.detach(), in_place, *packed)[-1]
     arguments = (logits.detach(), torch.tensor(2.0), statistics, *packed)
-    torch.library.opcheck(torch.ops.megapd.logits_gradient.default, arguments)
-    torch.library.opcheck(torch.ops.megapd.logits_gradient_.default, (logits.detach().clone(), *arguments[1:]))
+    torch.library.opcheck(torch.ops.megapd_kernels.logits_gradient.default, arguments)
+    torch.library.opcheck(torch.ops.megapd_kernels.logits_gradient_.default, (logits.detach().clone(), *arguments[1:]))
 
 
 def test_a_problem_survives_the_operations_arguments() -> None:
@@ -199,15 +199,14 @@ def test_a_problem_survives_the_operations_arguments() -> None:
             assert value is wanted or tuple(value) == tuple(wanted)
 
 
-def test_the_folder_is_no_package_of_its_own() -> None:
-    """With the repository's root on the path transformers would find it, and its operations would replace megapd's."""
+def test_the_folder_is_no_distribution_of_its_own() -> None:
+    """With the repository's root on the path `import kernels` finds the folder: transformers must not take it for `kernels`."""
     code = (
         "import kernels, torch\n"
-        "assert not hasattr(kernels, 'softmax_kl')\n"
-        "from megapd.kernels import softmax_kl\n"
-        "try:\n    import kernels.ops\n"
-        "except ImportError as error:\n    assert 'import megapd.kernels' in str(error)\n"
-        "else:\n    raise SystemExit('registered twice')\n"
+        "from transformers.utils import is_kernels_available\n"
+        "from megapd_kernels import softmax_kl\n"
+        "assert kernels.__file__ is None\n"
+        "assert not is_kernels_available()\n"
         "assert softmax_kl(torch.zeros(2, 3), torch.zeros(2, 3)).loss.item() == 0\n"
     )
     root = Path(__file__).parents[2]

@@ -11,12 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from megapd.kernels import (
-    LossOptions,
-    distillation_loss,
-    linear_distillation_loss,
-    softmax_kl,
-)
+from megapd_kernels import LossOptions, distillation_loss, linear_distillation_loss, softmax_kl
 
 from .cases import (
     DIVERGENCES,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megapd.kernels import LossOptions, distillation_loss, linear_softmax_kl, softmax_kl, topk_logits
+from megapd_kernels import LossOptions, distillation_loss, linear_softmax_kl, softmax_kl, topk_logits
 
 from .cases import DIVERGENCES, FORMS, make_case, possible, relative
 from .test_triton import moved

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from megapd.kernels import (
+from megapd_kernels import (
     LossOptions,
     distillation_loss,
     implementation,
@@ -24,7 +24,7 @@ from megapd.kernels import (
     ops,
     softmax_kl,
 )
-from megapd.kernels.linear import LinearLoss, linear_loss
+from megapd_kernels.linear import LinearLoss, linear_loss
 
 from .cases import (
     DIVERGENCES,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megapd.kernels import LossOptions, LossResult, distillation_loss, softmax_kl
+from megapd_kernels import LossOptions, LossResult, distillation_loss, softmax_kl
 
 from .cases import DIVERGENCES, F64, N, V, assert_equal_results, possible, relative, row_bytes
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from megapd.kernels import LossOptions, distillation_loss, softmax_kl, topk_logits
-from megapd.kernels.linear import linear_loss
-from megapd.kernels.logits import logits_gradient, logits_loss
-from megapd.kernels.options import reciprocal_or_zero
-from megapd.kernels.rows import default_chunk_bytes
+from megapd_kernels import LossOptions, distillation_loss, softmax_kl, topk_logits
+from megapd_kernels.linear import linear_loss
+from megapd_kernels.logits import logits_gradient, logits_loss
+from megapd_kernels.options import reciprocal_or_zero
+from megapd_kernels.rows.base import default_chunk_bytes
 
 from .cases import (
     DIVERGENCES,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megapd.kernels import LossOptions, distillation_loss
+from megapd_kernels import LossOptions, distillation_loss
 
 DIVERGENCES = ["forward_kl", "reverse_kl", "jsd", "tvd", "soft_cross_entropy"]
 F64 = torch.float64

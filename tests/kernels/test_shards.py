@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from megapd.kernels import LossOptions, VocabularyShard, linear_distillation_loss, softmax_kl, topk_logits
+from megapd_kernels import LossOptions, VocabularyShard, linear_distillation_loss, softmax_kl, topk_logits
 
 from . import shard_worker
 from .shard_worker import PARTS, WORLD, Errors, V
@@ -22,7 +22,7 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, dict[str,
     """Of each rank. One start of three processes for all cases; one that fails takes the others with it."""
     folder = tmp_path_factory.mktemp("shards")
     # Ranks are forked from a server that has imported once what takes seconds; this process has run backward and cannot be.
-    multiprocessing.set_forkserver_preload(["torch._dynamo", "megapd.kernels"])
+    multiprocessing.set_forkserver_preload(["torch._dynamo", "megapd_kernels"])
     torch.multiprocessing.start_processes(shard_worker.main, (str(folder),), nprocs=WORLD, start_method="forkserver")
     return [torch.load(Path(folder, f"rank{rank}.pt")) for rank in range(WORLD)]
 

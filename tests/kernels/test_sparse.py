@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megapd.kernels import LossOptions, distillation_loss, linear_distillation_loss, linear_sparse_kl, softmax_kl
+from megapd_kernels import LossOptions, distillation_loss, linear_distillation_loss, linear_sparse_kl, softmax_kl
 
 from .cases import (
     DIVERGENCES,

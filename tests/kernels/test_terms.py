@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from megapd.kernels import LossOptions, distillation_loss, linear_cross_entropy, linear_distillation_loss, softmax_kl
+from megapd_kernels import LossOptions, distillation_loss, linear_cross_entropy, linear_distillation_loss, softmax_kl
 
 from .cases import (
     DIVERGENCES,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megapd.kernels import LossOptions, TopK, linear_sparse_kl, topk_logits
+from megapd_kernels import LossOptions, TopK, linear_sparse_kl, topk_logits
 
 from .cases import DIVERGENCES, F64, D, N, Recorder, V, assert_equal_results, make_case, relative
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from megapd.kernels import LossOptions, LossResult, distillation_loss, linear_distillation_loss, softmax_kl
+from megapd_kernels import LossOptions, LossResult, distillation_loss, linear_distillation_loss, softmax_kl
 
 from .cases import DIVERGENCES, F64, FORMS, Case, make_case, possible, relative
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from megapd.kernels.triton_math import expm1, log1p  # noqa: E402
+from megapd_kernels.rows.triton_math import expm1, log1p  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUND = 1e-5

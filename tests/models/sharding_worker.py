@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from megapd.batch import Batch
 from megapd.config import TransformerModel
 from megapd.errors import UserError
-from megapd.kernels import LossOptions, linear_distillation_loss
 from megapd.models import build_model
 from megapd.models.pretrained import Pretrained, build_pretrained, check_head, read_pretrained
 from megapd.models.sharding import allocate, plan_for, shard, sum_over_ranks, vocabulary_shard
 from megapd.trajectory import Trajectory, write_checkpoint
+from megapd_kernels import LossOptions, linear_distillation_loss
 
 RANKS = 2
 LENGTH = 12

@@ -7,10 +7,11 @@ import torch
 from torch.nn import functional as F
 
 from megapd.config import MLPModel
-from megapd.kernels import LossOptions
 from megapd.models import LossHead, build_model
-from megapd.signal import Head, Signal, SignalSpec
-from megapd.teacher.answers import answer
+from megapd.signals.signal import Head, Signal
+from megapd.signals.spec import SignalSpec
+from megapd.teacher.engine.answers import answer
+from megapd_kernels import LossOptions
 
 from .test_transformer import KINDS, VOCAB, build, config, make_batch
 

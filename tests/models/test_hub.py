@@ -10,8 +10,8 @@ from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertMo
 from megapd.batch import Batch
 from megapd.config import MLPModel
 from megapd.errors import UserError
-from megapd.kernels import LossOptions
 from megapd.models import hub, load_hugging_face, save_hugging_face
+from megapd_kernels import LossOptions
 
 from .test_transformer import KINDS, LENGTH, VOCAB, build, config
 

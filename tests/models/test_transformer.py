@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from megapd.batch import Batch
 from megapd.config import MLPModel, TransformerModel
 from megapd.errors import UserError
-from megapd.kernels import LossOptions
 from megapd.models import MLP, Learner, LossHead, Transformer, build_model, flops_per_token, parameter_count
+from megapd_kernels import LossOptions
 
 VOCAB, LENGTH = 29, 12
 KINDS = ["gpt", "bert"]

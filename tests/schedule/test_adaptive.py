@@ -12,18 +12,9 @@ from hypothesis import strategies as st
 
 from megapd.config import Adaptive
 from megapd.errors import UserError
-from megapd.schedule.adaptive import (
-    AdaptivePlan,
-    Decision,
-    DecisionLog,
-    EmbeddedDecider,
-    Report,
-    check_lead,
-    decide,
-    recorded_decisions,
-    reported_kind,
-    subject,
-)
+from megapd.schedule.adaptive import EmbeddedDecider, check_lead, decide, reported_kind
+from megapd.schedule.decision_log import DecisionLog, recorded_decisions, subject
+from megapd.schedule.plan import AdaptivePlan, Decision, Report
 from megapd.schedule.policies import build_plan, candidates
 
 quick = settings(max_examples=150, deadline=None, derandomize=True)
@@ -264,7 +255,7 @@ def test_a_full_disk_leaves_the_log_whole(tmp_path, monkeypatch):
     path = tmp_path / "d.jsonl"
     log = open_log(path)
     write = log.__class__._append.__globals__["os"].write
-    monkeypatch.setattr("megapd.schedule.adaptive.os.write", lambda file, data: write(file, data[:7]))
+    monkeypatch.setattr("megapd.schedule.decision_log.os.write", lambda file, data: write(file, data[:7]))
     with pytest.raises(OSError, match="No space left"):
         log.add_report(Report(10, 0.5))
     assert log.reports == ()
@@ -277,7 +268,8 @@ def test_a_full_disk_leaves_the_log_whole(tmp_path, monkeypatch):
 WRITER = """
 import sys
 from megapd.config import Adaptive
-from megapd.schedule.adaptive import Decision, DecisionLog, Report, subject
+from megapd.schedule.decision_log import DecisionLog, subject
+from megapd.schedule.plan import Decision, Report
 log = DecisionLog(sys.argv[1], subject(Adaptive(teachers=(100, 200, 300), window=3, lead=4), (100, 200, 300)), writes=True)
 begin = len(log.decisions)
 for n in range(begin, begin + 1000):

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from megapd.config import Adaptive, Equal, Follow, OneShot
 from megapd.errors import UserError
-from megapd.schedule.adaptive import Decision
-from megapd.schedule.live import ChangeLog, LivePlan, Version, in_force, resolved
+from megapd.schedule.changes import ChangeLog
+from megapd.schedule.live import LivePlan, Version, in_force, resolved
+from megapd.schedule.plan import Decision
 from megapd.schedule.policies import build_plan
 
 THERE = tuple(range(10, 110, 10))

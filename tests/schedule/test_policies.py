@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from megapd.config import Adaptive, Equal, Explicit, Follow, Geometric, Matched, OneShot, Range, Transition
 from megapd.errors import UserError
-from megapd.schedule.policies import Plan, build_plan, equally_spaced, geometrically_spaced
+from megapd.schedule.plan import Plan
+from megapd.schedule.policies import build_plan, equally_spaced, geometrically_spaced
 
 quick = settings(max_examples=150, deadline=None, derandomize=True)
 

@@ -7,10 +7,11 @@ import torch
 
 from megapd.batch import Batch
 from megapd.errors import UserError
-from megapd.schedule.policies import Plan
-from megapd.signal import Head, Signal, SignalSpec
-from megapd.teacher.cache import SignalCache
-from megapd.teacher.cached import CachedStream
+from megapd.schedule.plan import Plan
+from megapd.signals.signal import Head, Signal
+from megapd.signals.spec import SignalSpec
+from megapd.teacher.cache.cache import SignalCache
+from megapd.teacher.cache.cached import CachedStream
 from megapd.trajectory import Checkpoint
 
 STEPS, GLOBAL = 8, 6

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.flight as flight
 import pytest
 
-from megapd.teacher.wire import COMMAND, refusal
+from megapd.teacher.wire.refusals import refusal
+from megapd.teacher.wire.requests import COMMAND
 
 
 def exchange(

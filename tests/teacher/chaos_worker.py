@@ -24,8 +24,8 @@ from typing import Any
 from megapd.batch import Batch
 from megapd.cli import main as megapd
 from megapd.training import loop
+from megapd.training.fallback import Taken, take_signals
 from megapd.training.run import Run
-from megapd.training.signals import Taken, take_signals
 
 RANK = int(os.environ["RANK"])
 

@@ -9,8 +9,8 @@ from tests.teacher.serving import TOKEN, served
 @pytest.fixture
 def _soon(monkeypatch):
     """Tries follow each other faster than in earnest."""
-    monkeypatch.setattr("megapd.teacher.replicas.BACKOFF", (0.02, 1.0))
-    monkeypatch.setattr("megapd.teacher.dispatch.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("megapd.teacher.client.replicas.BACKOFF", (0.02, 1.0))
+    monkeypatch.setattr("megapd.teacher.server.dispatch.POLL_SECONDS", 0.02)
 
 
 @pytest.fixture(params=[False, True], ids=["tcp", "memory"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from megapd.teacher.frames import HEADER, Frame
+from megapd.teacher.wire.frames import HEADER, Frame
 
 LARGE = 1000  # bytes of a DATA frame that may be damaged: one that carries ids or values, not headers alone
 PREFACE = len(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
@@ -39,7 +39,7 @@ def http2(header: bytes) -> tuple[int, bool]:
 
 
 def data_port(header: bytes) -> tuple[int, bool]:
-    """The same of megapd.teacher.frames."""
+    """The same of megapd.teacher.wire.frames."""
     _, kind, length, _ = HEADER.unpack(header)
     return length, kind in (Frame.QUESTION, Frame.RECORD)
 

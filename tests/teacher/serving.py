@@ -18,10 +18,12 @@ import torch
 from megapd.batch import Batch
 from megapd.config import Config, load
 from megapd.errors import UserError
-from megapd.schedule.policies import Plan
-from megapd.signal import Head, Signal, SignalSpec, as_sent
-from megapd.teacher.client import FixedEndpoints, ServedStream
-from megapd.teacher.server import TeacherFlight, serve
+from megapd.schedule.plan import Plan
+from megapd.signals.signal import Head, Signal, as_sent
+from megapd.signals.spec import SignalSpec
+from megapd.teacher.client.served import FixedEndpoints, ServedStream
+from megapd.teacher.server.flight import TeacherFlight
+from megapd.teacher.server.serve import serve
 from megapd.trajectory import Checkpoint
 
 VOCABULARY, CLASSES, WIDTH, LENGTH = 300, 40, 8, 12

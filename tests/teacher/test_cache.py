@@ -7,10 +7,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from megapd.schedule.policies import Plan
-from megapd.signal import SignalSpec, as_sent
-from megapd.teacher.cached import CachedStream
-from megapd.teacher.parts import Index
+from megapd.schedule.plan import Plan
+from megapd.signals.signal import as_sent
+from megapd.signals.spec import SignalSpec
+from megapd.teacher.cache.cached import CachedStream
+from megapd.teacher.cache.parts import Index
 from tests.teacher.caching import (
     CLASSES,
     GLOBAL,

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megapd.signal import as_sent
-from megapd.teacher.cached import CachedStream
-from megapd.teacher.parts import read_records
+from megapd.signals.signal import as_sent
+from megapd.teacher.cache.cached import CachedStream
+from megapd.teacher.cache.parts import read_records
 from tests.teacher.caching import (
     CLASSES,
     PLAN,

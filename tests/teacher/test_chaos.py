@@ -18,8 +18,8 @@ import time
 import psutil
 import pytest
 
+from megapd.commands import teacher as command
 from megapd.config import load
-from megapd.teacher import command
 from tests.teacher.chaos import (
     COMMON,
     REFRESH,

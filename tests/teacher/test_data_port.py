@@ -14,13 +14,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megapd.signal import SignalDamaged, decode
-from megapd.teacher.client import WORKERS
-from megapd.teacher.connections import Connections, ask
-from megapd.teacher.frames import FORMAT, Frame, Link, frame_header, read_stream, stream_parts
-from megapd.teacher.server import TeacherFlight
-from megapd.teacher.shared_memory import Slot
-from megapd.teacher.wire import Refused, encode_request
+from megapd.signals.arrow import decode
+from megapd.signals.signal import SignalDamaged
+from megapd.teacher.client.connections import Connections, ask
+from megapd.teacher.client.served import WORKERS
+from megapd.teacher.server.flight import TeacherFlight
+from megapd.teacher.wire.frames import FORMAT, Frame, Link, frame_header, read_stream, stream_parts
+from megapd.teacher.wire.refusals import Refused
+from megapd.teacher.wire.requests import encode_request
+from megapd.teacher.wire.shared_memory import Slot
 from tests.teacher.proxy import Proxy
 from tests.teacher.serving import (
     DENSE,
@@ -183,8 +185,8 @@ def test_one_question_after_the_other_also_after_refusals(port, server):
 
 
 def test_slow_and_silent_peers_are_left(monkeypatch):
-    monkeypatch.setattr("megapd.teacher.data_port.HELLO_SECONDS", 0.3)
-    monkeypatch.setattr("megapd.teacher.data_port.FRAME_SECONDS", 0.3)
+    monkeypatch.setattr("megapd.teacher.server.data_port.HELLO_SECONDS", 0.3)
+    monkeypatch.setattr("megapd.teacher.server.data_port.FRAME_SECONDS", 0.3)
     with served() as server, stream_of(server) as stream:
         port = port_of(stream)
         silent = socket.create_connection(("127.0.0.1", port), 5)
@@ -378,7 +380,7 @@ def test_idle_connections_that_broke_are_not_used_again(pair):
 
 
 def test_a_port_that_could_not_be_reached_is_tried_again(monkeypatch):
-    monkeypatch.setattr("megapd.teacher.connections.AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr("megapd.teacher.client.connections.AGAIN_SECONDS", 0.1)
     with served(flight_class=Told) as server, stream_of(server) as stream:
         proxy = Told.made.pop().proxy
         proxy.cut()
@@ -411,7 +413,7 @@ def test_a_frame_must_be_whole(pair):
 
 
 def test_a_client_that_went_is_noticed_and_its_question_forgotten(monkeypatch):
-    monkeypatch.setattr("megapd.teacher.server.GONE_SECONDS", 0.05)
+    monkeypatch.setattr("megapd.teacher.server.flight.GONE_SECONDS", 0.05)
     replica = FakeReplica()
     with served(replica) as server, stream_of(server) as stream:
         port = port_of(stream)

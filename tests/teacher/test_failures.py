@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 
 from megapd.errors import TeacherLost
-from megapd.launch.local import free_port
-from megapd.signal import SignalMismatch
-from megapd.teacher.server import TeacherFlight
+from megapd.processes.local import free_port
+from megapd.signals.signal import SignalMismatch
+from megapd.teacher.server.flight import TeacherFlight
 from tests.forked import Forked, environment
 from tests.teacher.serving import (
     PLAN,

@@ -9,8 +9,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megapd.signal import decode
-from megapd.teacher.wire import COMMAND, Refused, decode_request, encode_request, parse_ticket, refusal
+from megapd.signals.arrow import decode
+from megapd.teacher.wire.calls import parse_ticket
+from megapd.teacher.wire.refusals import Refused, refusal
+from megapd.teacher.wire.requests import COMMAND, decode_request, encode_request
 from tests.teacher.calls import exchange, options
 from tests.teacher.serving import DENSE, DIGESTS, make_batch, same
 

@@ -18,11 +18,12 @@ import torch
 from megapd.cli import main
 from megapd.config import Scheduler, TeacherServer, load
 from megapd.errors import UserError
-from megapd.teacher.client import ServedStream
-from megapd.teacher.leases import LeasedEndpoints, ReplicaLease, advertised
+from megapd.scheduler.client.endpoints import LeasedEndpoints
+from megapd.scheduler.client.lease import ReplicaLease, advertised
+from megapd.teacher.client.served import ServedStream
 from megapd.teacher.setup import open_endpoints, open_trajectory
 from tests.forked import environment
-from tests.schedule.services import Process
+from tests.scheduler.services import Process
 from tests.teacher.calls import act
 from tests.teacher.chaos import free_ports
 from tests.teacher.servers import START_SECONDS, Server
@@ -47,7 +48,7 @@ _numbers = itertools.count()
 
 _REPLICA = """
 import sys
-from megapd.teacher.server import serve
+from megapd.teacher.server.serve import serve
 from tests.teacher.serving import FakeReplica, configuration
 serve(configuration(*sys.argv[1:]), FakeReplica(), ready=lambda port: print(port, flush=True))
 """
@@ -55,11 +56,11 @@ serve(configuration(*sys.argv[1:]), FakeReplica(), ready=lambda port: print(port
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
-    monkeypatch.setattr("megapd.teacher.leases.POLL_SECONDS", 0.05)
-    monkeypatch.setattr("megapd.teacher.leases.RETRY_SECONDS", 0.1)
-    monkeypatch.setattr("megapd.teacher.replicas.BACKOFF", (0.02, 1.0))
-    monkeypatch.setattr("megapd.teacher.dispatch.POLL_SECONDS", 0.02)
-    monkeypatch.setattr("megapd.teacher.announce.AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr("megapd.scheduler.client.endpoints.POLL_SECONDS", 0.05)
+    monkeypatch.setattr("megapd.scheduler.client.lease.RETRY_SECONDS", 0.1)
+    monkeypatch.setattr("megapd.teacher.client.replicas.BACKOFF", (0.02, 1.0))
+    monkeypatch.setattr("megapd.teacher.server.dispatch.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("megapd.teacher.client.announce.AGAIN_SECONDS", 0.05)
 
 
 class Service:
@@ -141,7 +142,7 @@ def lease_of(service, endpoint, group=None, **settings):
 
 
 def told(caplog, text):
-    return sum(text in record.getMessage() for record in caplog.records if record.name == "megapd.teacher.leases")
+    return sum(text in record.getMessage() for record in caplog.records if record.name == "megapd.scheduler.client.lease")
 
 
 def polling():
@@ -214,7 +215,7 @@ def test_the_list_and_the_leases_outlive_the_service(service, caplog):
 
 def test_a_service_that_is_away_is_waited_for_once(service, monkeypatch):
     service.process.kill()
-    monkeypatch.setattr("megapd.teacher.leases.FIRST_SECONDS", 0.3)
+    monkeypatch.setattr("megapd.scheduler.client.endpoints.FIRST_SECONDS", 0.3)
     with endpoints_of(service) as endpoints:
         began = time.monotonic()
         assert endpoints.current() == ()
@@ -256,7 +257,7 @@ def test_a_lease_that_was_dropped_is_taken_again(service, caplog):
 
 
 def test_a_replica_ends_soon_though_the_service_hangs(service, monkeypatch, caplog):
-    monkeypatch.setattr("megapd.teacher.leases.SAY_SECONDS", 0.3)
+    monkeypatch.setattr("megapd.scheduler.client.lease.SAY_SECONDS", 0.3)
     lease = lease_of(service, A)
     try:
         with lease:

@@ -7,7 +7,8 @@ import pyarrow.flight as flight
 import pytest
 
 from megapd.errors import TeacherLost, UserError
-from megapd.teacher.wire import encode_request, head_ticket
+from megapd.teacher.wire.calls import head_ticket
+from megapd.teacher.wire.requests import encode_request
 from tests.teacher.calls import act, exchange, options
 from tests.teacher.certificates import make_authority
 from tests.teacher.serving import (
@@ -99,7 +100,7 @@ def shown(root, pair=None):
 
 
 def test_mutual_tls(authorities, shared_memory, monkeypatch):
-    monkeypatch.setattr("megapd.teacher.replicas.SOCKET_SECONDS", 0.2)
+    monkeypatch.setattr("megapd.teacher.client.replicas.SOCKET_SECONDS", 0.2)
     ours, theirs = authorities
     with served(None, *tls(ours, mutual=True)) as server:
         good = shown(ours.root, ours.client)

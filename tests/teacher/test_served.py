@@ -14,14 +14,15 @@ import pytest
 import torch
 
 from megapd.errors import TeacherLost, UserError
-from megapd.signal import SignalSpec
-from megapd.teacher.client import FixedEndpoints, RemoteTrajectory
-from megapd.teacher.dispatch import PATIENCE_SECONDS, Dispatcher, Job
-from megapd.teacher.engine import Teacher, TeacherOptions
-from megapd.teacher.metrics import Metrics
-from megapd.teacher.replica import Replica
-from megapd.teacher.shared_memory import Mappings, Slot, Slots, write
-from megapd.teacher.wire import Memory, Refused, decode_request, encode_request
+from megapd.signals.spec import SignalSpec
+from megapd.teacher.client.served import FixedEndpoints, RemoteTrajectory
+from megapd.teacher.engine.replica import Replica
+from megapd.teacher.engine.teacher import Teacher, TeacherOptions
+from megapd.teacher.server.dispatch import PATIENCE_SECONDS, Dispatcher, Job
+from megapd.teacher.server.metrics import Metrics
+from megapd.teacher.wire.refusals import Refused
+from megapd.teacher.wire.requests import Memory, decode_request, encode_request
+from megapd.teacher.wire.shared_memory import Mappings, Slot, Slots, write
 from megapd.trajectory import CheckpointTimeout
 from megapd.world import join_world
 from tests.teacher.serving import (
@@ -141,8 +142,8 @@ def test_signals_stay_as_they_are_while_anything_refers_to_them():
 
 
 def test_an_answer_that_does_not_fit_grows_the_memory(monkeypatch):
-    monkeypatch.setattr("megapd.teacher.shared_memory.FIRST_BYTES", 1)
-    monkeypatch.setattr("megapd.teacher.shared_memory.GRANULE", 512)
+    monkeypatch.setattr("megapd.teacher.wire.shared_memory.FIRST_BYTES", 1)
+    monkeypatch.setattr("megapd.teacher.wire.shared_memory.GRANULE", 512)
     with served() as server, stream_of(server, shared_memory=True) as stream:
         assert len(list(run_through(stream, server.replica))) == 2 * PLAN.steps
         assert stream.counts["retries"] == 0
@@ -400,7 +401,7 @@ def test_a_student_without_the_folder_resolves_its_schedule(monkeypatch):
         assert remote.refresh() == (*STEPS, 40)
         with stream_of(server, trajectory=remote) as stream:
             assert len(list(run_through(stream, server.replica))) == 2 * PLAN.steps
-    monkeypatch.setattr("megapd.teacher.catalogue.ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("megapd.teacher.client.trajectory.ANSWER_SECONDS", 0.5)
     assert remote.checkpoint(20).digest == found.digest  # known
     with pytest.raises(UserError, match=r"teacher\.endpoints"):
         RemoteTrajectory(configuration().teacher, FixedEndpoints([server.address]))

@@ -14,12 +14,14 @@ import pytest
 import torch
 
 from megapd.errors import UserError
-from megapd.launch.local import free_port
-from megapd.signal import decode, decode_head
-from megapd.teacher.dispatch import Dispatcher, Job
-from megapd.teacher.metrics import Metrics, MetricsServer
-from megapd.teacher.server import TeacherFlight
-from megapd.teacher.wire import encode_request, head_ticket
+from megapd.processes.local import free_port
+from megapd.signals.arrow import decode
+from megapd.signals.heads import decode_head
+from megapd.teacher.server.dispatch import Dispatcher, Job
+from megapd.teacher.server.flight import TeacherFlight
+from megapd.teacher.server.metrics import Metrics, MetricsServer
+from megapd.teacher.wire.calls import head_ticket
+from megapd.teacher.wire.requests import encode_request
 from tests.teacher.calls import act, exchange, options, refused
 from tests.teacher.serving import (
     DENSE,
@@ -54,7 +56,7 @@ def test_a_request_is_answered(server, client):
 
 
 def test_a_huge_answer_comes_in_parts(server, client, monkeypatch):
-    monkeypatch.setattr("megapd.teacher.server.MESSAGE_BYTES", 1000)
+    monkeypatch.setattr("megapd.teacher.server.flight.MESSAGE_BYTES", 1000)
     batches = [make_batch(0, samples=30)]
     with stream_of(server) as stream:
         assert same(stream.signals(4, batches)[0], server.replica.expected(20, batches[0], DENSE))
@@ -270,7 +272,7 @@ def test_a_broken_device_ends_the_server():
 
 
 def test_an_idle_replica_hears_from_its_engine(monkeypatch):
-    monkeypatch.setattr("megapd.teacher.dispatch.IDLE_SECONDS", 0.05)
+    monkeypatch.setattr("megapd.teacher.server.dispatch.IDLE_SECONDS", 0.05)
     replica = FakeReplica()
     with served(replica):
         wait_for(lambda: replica.idled >= 2, 5)

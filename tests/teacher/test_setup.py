@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from megapd.errors import UserError
-from megapd.schedule.policies import Plan
-from megapd.signal import Head, SignalSpec
+from megapd.models.from_checkpoint import canary, checkpoint_shape
+from megapd.schedule.plan import Plan
+from megapd.signals.signal import Head
+from megapd.signals.spec import SignalSpec
 from megapd.tasks import build_task
-from megapd.teacher.answers import answer
-from megapd.teacher.build import canary, checkpoint_shape
-from megapd.teacher.engine import Demands, Teacher, TeacherOptions
+from megapd.teacher.engine.answers import answer
+from megapd.teacher.engine.teacher import Demands, Teacher, TeacherOptions
 from megapd.teacher.setup import describe_signal, signal_spec, teacher_options
 from megapd.world import join_world
 from tests.teacher.teachers import STEPS, configuration, write_trajectory

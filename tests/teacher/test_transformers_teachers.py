@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from megapd.launch.local import free_port
+from megapd.processes.local import free_port
 from tests.corpus import corpora
 from tests.forked import run_ranks
 from tests.teacher.servers import Server

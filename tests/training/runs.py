@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from megapd.cli import main
-from megapd.launch.local import local_command
+from megapd.processes.local import local_command
 from tests.forked import environment, run_ranks
 
 TIMINGS = ("seconds", "tok_per_sec", "mfu")

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 
 from megapd.batch import Batch
 from megapd.cli import main
-from megapd.signal import Signal
+from megapd.signals.signal import Signal
 from megapd.training import loop
+from megapd.training.fallback import Taken, take_signals
 from megapd.training.run import Run
-from megapd.training.signals import Taken, take_signals
 
 PACE = float(os.environ.pop("MEGAPD_TEST_PACE"))
 

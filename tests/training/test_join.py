@@ -12,13 +12,14 @@ import pytest
 from megapd.cli import main
 from megapd.config import Config
 from megapd.errors import UserError
-from megapd.schedule.live import FILE, ChangeLog, Version
-from megapd.schedule.policies import Plan
+from megapd.schedule.changes import FILE, ChangeLog
+from megapd.schedule.live import Version
+from megapd.schedule.plan import Plan
 from megapd.schedule.record import ScheduleRecord
+from megapd.training import changes as changes_module
 from megapd.training import loop
-from megapd.training import run as runs
 from megapd.trajectory import Checkpoint
-from tests.schedule import services
+from tests.scheduler import services
 from tests.training import runs as training
 
 PINNED = Version(2, 53, "one_shot", ((0, 20),))
@@ -60,30 +61,30 @@ def test_a_rank_that_is_late_does_not_find_what_rank_0_wrote_meanwhile(config, m
             plan.take(PINNED)
             return [PINNED]
 
-    monkeypatch.setattr(runs, "ServiceSource", Source)
+    monkeypatch.setattr(changes_module, "ServiceSource", Source)
     first = World(0)
     plans = []
     for world in (first, World(1, first.given)):
-        plan, _, registered = runs._join_scheduler(config, PLAN, None, world, STATE)
+        plan, _, registered = changes_module._join_scheduler(config, PLAN, None, world, STATE)
         plans.append(plan.rotations())
         assert registered == {10: "abc"}
     assert plans == [[(0, 10), (53, 20)]] * 2
 
 
 def test_what_the_scheduler_changed_lasts_without_its_url(config):
-    assert runs._resume_changes(config, PLAN, World(0), STATE) is PLAN
+    assert changes_module._resume_changes(config, PLAN, World(0), STATE) is PLAN
     with pytest.raises(UserError, match=r"knew 1 changes, but 0 are on record; restore changes\.json"):
-        runs._resume_changes(config, PLAN, World(0), {"step": 60, "decisions": 1})
+        changes_module._resume_changes(config, PLAN, World(0), {"step": 60, "decisions": 1})
     log = ChangeLog(config.folder / FILE)
     log.append(PINNED)
     first = World(0)
     for world in (first, World(1, first.given)):
-        plan = runs._resume_changes(config, PLAN, world, {"step": 60, "decisions": 1})
+        plan = changes_module._resume_changes(config, PLAN, world, {"step": 60, "decisions": 1})
         assert plan.rotations() == [(0, 10), (53, 20)]
         assert plan.known == 1
     log.append(Version(3, 80, "adaptive", ((0, 20),)))
     with pytest.raises(UserError, match=r"scheduler\.url: the scheduler decides for this run"):
-        runs._resume_changes(config, PLAN, World(0), {"step": 60, "decisions": 2})
+        changes_module._resume_changes(config, PLAN, World(0), {"step": 60, "decisions": 2})
 
 
 def test_a_teacher_is_held_to_the_registered_one_when_it_begins(tmp_path):
@@ -96,7 +97,7 @@ def test_a_teacher_is_held_to_the_registered_one_when_it_begins(tmp_path):
 def test_a_killed_run_goes_on_without_the_service_that_changed_it(tmp_path, monkeypatch):
     trajectory = training.teacher(tmp_path, steps=30, every=5)
     given = training.student(tmp_path, "student", trajectory, "--telemetry.every=1", "--checkpoint.every=4")
-    monkeypatch.setattr("megapd.schedule.client.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("megapd.scheduler.client.changes.POLL_SECONDS", 0.01)
     tell = loop.tell
     with contextlib.closing(services.Process(f"sqlite:///{tmp_path}/s.db")) as service, service.http() as http:
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from megapd.cli import main
-from megapd.launch.local import local_command
+from megapd.processes.local import local_command
 from megapd.trajectory import Trajectory
-from tests.schedule import services
+from tests.scheduler import services
 from tests.training import runs
 
 STEPS = 300

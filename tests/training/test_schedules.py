@@ -4,7 +4,7 @@ import math
 import pytest
 
 from megapd.config import LearningRate
-from megapd.training.schedules import learning_rate
+from megapd.training.learning_rate import learning_rate
 
 
 def curve(steps, **settings):

@@ -1,0 +1,68 @@
+"""`megapd evaluate`: held-out loss and accuracy of what a run's folder holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megapd.config import Config
+from megapd.errors import UserError
+from megapd.files import write_atomic
+from megapd.models.weights import copy_weights
+from megapd.signals.spec import DTYPES
+from megapd.tasks import build_task
+from megapd.tiling import tile
+from megapd.training.checkpoint import CheckpointStore
+from megapd.training.engine import Engine, start_world
+from megapd.training.evaluation import held_out
+from megapd.training.run import build_student
+from megapd.trajectory import Trajectory
+from megapd.world import World
+
+
+def evaluate_run(config: Config, folder: Path) -> Iterator[str]:
+    """Evaluate every checkpoint of the run's trajectory, or without one its newest resumable checkpoint.
+
+    Yields a line each; rank 0 writes evaluation.json into the folder.
+    """
+    trajectory = folder / "trajectory"
+    world = start_world()
+    results = []
+    written = Trajectory(trajectory, must_exist=False).steps
+    evaluated = _trajectory(config, trajectory, world) if written else _newest(config, folder, world)
+    for step, values in evaluated:
+        results.append({"step": step, **values})
+        if world.rank == 0:
+            yield f"step {step:>9,}   loss {values['loss']:.6g}   accuracy {values['accuracy']:.6g}"
+    if world.rank == 0:
+        write_atomic(folder / "evaluation.json", json.dumps(results, indent=1))
+
+
+def _trajectory(config: Config, folder: Path, world: World) -> Iterator[tuple[int, dict[str, float]]]:
+    task = build_task(config)
+    trajectory = Trajectory(folder)
+    learner = build_student(config, task).to(world.device, DTYPES[config.training.precision])
+    micro = config.evaluation.micro_batch or tile(config, world.size).micro_batch
+    for step in trajectory.steps:
+        checkpoint = trajectory.checkpoint(step)
+        if checkpoint.vocabulary != task.vocabulary_digest:
+            raise UserError(f"{checkpoint.path} was trained on another vocabulary than task.corpus has now; restore the corpus")
+        copy_weights(learner, trajectory.load(step), checkpoint.path)
+        with torch.no_grad():
+            yield step, held_out(task, config, world, micro, lambda batch: learner(batch)[1])
+
+
+def _newest(config: Config, folder: Path, world: World) -> Iterator[tuple[int, dict[str, float]]]:
+    task = build_task(config)
+    store = CheckpointStore(folder / "checkpoints", world, config.checkpoint.keep, task.data_digest)
+    if not store.steps():
+        raise UserError(f"{folder} has neither a trajectory nor a checkpoint to evaluate")
+    engine = Engine(build_student(config, task), config, world)
+    state = store.restore(engine)
+    assert state is not None
+    micro = config.evaluation.micro_batch or engine.tiling.micro_batch
+    yield state["step"], held_out(task, config, world, micro, engine.evaluate)
+    engine.destroy()

@@ -1,0 +1,169 @@
+"""Record a schedule's signals: what `megapd record CONFIG` does, so that students can be taught without the teacher."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from megapd.batch import Batch
+from megapd.config import Adaptive, Config
+from megapd.errors import UserError
+from megapd.models.from_checkpoint import checkpoint_shape
+from megapd.schedule.plan import Plan
+from megapd.schedule.resolve import resolve_plan
+from megapd.tasks import Task, build_task
+from megapd.teacher.cache.cache import SignalCache
+from megapd.teacher.cache.cached import CachedStream
+from megapd.teacher.setup import open_source, open_trajectory, rank_agreement
+from megapd.teacher.stream import Stream
+from megapd.tiling import tile
+from megapd.trajectory import Checkpoints
+from megapd.world import join_world
+
+
+@dataclass(frozen=True)
+class RecordSummary:
+    """What one rank did.
+
+    samples    of its share of the schedule; found: of these, in the cache before; recorded: written now
+    positions  labelled positions of the samples recorded
+    bytes      of the files written, heads included
+    seconds    of the whole walk
+    """
+
+    samples: int
+    found: int
+    recorded: int
+    positions: int
+    bytes: int
+    seconds: float
+
+    @staticmethod
+    def together(parts: Sequence[RecordSummary]) -> RecordSummary:
+        """What several ranks did side by side."""
+        sums = {
+            name: sum(getattr(part, name) for part in parts) for name in ("samples", "found", "recorded", "positions", "bytes")
+        }
+        return RecordSummary(**sums, seconds=max(part.seconds for part in parts))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.samples:,} samples: {self.recorded:,} recorded, {self.found:,} there before; {self.bytes:,} bytes, "
+            f"{self.bytes_per_position:,.1f} a labelled position; {self.seconds:.1f} s"
+        )
+
+    @property
+    def bytes_per_position(self) -> float:
+        """Bytes on disk a labelled position recorded; 0 if none was."""
+        return self.bytes / self.positions if self.positions else 0.0
+
+
+def record(
+    config: Config,
+    task: Task,
+    plan: Plan,
+    trajectory: Checkpoints | None,
+    stream: Stream,
+    cache: SignalCache,
+    rank: int,
+    ranks: int,
+    *,
+    classes: int,
+    device: torch.device | None = None,
+    agree: Callable[[list[bool]], list[bool]] | None = None,
+) -> RecordSummary:
+    """Ask `stream` for every signal of the schedule that the cache lacks, and write it there; closes both.
+
+    What is there is read and verified, and recorded again if it is damaged, so that a walk that was killed, or is repeated, asks
+    for the rest alone. classes: of the teacher's head; device: where the batches go, default the CPU; agree: see CachedStream.
+    Raises UserError if the ranks do not divide the batch, or the cache cannot be written.
+    """
+    # As training tiles them: every rank has as many, since a sharded teacher answers all ranks at once, and what training reads
+    # together lies together.
+    rows = tile(config, ranks).rows(rank)
+    began = time.perf_counter()
+    found, recorded, positions, size = _state(cache)
+    cached = CachedStream(cache, plan, stream.spec, trajectory, stream, record=True, classes=classes, agree=agree)
+    depth = config.teacher.depth if config.teacher is not None else 1
+    ahead: deque[list[Batch]] = deque()
+    upcoming = samples = 0
+    shown = rank == 0 and config.telemetry.progress
+    bar = tqdm(
+        total=plan.steps, desc="record", unit=" steps", disable=None if shown else True, file=sys.stderr, dynamic_ncols=True
+    )
+    try:
+        for step in range(plan.steps):
+            while upcoming < min(step + depth + 1, plan.steps):
+                ahead.append([task.batch(upcoming, part) for part in rows])
+                cached.request(upcoming, ahead[-1])
+                upcoming += 1
+            batches = [batch.to(device or torch.device("cpu")) for batch in ahead.popleft()]
+            for _ in cached.signals(step, batches):
+                _check(cache)
+            samples += sum(batch.samples for batch in batches)
+            bar.update()
+        cache.flush()
+        _check(cache)
+    finally:
+        bar.close()
+        cached.close()
+    after = _state(cache)
+    return RecordSummary(
+        samples=samples,
+        found=after[0] - found,
+        recorded=after[1] - recorded,
+        positions=after[2] - positions,
+        bytes=after[3] - size,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _state(cache: SignalCache) -> tuple[int, int, int, int]:
+    return cache.counts["hits"], cache.counts["recorded"], cache.positions, cache.written_bytes
+
+
+def _check(cache: SignalCache) -> None:
+    if cache.failure is not None:
+        raise UserError(f"{cache.failure}; free space there, or choose another folder")
+
+
+def record_signals(config: Config) -> RecordSummary | None:
+    """Fill teacher.cache with the signals of the whole schedule; each rank records its share.
+
+    Returns what all ranks did together, on rank 0; None on the others.
+    """
+    teacher = config.teacher
+    if teacher is None or teacher.cache is None:
+        raise UserError("teacher.cache: name the folder that signals are to be recorded in")
+    if teacher.carrier == "cached":
+        carrier = "served" if teacher.endpoints else "colocated"
+        if carrier == "colocated" and teacher.trajectory is None:
+            raise UserError("teacher.trajectory: recording needs a teacher; name its trajectory, or teacher.endpoints")
+        config = config.model_copy(update={"teacher": teacher.model_copy(update={"carrier": carrier})})
+    world = join_world()
+    task, trajectory = build_task(config), open_trajectory(config)
+    plan = resolve_plan(config, trajectory)
+    if isinstance(config.schedule, Adaptive):
+        raise UserError("schedule.policy: adaptive decides while a student trains, so its signals cannot be recorded ahead of it")
+    stream = open_source(config, task, trajectory, plan, world, 0)
+    mine = record(
+        config,
+        task,
+        plan,
+        trajectory,
+        stream,
+        SignalCache(teacher.cache),
+        world.rank,
+        world.size,
+        classes=checkpoint_shape(stream.teacher(0)).classes,
+        device=world.device,
+        agree=rank_agreement(config, world),
+    )
+    parts = world.gather(mine)
+    return RecordSummary.together(parts) if world.rank == 0 else None

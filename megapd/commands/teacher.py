@@ -1,0 +1,61 @@
+"""`megapd teacher` and `megapd record`: a teacher's own processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from megapd.config import Config
+from megapd.errors import UserError
+from megapd.processes.supervisor import _Supervisor
+from megapd.schedule.resolve import resolve_plan
+from megapd.scheduler.client.lease import advertised
+from megapd.teacher.engine.replica import Replica
+from megapd.teacher.setup import open_trajectory, teacher_options
+from megapd.world import join_world
+
+log = logging.getLogger(__name__)
+
+
+def serve_teacher(config: Config, arguments: Sequence[str]) -> int:
+    """Serve the configuration's teacher until SIGTERM or SIGINT; the exit code.
+
+    arguments: of the command line, `teacher CONFIG --section.key=value ...`, with which replicas and ranks are started where this
+    process is to be neither.
+    """
+    if config.teacher is None:
+        raise UserError("teacher: this configuration has no teacher to serve; add the sections teacher and schedule")
+    server = config.teacher.server
+    if config.teacher.trajectory is None:
+        raise UserError("teacher.trajectory: a server needs the checkpoints themselves; name their folder, or a model hf:REPO")
+    if config.scheduler.url is not None:
+        advertised(server, server.port)  # that it cannot be, known before the model is built
+    if "WORLD_SIZE" not in os.environ and (server.replicas > 1 or server.ranks > 1):
+        if server.replicas > 1 and server.port == 0:
+            raise UserError("teacher.server.port: replicas listen on port + i, which 0 leaves open; name a port")
+        return _Supervisor(config, arguments).run()
+    _serve(config)
+    return 0
+
+
+def _serve(config: Config) -> None:
+    from megapd.teacher.server.serve import serve
+
+    world = join_world()
+    if world.rank > 0:
+        # Rank 0 answers what is queued before it stops, and needs this rank for it.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    trajectory = open_trajectory(config)
+    replica = Replica(trajectory, world, teacher_options(config, served=True))
+    replica.open(resolve_plan(config, trajectory).checkpoint_at(0))
+    if world.rank > 0:
+        replica.follow()
+        return
+    try:
+        serve(config, replica, ready=lambda port: print(f"megapd: teaching on port {port}", file=sys.stderr, flush=True))
+    finally:
+        replica.close()

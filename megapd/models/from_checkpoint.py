@@ -1,0 +1,116 @@
+"""A teacher's model from its checkpoint's own description: megapd's architectures, or one of transformers'."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from megapd.batch import Batch
+from megapd.config import MLPModel, Model
+from megapd.errors import UserError
+from megapd.models import build_model
+from megapd.rng import Stream, integers
+from megapd.slices import Part
+from megapd.trajectory import Checkpoint
+from megapd_kernels import LossOptions
+
+HUGGING_FACE = "hugging_face"  # in a checkpoint's config: the config.json of a model of transformers
+
+
+CANARY_SAMPLES, CANARY_TOKENS = 2, 32
+
+
+class Shape(NamedTuple):
+    """classes and width of the head, token ids below vocab_size, tokens a sample at most (None: no limit)."""
+
+    classes: int
+    width: int
+    vocab_size: int
+    length: int | None
+
+
+def checkpoint_shape(checkpoint: Checkpoint) -> Shape:
+    """What the checkpoint's description says of its sizes; UserError if it has none."""
+    if HUGGING_FACE in checkpoint.config:
+        settings = checkpoint.config[HUGGING_FACE]
+        width = settings.get("hidden_size", settings.get("n_embd"))
+        length = settings.get("max_position_embeddings", settings.get("n_positions"))
+        if not isinstance(width, int) or not isinstance(settings.get("vocab_size"), int):
+            raise UserError(f"{checkpoint.path / 'config.json'}: it gives no vocab_size or hidden_size; choose another model")
+        return Shape(settings["vocab_size"], width, settings["vocab_size"], length)
+    model, shapes = _described(checkpoint)
+    width = model.width if isinstance(model, MLPModel) else model.hidden
+    return Shape(shapes["classes"], width, shapes["vocab_size"], shapes["length"])
+
+
+def build_teacher(checkpoint: Checkpoint, chunk_bytes: int | None) -> nn.Module:
+    """A model of the checkpoint's architecture in fp32, its weights yet to be loaded: one of transformers' on the meta device.
+
+    It takes a Batch and mode "hidden", and its head has weight [V, D] and bias [V] or None. Raises UserError if the checkpoint
+    does not describe a model that can be built.
+    """
+    if HUGGING_FACE in checkpoint.config:
+        from megapd.models.pretrained import build_pretrained  # transformers takes seconds to import
+
+        return build_pretrained(checkpoint.config[HUGGING_FACE], torch.float32, torch.device("meta"))
+    model, shapes = _described(checkpoint)
+    return build_model(
+        model,
+        vocab_size=shapes["vocab_size"],
+        classes=shapes["classes"],
+        length=shapes["length"],
+        options=LossOptions(chunk_bytes=chunk_bytes),
+        seed=0,
+    )
+
+
+def read_parts(trajectory: Any, checkpoint: Checkpoint, model: nn.Module, parts: Mapping[str, Part]) -> dict[str, Tensor]:
+    """The parts of the checkpoint's tensors under the names of the model's parameters."""
+    if HUGGING_FACE in checkpoint.config:
+        from megapd.models.pretrained import read_pretrained
+
+        return read_pretrained(model, checkpoint.path, parts)
+    return trajectory.read(checkpoint.step, parts)
+
+
+def check_architecture(model: nn.Module, batch: Batch) -> None:
+    """That the model's logits are those of its head, which is all that megapd computes; on all ranks that share it at once."""
+    if type(model).__name__ == "Pretrained":
+        from megapd.models.pretrained import Pretrained, check_head
+
+        assert isinstance(model, Pretrained)
+        check_head(model, batch)
+
+
+def canary(checkpoint: Checkpoint) -> Batch:
+    """A small batch of fixed pseudo-random ids with every position labelled, for tests of a teacher."""
+    shape = checkpoint_shape(checkpoint)
+    mlp = checkpoint.config.get("model", {}).get("kind") == "mlp"  # it reads samples of its own length alone
+    length = (shape.length or CANARY_TOKENS) if mlp else min(CANARY_TOKENS, shape.length or CANARY_TOKENS)
+    ids = torch.from_numpy(integers(0, Stream.CANARY, torch.arange(CANARY_SAMPLES * length).numpy(), shape.vocab_size))
+    positions = torch.arange(length - 1, ids.numel(), length) if mlp else torch.arange(ids.numel())
+    return Batch(
+        ids=ids.view(CANARY_SAMPLES, length),
+        segments=None,
+        positions=positions,
+        labels=torch.zeros_like(positions),
+        sample_ids=torch.arange(CANARY_SAMPLES),
+    )
+
+
+def _described(checkpoint: Checkpoint) -> tuple[Model, dict[str, int]]:
+    meta = checkpoint.path / "meta.json"
+    try:
+        model = TypeAdapter[Model](Model).validate_python(checkpoint.config["model"])
+        shapes = checkpoint.config["shapes"]
+        missing = [key for key in ("vocab_size", "classes", "length") if not isinstance(shapes.get(key), int)]
+    except (AttributeError, KeyError, ValidationError) as error:
+        what = " ".join(str(error).split())
+        raise UserError(f"{meta}: no usable model configuration: {what}") from error
+    if missing:
+        raise UserError(f"{meta}: no usable model configuration: shapes.{missing[0]} is missing")
+    return model, shapes

@@ -1,0 +1,102 @@
+"""Carried out of megapd/teacher/command.py."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil  # type: ignore[import-untyped]
+
+from megapd.config import Config
+from megapd.processes.local import local_command, local_environment
+
+log = logging.getLogger(__name__)
+
+
+RESTART_SECONDS = (1.0, 30.0)  # wait before a replica that died is started again: doubled each time, from, to
+
+
+STEADY_SECONDS = 60.0  # a replica that ran this long begins at the first wait again
+
+
+@dataclass
+class _Replica:
+    process: subprocess.Popen[bytes]
+    started: float
+    restart_at: float | None = None
+    wait: float = RESTART_SECONDS[0]
+
+
+class _Supervisor:
+    """Replicas as processes of their own; one that dies is started again."""
+
+    def __init__(self, config: Config, arguments: Sequence[str]) -> None:
+        assert config.teacher is not None
+        self._server, self._arguments = config.teacher.server, list(arguments)
+        self._stopping = False
+
+    def run(self) -> int:
+        """Until SIGTERM or SIGINT, which is passed on; or until a replica refuses its settings: its exit code."""
+        for ending in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(ending, self._stop)
+        replicas = [_Replica(self._start(number), time.monotonic()) for number in range(self._server.replicas)]
+        code = 0
+        try:
+            while not self._stopping and code == 0:
+                for number, replica in enumerate(replicas):
+                    code = code or self._watch(number, replica)
+                time.sleep(0.2)
+        finally:
+            for replica in replicas:
+                self._terminate(replica.process)
+            deadline = time.monotonic() + self._server.drain_seconds + 10.0
+            for replica in replicas:
+                try:
+                    replica.process.wait(max(0.1, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    below = psutil.Process(replica.process.pid).children(recursive=True)
+                    for process in [replica.process, *below]:
+                        process.kill()
+        return code
+
+    def _terminate(self, process: subprocess.Popen[bytes]) -> None:
+        """SIGTERM to a replica that runs. Where it has ranks, the process is DeepSpeed's runner, which ends without a word to its
+        child, the launcher of the ranks: the launcher is told instead, ends the ranks, and the runner ends with it."""
+        if process.poll() is not None:
+            return
+        launchers = psutil.Process(process.pid).children() if self._server.ranks > 1 else []
+        for told in launchers or [process]:
+            told.terminate()
+
+    def _watch(self, number: int, replica: _Replica) -> int:
+        code = replica.process.poll()
+        if code is None:
+            return 0
+        if code == 2:  # a mistake in the settings, which another start would repeat
+            return 2
+        now = time.monotonic()
+        if replica.restart_at is None:
+            steady = now - replica.started > STEADY_SECONDS
+            replica.wait = RESTART_SECONDS[0] if steady else min(2 * replica.wait, RESTART_SECONDS[1])
+            replica.restart_at = now + replica.wait
+            log.warning("teacher replica %d ended with code %d, starting it again in %g s", number, code, replica.wait)
+        elif now >= replica.restart_at:
+            replica.process, replica.started, replica.restart_at = self._start(number), now, None
+        return 0
+
+    def _start(self, number: int) -> subprocess.Popen[bytes]:
+        own = ["--teacher.server.replicas=1", f"--teacher.server.port={self._server.port + number if self._server.port else 0}"]
+        for name in ("data_port", "metrics_port"):
+            if port := getattr(self._server, name):
+                own.append(f"--teacher.server.{name}={port + number}")
+        arguments, ranks = [*self._arguments, *own], self._server.ranks
+        command = local_command(arguments, ranks) if ranks > 1 else [sys.executable, "-m", "megapd", *arguments]
+        return subprocess.Popen(command, env=local_environment(ranks * self._server.replicas))
+
+    def _stop(self, number: int, frame: object) -> None:
+        self._stopping = True

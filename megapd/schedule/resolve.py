@@ -1,0 +1,23 @@
+"""a configured schedule over a trajectory; the one file here that knows trajectories."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megapd.config import Config, Schedule
+from megapd.schedule.plan import Plan
+from megapd.schedule.policies import build_plan
+from megapd.trajectory import Checkpoints
+from megapd.trajectory.hugging_face import HuggingFaceTrajectory
+
+if TYPE_CHECKING:
+    pass
+
+
+def resolve_plan(config: Config, trajectory: Checkpoints, schedule: Schedule | None = None) -> Plan:
+    """The schedule, by default that of the run, over the checkpoints there are; `follow` does not need them yet."""
+    schedule = schedule or config.schedule
+    assert schedule is not None
+    # Models of transformers come without metrics, and to describe one is to fetch and hash it.
+    metrics_of = None if isinstance(trajectory, HuggingFaceTrajectory) else lambda step: trajectory.checkpoint(step).metrics
+    return build_plan(schedule, available=trajectory.steps, steps=config.training.steps, metrics_of=metrics_of)

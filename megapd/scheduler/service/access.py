@@ -1,0 +1,77 @@
+"""Carried out of megapd/schedule/service.py, megapd/schedule/auth.py."""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from typing import Any
+
+from fastapi import HTTPException, Request, Security
+from fastapi.security import HTTPBearer
+
+from megapd.scheduler.store.database import Store
+from megapd.scheduler.store.tokens import ROLES, find_token, list_tokens, token_hash
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+KNOWN_SECONDS = 5.0  # that a token is taken for valid without a look into the store: how long a revoked one lives on
+
+
+class Tokens:
+    """Who a token stands for. `open`: there are no tokens, and need be none."""
+
+    def __init__(self, store: Store, *, loopback: bool) -> None:
+        self._store = store
+        self._known: dict[str, tuple[float, tuple[str, str]]] = {}
+        self._needed = not loopback  # and once needed, needed until the end: the last one revoked opens nothing
+        self._open_until = 0.0
+
+    def open(self) -> bool:
+        now = time.monotonic()
+        if not self._needed and now >= self._open_until:
+            self._needed = bool(self._store.read(list_tokens))
+            self._open_until = now + 1.0
+        return not self._needed
+
+    def find(self, token: str) -> tuple[str, str] | None:
+        """(name, role), None of an unknown one."""
+        hashed, now = token_hash(token), time.monotonic()
+        known = self._known.get(hashed)
+        if known is not None and now < known[0]:
+            return known[1]
+        found = self._store.read(lambda connection: find_token(connection, hashed))
+        if found is None:
+            self._known.pop(hashed, None)
+            return None
+        self._known[hashed] = (now + KNOWN_SECONDS, found)
+        return found
+
+    def forget(self) -> None:
+        """Look into the store again, now."""
+        self._known.clear()
+        self._open_until = 0.0
+
+
+_bearer = Security(HTTPBearer(auto_error=False, description="of the role that the operation names, or a higher one"))
+
+
+class Needs:
+    """Dependency of a route: the caller's name, if its role is high enough, else 403."""
+
+    def __init__(self, role: str) -> None:
+        self._least = ROLES.index(role)
+        self._text = f"authorization: this needs a token of role {role}"
+
+    async def __call__(self, request: Request, _: Any = _bearer) -> str:
+        name, role = request.scope["caller"]
+        if ROLES.index(role) < self._least:
+            raise HTTPException(403, f"{self._text}; yours is of role {role}")
+        return name

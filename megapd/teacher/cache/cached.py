@@ -1,0 +1,165 @@
+"""CachedStream: signals read from the disk cache, and from another stream what it lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from megapd.batch import Batch
+from megapd.errors import UserError
+from megapd.schedule.plan import Plan
+from megapd.signals.signal import Head, Signal, as_sent
+from megapd.signals.spec import SignalSpec
+from megapd.teacher.cache.cache import SignalCache
+from megapd.teacher.stream import Stream
+from megapd.trajectory import Checkpoint, Checkpoints
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """What a request found: the signal of each micro-batch, None where the source was asked; or why it could not look."""
+
+    digests: list[str]
+    signals: list[Signal | None]
+    error: Exception | None = None
+
+
+class CachedStream:
+    """A stream that reads the cache, and asks its source for what the cache lacks.
+
+    A micro-batch comes from the cache if all its samples are there, else from the source; with record=True what was missing is
+    added, and of samples that were there the cache's rows are used, so that a run that records and its replay are bitwise the
+    same. Closing it closes the source and the cache.
+    """
+
+    def __init__(
+        self,
+        cache: SignalCache,
+        plan: Plan,
+        spec: SignalSpec,
+        trajectory: Checkpoints | None,
+        source: Stream | None,
+        *,
+        record: bool,
+        classes: int = 0,
+        agree: Callable[[list[bool]], list[bool]] | None = None,
+    ) -> None:
+        """trajectory: names the teachers' digests; None: the source does, and then nothing is looked up ahead of the step.
+        record: needs a source, and classes, of the teacher's head. agree: where ranks answer each other's batches, as those of
+        a sharded teacher in the students' processes do: given which micro-batches of a step this rank would ask the source for,
+        those that any rank would, a collective that `signals` calls once."""
+        assert trajectory is not None or source is not None
+        assert not record or (source is not None and classes > 0)
+        self.spec = spec
+        self._cache, self._plan, self._trajectory, self._source = cache, plan, trajectory, source
+        self._record, self._classes, self._agree = record, classes, agree
+        self._checkpoints: dict[int, Checkpoint] = {}
+        self._ahead: dict[int, _Ahead] = {}
+        self._head: tuple[str, torch.device, Head] | None = None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """hits, misses, recorded, damaged of the cache."""
+        return dict(self._cache.counts)
+
+    def ready(self, step: int) -> bool:
+        if self._source is not None:
+            return self._source.ready(step)
+        assert self._trajectory is not None
+        return self._trajectory.written(self._plan.checkpoint_at(step))
+
+    def teacher(self, step: int) -> Checkpoint:
+        """Read from the trajectory where there is one: a source whose signals are all in the cache loads no checkpoint."""
+        if self._trajectory is None:
+            assert self._source is not None
+            return self._source.teacher(step)
+        teacher_step = self._plan.checkpoint_at(step)
+        if teacher_step not in self._checkpoints:
+            self._checkpoints[teacher_step] = self._trajectory.checkpoint(teacher_step)
+        return self._checkpoints[teacher_step]
+
+    def request(self, step: int, batches: Sequence[Batch]) -> None:
+        """Looks the step up on the caller's thread, which reads its rows from the disk ahead of the step; what is not there is
+        asked of the source."""
+        signals: list[Signal | None] = [None] * len(batches)
+        error: Exception | None = None
+        # A checkpoint that a teacher has yet to write has given no signals.
+        if self._trajectory is not None and self._trajectory.written(self._plan.checkpoint_at(step)):
+            try:
+                teacher = self.teacher(step).digest
+                signals = [self._cache.lookup(teacher, self.spec, batch) for batch in batches]
+            except Exception as raised:  # whatever it is, `signals` raises it
+                error = raised
+        self._ahead[step] = _Ahead([batch.digest for batch in batches], signals, error)
+        missing = [batch for batch, signal in zip(batches, signals, strict=True) if signal is None]
+        if missing and self._source is not None and error is None:
+            self._source.request(step, missing)
+
+    def signals(self, step: int, batches: Sequence[Batch]) -> Iterator[Signal]:
+        """Raises UserError for samples that are not in the cache if there is no source."""
+        checkpoint = self.teacher(step)
+        for earlier in [key for key in list(self._ahead) if key < step]:
+            del self._ahead[earlier]
+        ahead = self._ahead.pop(step, None)
+        if ahead is not None and ahead.error is not None:
+            raise ahead.error
+        if ahead is not None and ahead.digests == [batch.digest for batch in batches]:
+            found = ahead.signals
+        else:
+            found = [self._cache.lookup(checkpoint.digest, self.spec, batch) for batch in batches]
+        asked = [signal is None for signal in found]
+        if self._agree is not None:
+            asked = self._agree(asked)
+        missing = [batch for batch, ask in zip(batches, asked, strict=True) if ask]
+        if missing and self._source is None:
+            raise self._missing(step, checkpoint, batches, missing)
+        given = iter(self._source.signals(step, missing)) if missing and self._source is not None else iter(())
+        return self._answers(checkpoint, batches, found, asked, given)
+
+    def close(self) -> None:
+        try:
+            if self._source is not None:
+                self._source.close()
+        finally:
+            self._cache.close()
+
+    def _answers(
+        self,
+        checkpoint: Checkpoint,
+        batches: Sequence[Batch],
+        found: Sequence[Signal | None],
+        asked: Sequence[bool],
+        given: Iterator[Signal],
+    ) -> Iterator[Signal]:
+        for batch, cached, ask in zip(batches, found, asked, strict=True):
+            fresh = next(given) if ask else None  # taken, and not used, where another rank alone lacked it
+            if cached is not None:
+                signal = cached.to(batch.ids.device)
+            else:
+                assert fresh is not None
+                fresh.check(checkpoint.digest, batch)
+                signal = self._cache.record(fresh, batch, self._classes) if self._record else as_sent(fresh)
+            signal.check(checkpoint.digest, batch)
+            yield self._with_head(signal, batch.ids.device)
+
+    def _with_head(self, signal: Signal, device: torch.device) -> Signal:
+        """With the one head of its teacher, which moves to the device once: the recorded one, if there is one."""
+        if signal.head is None:
+            return signal
+        if self._head is None or self._head[:2] != (signal.teacher, device):
+            head = self._cache.head(signal.teacher, self.spec) or signal.head
+            self._head = (signal.teacher, device, head.to(device))
+        return replace(signal, head=self._head[2])
+
+    def _missing(self, step: int, checkpoint: Checkpoint, batches: Sequence[Batch], missing: Sequence[Batch]) -> UserError:
+        lacking = sum(int((~self._cache.present(checkpoint.digest, self.spec, batch)).sum()) for batch in missing)
+        samples = sum(batch.samples for batch in batches)
+        others = [held for held in self._cache.holdings(checkpoint.digest) if held != self.spec.parameters]
+        there = f" (for that teacher it holds {', '.join(others)})" if others else ""
+        what = f"{lacking} of the {samples} samples" if lacking else "the teacher's head for the samples"
+        return UserError(
+            f"teacher.cache: {self._cache.folder} lacks {what} of step {step}, teacher step {checkpoint.step}, "
+            f"{self.spec.parameters}{there}; run `megapd record CONFIG`, or choose a teacher.carrier other than cached"
+        )

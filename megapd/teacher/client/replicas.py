@@ -1,0 +1,301 @@
+"""The client's side of several teacher replicas: where they are, which of them answer, and asking until one does."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import pyarrow as pa
+import pyarrow.flight as flight
+
+from megapd.config import Teacher as TeacherConfig
+from megapd.errors import TeacherLost
+from megapd.signals.signal import SignalDamaged, SignalMismatch
+from megapd.teacher.client.connections import Connections, HandshakeFailed, client_context
+from megapd.teacher.wire.calls import parse_json
+from megapd.teacher.wire.frames import Link
+from megapd.teacher.wire.refusals import RefusalKind, Refused, refusal
+from megapd.teacher.wire.secrets import bearer, read_secret, read_token
+
+log = logging.getLogger(__name__)
+
+
+ROUNDS = 3  # times that every replica must say no before it is taken for final: one may have been restarted with old files
+
+
+SOCKET_SECONDS = 10.0  # the same for connections that are closed without a word: a certificate refused, or a server that starts
+
+
+BACKOFF = (0.1, 5.0)  # seconds before a replica is tried again: doubled each time, from, to; times 0.5 to 1.5 at random
+
+
+BUSY = (0.02, 0.5)  # the same where its queue is full
+
+
+PROBE_SECONDS = 5.0  # a replica that failed is asked for its health first, so that a dead one costs this and no more
+
+
+# gRPC's own pause before it connects again grows to two minutes; a teacher restarts in seconds.
+_OPTIONS = [
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+]
+
+
+T = TypeVar("T")
+
+
+Failure = RefusalKind | str  # or away, damaged
+
+
+class Endpoints(Protocol):
+    """Where the replicas are now, grpc://HOST:PORT each; in the order of preference, none twice."""
+
+    def current(self) -> Sequence[str]: ...
+
+    def close(self) -> None: ...
+
+
+class FixedEndpoints:
+    """Replicas whose addresses the configuration names."""
+
+    def __init__(self, addresses: Sequence[str]) -> None:
+        self._addresses = tuple(dict.fromkeys(addresses))
+
+    def current(self) -> Sequence[str]:
+        return self._addresses
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class Remote:
+    """One replica as a client sees it; thread-safe as far as Flight's client is, which is for all it does here."""
+
+    def __init__(self, address: str, client: flight.FlightClient, token: bytes | None, connections: Connections) -> None:
+        self.address, self.client, self.connections = address, client, connections
+        self._headers = [] if token is None else [(b"authorization", bearer(token))]
+        self.failures = 0  # in a row, of the replica as a whole
+        self.retry_at = 0.0
+        self.last = "no answer yet"
+
+    def options(self, seconds: float) -> flight.FlightCallOptions:
+        return flight.FlightCallOptions(timeout=seconds, headers=self._headers)
+
+    def connection(self, seconds: float) -> Link | None:
+        """To the data port, None where signals go over Flight; to be given back to `connections`."""
+        return self.connections.take(lambda: self.action("data", b"", min(seconds, PROBE_SECONDS)), seconds)
+
+    def action(self, name: str, body: bytes, seconds: float) -> bytes:
+        """The one result of a do_action. Raises Refused, or Flight's errors."""
+        try:
+            results = list(self.client.do_action(flight.Action(name, body), self.options(seconds)))
+        except (flight.FlightError, pa.ArrowException) as error:
+            raise (refusal(error) or error) from error
+        if len(results) != 1:
+            raise SignalDamaged(f"{name}: {len(results)} results instead of one")
+        return results[0].body.to_pybytes()
+
+
+@dataclass
+class _Verdict:
+    """What a replica said to one question: how often in a row, and since when."""
+
+    failure: Failure
+    message: str
+    count: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def final(self) -> bool:
+        """Whether this replica will not say anything else."""
+        if self.failure not in ("wrong_teacher", "token", "certificate", "invalid", "memory"):
+            return False
+        silent = self.failure == "certificate" and "handshake" not in self.message.lower()
+        return self.count >= ROUNDS and (not silent or time.monotonic() - self.since > SOCKET_SECONDS)
+
+
+class Replicas:
+    """All replicas of one teacher. `ask` goes round those that answer, away from those that do not, until one did.
+
+    counts: requests (calls made), retries, damaged, refused, wrong_teacher.
+    """
+
+    def __init__(self, config: TeacherConfig, endpoints: Endpoints) -> None:
+        """endpoints: closed with these. Raises UserError where the token or a certificate cannot be read; connects to nothing
+        yet."""
+        self.counts: Counter[str] = Counter(requests=0, retries=0, damaged=0, refused=0, wrong_teacher=0)
+        self.closed = threading.Event()
+        self._endpoints, self._call_seconds = endpoints, config.call_seconds
+        self._token = None if config.token is None else read_token(config.token)
+        files = {"tls_root_certs": "root_certificate", "cert_chain": "certificate", "private_key": "key"}
+        paths = {argument: (getattr(config, name), f"teacher.{name}") for argument, name in files.items()}
+        self._tls = {argument: read_secret(path, name) for argument, (path, name) in paths.items() if path is not None}
+        # Made where it is needed: 50 ms, for the authorities of the system.
+        self._context = client_context(config) if self._tls else None
+        self._config = config
+        self._known: dict[str, Remote] = {}
+        self._turn = itertools.count()
+        self._lock = threading.Lock()
+
+    def current(self) -> list[Remote]:
+        """The replicas that the endpoints name now, in their order."""
+        addresses = self._endpoints.current()
+        with self._lock:
+            for address in addresses:
+                if address not in self._known:
+                    tls = address.startswith("grpc+tls:")
+                    if tls and self._context is None:
+                        self._context = client_context(self._config)
+                    client = flight.FlightClient(address, generic_options=_OPTIONS, **(self._tls if tls else {}))
+                    token = None if self._token is None else self._token.decode()
+                    connections = Connections(address, token, self._context if tls else None, allowed=self._config.data_port)
+                    self._known[address] = Remote(address, client, self._token, connections)
+            for address in self._known.keys() - set(addresses):
+                self._known.pop(address).connections.forget()  # its client closes with the last call that uses it
+            return [self._known[address] for address in addresses]
+
+    def ask(self, what: str, do: Callable[[Remote, float], T], deadline: Callable[[], float | None]) -> T:
+        """What `do(replica, seconds)` returns, at most `seconds` each time, with the first replica that has it.
+
+        deadline: monotonic time after which it is too late, None while that is not known. Raises TeacherLost then, or as soon as
+        every replica refuses for good; SignalMismatch if that is because each has another teacher; CancelledError once closed.
+        """
+        verdicts: dict[str, _Verdict] = {}
+        later: dict[str, float] = {}  # of this question alone
+        previous = ""
+        while True:
+            now, end = time.monotonic(), deadline()
+            left = float("inf") if end is None else end - now
+            if left <= 0:
+                raise TeacherLost(f"{what}: no answer in time; {self.describe(verdicts)}")
+            remote, ready_at = self._choose(later, previous)
+            if remote is None or ready_at > now:
+                if self.closed.wait(min(max(ready_at - now, 0.001), left, 0.2)):
+                    raise CancelledError("the stream was closed")
+                continue
+            try:
+                result = self._try(remote, do, min(self._call_seconds, left))
+            except (Refused, SignalDamaged, SignalMismatch, flight.FlightError, pa.ArrowException, OSError) as error:
+                if self.closed.is_set():
+                    raise CancelledError("the stream was closed") from error
+                previous = remote.address
+                failure, message = classify(error)
+                later[previous] = self._failed(remote, failure, message, verdicts)
+                self._judge(what, verdicts)
+            else:
+                remote.failures, remote.last = 0, "answers"
+                return result
+
+    def describe(self, verdicts: dict[str, _Verdict] | None = None) -> str:
+        """One line: each endpoint and the last that was heard of it."""
+        heard = verdicts or {}
+        lines = [f"{r.address}: {heard[r.address].message if r.address in heard else r.last}" for r in self.current()]
+        return "; ".join(lines) or "teacher.endpoints: there is no replica, nor one with a lease at scheduler.url"
+
+    def close(self) -> None:
+        """No call begins from now on; those under way are for the caller to end, and then to `disconnect`."""
+        self.closed.set()
+        self._endpoints.close()
+
+    def disconnect(self) -> None:
+        for remote in self._known.values():
+            remote.connections.forget()
+
+    def _choose(self, later: dict[str, float], previous: str) -> tuple[Remote | None, float]:
+        """(the replica to ask, when): round about those that are well, another than the previous one if there is one."""
+        remotes = self.current()
+        if not remotes:
+            return None, time.monotonic() + 0.2
+        now, turn = time.monotonic(), next(self._turn)
+
+        def rank(item: tuple[int, Remote]) -> tuple[Any, ...]:
+            place, remote = item
+            ready_at = max(remote.retry_at, later.get(remote.address, 0.0))
+            return max(ready_at - now, 0.0), remote.failures > 0, remote.address == previous, (place - turn) % len(remotes)
+
+        _, remote = min(enumerate(remotes), key=rank)
+        return remote, max(remote.retry_at, later.get(remote.address, 0.0))
+
+    def _try(self, remote: Remote, do: Callable[[Remote, float], T], seconds: float) -> T:
+        if remote.failures:
+            remote.retry_at = time.monotonic() + PROBE_SECONDS  # meanwhile nobody else tries it
+            health = parse_json(remote.action("health", b"", min(PROBE_SECONDS, seconds)))
+            if health.get("draining"):
+                raise Refused("draining", "it is about to end")
+            remote.failures, remote.retry_at = 0, 0.0
+            remote.connections.forget()
+        self._count("requests")
+        return do(remote, seconds)
+
+    def _failed(self, remote: Remote, failure: Failure, message: str, verdicts: dict[str, _Verdict]) -> float:
+        """Note a failure; returns when this question may go to the replica again."""
+        self._count("retries")
+        counted = {"wrong_teacher": "wrong_teacher", "damaged": "damaged"}
+        refused = failure in ("token", "certificate", "invalid", "memory")
+        if refused or failure in counted:
+            self._count(counted.get(failure, "refused"))
+            log.warning("%s: %s", remote.address, message)
+        known = verdicts.get(remote.address)
+        if known is None or known.failure != failure:
+            known = verdicts[remote.address] = _Verdict(failure, message)
+        known.count, known.message = known.count + 1, message
+        remote.last = message
+        now = time.monotonic()
+        if failure in ("away", "draining", "certificate"):  # of the replica, whatever is asked
+            remote.failures += 1
+            remote.retry_at = now + pause(BACKOFF, remote.failures)
+            return 0.0
+        return now + pause(BUSY if failure == "busy" else BACKOFF, known.count)
+
+    def _judge(self, what: str, verdicts: dict[str, _Verdict]) -> None:
+        addresses = [remote.address for remote in self.current()]
+        if not addresses or not all(address in verdicts and verdicts[address].final for address in addresses):
+            return
+        found = [verdicts[address] for address in addresses]
+        wrong = [verdict.message for verdict in found if verdict.failure == "wrong_teacher"]
+        if wrong:
+            raise SignalMismatch(f"{what}: {wrong[0]}")
+        hints = {
+            "token": "teacher.token: every replica refuses the bearer token: ",
+            "certificate": "teacher.certificate, teacher.root_certificate, teacher.token: no replica takes a connection: ",
+        }
+        raise TeacherLost(f"{what}: {hints.get(found[0].failure, '')}{self.describe(verdicts)}")
+
+    def _count(self, name: str) -> None:
+        with self._lock:
+            self.counts[name] += 1
+
+
+def classify(error: Exception) -> tuple[Failure, str]:
+    """(what kind of failure, the message for people)."""
+    told = error if isinstance(error, Refused) else refusal(error)
+    if told is not None:
+        return told.kind, str(told)
+    if isinstance(error, SignalMismatch):
+        return "wrong_teacher", str(error)
+    if isinstance(error, HandshakeFailed):
+        return "certificate", str(error)
+    message = str(error).split(". gRPC client debug context")[0].split(". Client context")[0]
+    message = " ".join(message.removeprefix("Flight returned unavailable error, with message: ").split())[:500]
+    if isinstance(error, flight.FlightUnauthenticatedError | flight.FlightUnauthorizedError):
+        return "token", message
+    if isinstance(error, SignalDamaged) or (isinstance(error, pa.ArrowInvalid) and not isinstance(error, flight.FlightError)):
+        return "damaged", message
+    if "failed to connect" in message and ("handshake" in message.lower() or "Socket closed" in message):
+        return "certificate", message
+    return "away", message or type(error).__name__
+
+
+def pause(bounds: tuple[float, float], count: int) -> float:
+    """Seconds before try number count + 1: doubled each time, with jitter, so that clients do not come back all at once."""
+    return min(bounds[1], bounds[0] * 2.0 ** min(count - 1, 30)) * random.uniform(0.5, 1.5)

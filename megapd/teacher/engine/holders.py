@@ -1,0 +1,207 @@
+"""Holders: one teacher's weights in the memory of one or several ranks, replaced in place.
+
+whole    every rank holds all of it and answers for itself
+zero     DeepSpeed ZeRO-3 without optimizer: a rank holds a flat part of every parameter, which are gathered layer by layer
+         while they are used. All ranks must run at once, each on a batch of its own
+tensor   matrices are split over the ranks (models/sharding.py), the head by classes. All ranks must run the same batch at once
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megapd.batch import Batch
+from megapd.errors import UserError
+from megapd.models.sharding import allocate, plan_for, shard, vocabulary_shard
+from megapd.signals.signal import Head
+from megapd.slices import Flat, Part
+from megapd.world import World, init_deepspeed
+from megapd_kernels import VocabularyShard
+
+
+class Holder(Protocol):
+    """parts: for every tensor of a checkpoint what this rank needs of it. classes, width: of the whole head."""
+
+    model: nn.Module
+    parts: dict[str, Part]
+    classes: int
+    width: int
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace this rank's weights by what `stage` made of tensors, one a name of `parts`, each that part."""
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Final hidden states [N, D] of the labelled positions."""
+        ...
+
+    def trial(self, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor | None:
+        """What `hidden` will give when the staged `tensors` are loaded, from another thread than those that answer; None where
+        that takes other ranks, or memory that is not there."""
+
+    def head(self) -> Any:
+        """Context manager: (the head as far as this rank has it, its VocabularyShard or None)."""
+
+
+def stage(tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype, *, on_device: bool) -> dict[str, Tensor]:
+    """Weights in the type that they will have, in memory of their own (files may go away), so that the commit is short.
+
+    On a GPU in pinned host memory, or with on_device in the GPU's own, copied on a stream of its own. For a reader's thread.
+    """
+    staged = {}
+    for name, tensor in tensors.items():
+        own = torch.empty(tensor.shape, dtype=dtype, pin_memory=device.type == "cuda")
+        staged[name] = own.copy_(tensor)
+    if device.type == "cuda" and on_device:
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream):
+            staged = {name: tensor.to(device, non_blocking=True) for name, tensor in staged.items()}
+        stream.synchronize()
+    return staged
+
+
+class _Module:
+    """What holders have in common: a module of parameters that are this rank's parts, and its head."""
+
+    model: nn.Module
+    parts: dict[str, Part]
+    _shard: VocabularyShard | None = None
+
+    def __init__(self, model: Any) -> None:
+        classes, width = model.head.weight.shape
+        self.classes, self.width = int(classes), int(width)
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        _replace(dict(self.model.named_parameters()), tensors)
+
+    @torch.no_grad()
+    def hidden(self, batch: Batch) -> Tensor:
+        return self.model(batch, mode="hidden")
+
+    def trial(self, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor | None:
+        return None
+
+    @contextmanager
+    def head(self) -> Iterator[tuple[Head, VocabularyShard | None]]:
+        head: Any = self.model.head
+        yield Head(head.weight.detach(), None if head.bias is None else head.bias.detach()), self._shard
+
+
+class WholeHolder(_Module):
+    """Every rank holds the whole model."""
+
+    def __init__(self, model: nn.Module, world: World, dtype: torch.dtype) -> None:
+        super().__init__(model)
+        self.model = allocate(model.to(dtype), world.device).requires_grad_(False).eval()
+        self.parts = dict.fromkeys((name for name, _ in model.named_parameters()), None)
+        # The same modules without weights.
+        bare = {id(p): nn.Parameter(p.new_empty(0), requires_grad=False) for p in self.model.parameters()}
+        self._bare = copy.deepcopy(self.model, bare)
+
+    @torch.no_grad()
+    def trial(self, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor | None:
+        parameters = dict(self._bare.named_parameters())
+        if any(tensors[name].device != parameter.device for name, parameter in parameters.items()):
+            return None
+        device = batch.ids.device
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        try:
+            for name, parameter in parameters.items():
+                parameter.data = tensors[name]
+            with torch.cuda.stream(stream):  # None: nothing
+                hidden = self._bare(batch, mode="hidden")
+            if stream is not None:
+                stream.synchronize()
+            return hidden
+        finally:
+            for parameter in parameters.values():
+                parameter.data = parameter.new_empty(0)
+
+
+class ZeroHolder(_Module):
+    """DeepSpeed ZeRO-3 without an optimizer. The model is whole on the host of each rank once, when it is built."""
+
+    def __init__(self, model: nn.Module, world: World, dtype: torch.dtype) -> None:
+        import deepspeed
+
+        super().__init__(model)
+        init_deepspeed(world)
+        model.requires_grad_(False).eval()
+        sizes = {torch.bfloat16: {"bf16": {"enabled": True}}, torch.float16: {"fp16": {"enabled": True}}}
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            # Threshold 0: small parameters are split too, so that `parts` holds for all of them.
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+            **sizes.get(dtype, {}),
+        }
+        whole = allocate(model.to(dtype), torch.device("cpu"))
+        engine, *_ = deepspeed.initialize(model=whole, config=config, dist_init_required=False)
+        self._engine, self._gather = engine, deepspeed.zero.GatheredParameters
+        self.model = engine.module
+        self.parts = {}
+        self._partitions: dict[str, Any] = dict(self.model.named_parameters())  # with what DeepSpeed put on them
+        for name, parameter in self._partitions.items():
+            size = parameter.ds_tensor.ds_numel
+            self.parts[name] = Flat(world.rank * size, (world.rank + 1) * size)
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        targets = {}
+        for name, parameter in self._partitions.items():
+            if parameter.ds_status.name == "AVAILABLE":
+                parameter.partition()  # left gathered by the last forward: its old values would be used again
+            targets[name] = parameter.ds_tensor.data[: tensors[name].numel()]
+        _replace(targets, tensors, in_place=True)
+
+    @contextmanager
+    def head(self) -> Iterator[tuple[Head, VocabularyShard | None]]:
+        head: Any = self.model.head
+        parameters = [head.weight] if head.bias is None else [head.weight, head.bias]
+        with self._gather(parameters), super().head() as found:
+            yield found
+
+
+class TensorHolder(_Module):
+    """Matrices split over the ranks, the head by classes; of a model built on the meta device a rank allocates its part."""
+
+    def __init__(self, model: nn.Module, world: World, dtype: torch.dtype) -> None:
+        super().__init__(model)
+        group = dist.group.WORLD
+        assert group is not None
+        self.parts = shard(model, plan_for(model), world.rank, world.size, group)
+        self.model = allocate(model.to(dtype), world.device).requires_grad_(False).eval()
+        self._shard = vocabulary_shard(self.classes, world.rank, world.size, group)
+
+
+Build = Callable[[nn.Module, World, torch.dtype], Holder]
+
+
+HOLDERS: dict[str, Build] = {
+    "whole": WholeHolder,
+    "zero": ZeroHolder,
+    "tensor": TensorHolder,
+}
+
+
+def _replace(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, in_place: bool = False) -> None:
+    """All or nothing: shapes are compared before the first is replaced.
+
+    Where a staged tensor lies on the weights' device it becomes the weight: a rotation then costs no copy at all.
+    """
+    assert targets.keys() == tensors.keys()
+    for name, target in targets.items():
+        if target.shape != tensors[name].shape:
+            raise UserError(f"{name} has shape {tuple(tensors[name].shape)} in the checkpoint, not {tuple(target.shape)}")
+    for name, target in targets.items():
+        staged = tensors[name]
+        if staged.device == target.device and staged.dtype == target.dtype and not in_place:
+            target.data = staged
+        else:
+            target.data.copy_(staged, non_blocking=True)

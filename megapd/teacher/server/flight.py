@@ -1,0 +1,321 @@
+"""The served teacher: one replica behind Arrow Flight, answering students over TCP or into their shared memory.
+
+    do_exchange  `signal`: a request (wire/requests.py) in, a signal's record batch out, or its length in shared memory
+    do_get       {"head": step, "teacher": digest}: the output layer, for students that receive hidden states
+    do_action    trajectory, prepare, health, capacity, data: the port where signals cost less than by do_exchange
+
+Everything else is refused. Nothing is unpickled, no call names a file, and no answer depends on what was asked before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.flight as flight
+
+from megapd.errors import UserError
+from megapd.signals.arrow import encode
+from megapd.teacher.server.dispatch import Answer, Dispatcher, Job, Replica
+from megapd.teacher.server.metrics import Metrics
+from megapd.teacher.wire.calls import encode_catalogue, parse_json, parse_teacher, parse_ticket
+from megapd.teacher.wire.refusals import Refused
+from megapd.teacher.wire.requests import COMMAND, Request, check_request, decode_request
+from megapd.teacher.wire.secrets import bearer, check_token
+from megapd.teacher.wire.shared_memory import Mappings, write
+from megapd.trajectory import Checkpoint
+from megapd.trajectory.listing import nearest_steps
+
+log = logging.getLogger(__name__)
+
+
+GONE_SECONDS = 0.5  # a handler looks whether its client is still there this often
+
+
+SWEEP_SECONDS = 10.0  # between looks for clients' memory that nobody else has any more
+
+
+MESSAGE_BYTES = 256 << 20  # of an answer's record batches: one gRPC message holds 2 GiB at most
+
+
+LONGEST_WAIT = 30.0  # seconds that `prepare` may wait for staging
+
+
+class _Token(flight.ServerMiddlewareFactory):
+    """Refuses calls without the bearer token, before anything of them is read."""
+
+    def __init__(self, token: bytes | None, metrics: Metrics) -> None:
+        super().__init__()
+        self._expected = None if token is None else bearer(token)
+        self._metrics = metrics
+
+    def start_call(self, info: Any, headers: dict[str, list[str]]) -> None:
+        if self._expected is None:
+            return
+        given = headers.get("authorization", [])
+        try:
+            check_token(_bytes(given[0]) if len(given) == 1 else b"", self._expected)
+        except Refused as error:
+            self._metrics.requests.labels("any", "token").inc()
+            raise error.as_flight() from None
+
+
+class TeacherFlight(flight.FlightServerBase):
+    """The Flight service of one replica. Answers from its construction on, as far as `dispatcher` runs; `shutdown` ends it."""
+
+    def __init__(
+        self,
+        location: str,
+        dispatcher: Dispatcher,
+        *,
+        token: bytes | None = None,
+        tls: tuple[bytes, bytes] | None = None,
+        client_authority: bytes | None = None,
+    ) -> None:
+        """location: grpc://HOST:PORT, grpc+tls:// with TLS. tls: PEM of certificate, key. client_authority: PEM, mutual TLS."""
+        self._dispatcher, self._metrics = dispatcher, dispatcher.metrics
+        self._replica: Replica = dispatcher.replica
+        self._checkpoints: dict[int, Checkpoint] = {}
+        self._mappings = Mappings()
+        self._swept = time.monotonic()
+        self.data_port: int | None = None  # that clients are told, once it is known
+        self.data_port_known = False
+        super().__init__(
+            location,
+            tls_certificates=[tls] if tls else None,
+            verify_client=client_authority is not None,
+            root_certificates=client_authority,
+            middleware={"token": _Token(token, self._metrics)},
+        )
+
+    # --------------------------------------------------------------------------------------------------------- calls
+
+    def do_exchange(
+        self, context: Any, descriptor: flight.FlightDescriptor, reader: flight.MetadataRecordBatchReader, writer: Any
+    ) -> None:
+        with _as_flight(), self._told("signal", context.is_cancelled):
+            self._dispatcher.check_open()
+            if descriptor.descriptor_type != flight.DescriptorType.CMD or descriptor.command != COMMAND:
+                raise Refused("invalid", f"descriptor: the one command there is is {COMMAND.decode()!r}")
+            found = self._answer(_read(reader), context.is_cancelled)
+            if isinstance(found, int):
+                writer.write_metadata(pa.py_buffer(json.dumps({"bytes": found}).encode()))
+            else:
+                writer.begin(found.schema)
+                for part in _messages(found):
+                    writer.write_batch(part)
+
+    def answer(self, record: pa.RecordBatch, gone: Callable[[], bool]) -> pa.RecordBatch | int:
+        """The answer to a request, or the bytes that it takes in the client's memory. Raises Refused. The data port's calls."""
+        with self._told("signal", gone):
+            self._dispatcher.check_open()
+            return self._answer(record, gone)
+
+    def _answer(self, record: pa.RecordBatch, gone: Callable[[], bool]) -> pa.RecordBatch | int:
+        request = decode_request(record)
+        checkpoint = self._checkpoint(request.step, request.teacher)
+        check_request(request, checkpoint)
+        # Opened before the forward pass, which would be in vain where the memory cannot be reached.
+        memory = None if request.memory is None else self._mappings.open(request.memory)
+        found = self.respond(request, self._ask(request, gone))
+        self._sweep()
+        if memory is None:
+            self._metrics.bytes.inc(found.nbytes)
+            return found
+        length = write(found, memory)
+        self._metrics.bytes.inc(length)
+        return length
+
+    def do_get(self, context: Any, ticket: flight.Ticket) -> flight.RecordBatchStream:
+        with _as_flight(), self._told("head", context.is_cancelled):
+            step, teacher = parse_ticket(ticket.ticket)
+            self._checkpoint(step, teacher)
+            job = Job(step, teacher, None, context.is_cancelled)
+            schema, batches = self._wait(job, job.head)
+            self._metrics.bytes.inc(sum(batch.nbytes for batch in batches))
+            return flight.RecordBatchStream(pa.RecordBatchReader.from_batches(schema, batches))
+
+    def do_action(self, context: Any, action: flight.Action) -> list[bytes]:
+        answers: dict[str, Callable[[dict[str, Any]], bytes]] = {
+            "trajectory": self._trajectory,
+            "prepare": self._prepare,
+            "health": self._health,
+            "capacity": self._capacity,
+            "data": self._data,
+        }
+        with _as_flight(), self._told(action.type if action.type in answers else "unknown", context.is_cancelled):
+            if action.type not in answers:
+                raise Refused("invalid", f"action: there are {', '.join(answers)}")
+            return [answers[action.type](parse_json(action.body.to_pybytes()))]
+
+    def list_actions(self, context: Any) -> list[tuple[str, str]]:
+        return self._no()
+
+    def list_flights(self, context: Any, criteria: bytes) -> Any:
+        return self._no()
+
+    def get_flight_info(self, context: Any, descriptor: flight.FlightDescriptor) -> Any:
+        return self._no()
+
+    def get_schema(self, context: Any, descriptor: flight.FlightDescriptor) -> Any:
+        return self._no()
+
+    def do_put(self, context: Any, descriptor: flight.FlightDescriptor, reader: Any, writer: Any) -> None:
+        self._no()
+
+    def respond(self, request: Request, answer: Answer) -> pa.RecordBatch:
+        """The record batch that goes back. On the handler's thread, so that the engine's goes on with the next forward pass."""
+        return encode(answer.signal, request.batch, answer.classes)
+
+    # ------------------------------------------------------------------------------------------------------- actions
+
+    def _trajectory(self, body: dict[str, Any]) -> bytes:
+        """The steps there are, and the description of those in `steps`; without it, of all."""
+        trajectory = self._replica.trajectory
+        wanted = body.get("steps")
+        if wanted is None:
+            steps = wanted = trajectory.refresh()
+        elif not isinstance(wanted, list) or not all(type(step) is int and 0 <= step < 1 << 50 for step in wanted):
+            raise Refused("invalid", "trajectory: steps is a list of whole numbers")
+        else:
+            steps = trajectory.steps if wanted else trajectory.refresh()
+        there = [step for step in sorted(set(wanted)) if step in self._checkpoints or trajectory.written(step)]
+        return encode_catalogue(sorted({*steps, *there}), [self._known(step) for step in there])
+
+    def _prepare(self, body: dict[str, Any]) -> bytes:
+        """{"ready": whether it is verified and staged}; wait: seconds to wait for that."""
+        step, teacher = parse_teacher(body.get("step"), body.get("teacher"))
+        wait = body.get("wait", 0.0)
+        if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0.0 <= wait <= LONGEST_WAIT:
+            raise Refused("invalid", f"prepare: wait is a number of seconds, {LONGEST_WAIT:g} at most")
+        self._checkpoint(step, teacher)
+        if teacher in self._replica.held:
+            return json.dumps({"ready": True}).encode()
+        staged = self._replica.prepare(step)
+        try:
+            staged.result(wait)
+        except FutureTimeout:
+            if staged.done():  # the replica's own time-out, not this wait's
+                raise
+            return json.dumps({"ready": False}).encode()
+        return json.dumps({"ready": True}).encode()
+
+    def _health(self, _: dict[str, Any]) -> bytes:
+        return json.dumps({"draining": self._dispatcher.draining}).encode()
+
+    def _capacity(self, _: dict[str, Any]) -> bytes:
+        figures = {
+            "queued": self._dispatcher.queued,
+            "limit": self._dispatcher.limit,
+            "tokens_per_second": self._dispatcher.tokens_per_second,
+            "resident": list(self._replica.held),
+            "draining": self._dispatcher.draining,
+        }
+        return json.dumps(figures).encode()
+
+    def _data(self, _: dict[str, Any]) -> bytes:
+        if not self.data_port_known:
+            raise Refused("busy", "the teacher is about to open its data port; come again")
+        return json.dumps({"port": self.data_port}).encode()
+
+    # ------------------------------------------------------------------------------------------------------- helpers
+
+    def _known(self, step: int) -> Checkpoint:
+        if step not in self._checkpoints:
+            trajectory = self._replica.trajectory
+            if not trajectory.written(step):
+                nearest = ", ".join(map(str, nearest_steps(trajectory.steps, step))) or "none"
+                raise Refused("absent", f"no checkpoint of teacher step {step} here; the nearest: {nearest}")
+            self._checkpoints[step] = trajectory.checkpoint(step)
+        return self._checkpoints[step]
+
+    def _checkpoint(self, step: int, teacher: str) -> Checkpoint:
+        found = self._known(step)
+        if found.digest != teacher:
+            text = f"teacher step {step} here has digest {found.digest}, but the student's schedule names {teacher}"
+            raise Refused("wrong_teacher", f"{text}; teacher.trajectory and the server's are different runs")
+        return found
+
+    def _ask(self, request: Request, gone: Callable[[], bool]) -> Answer:
+        job = Job(request.step, request.teacher, request, gone)
+        return self._wait(job, job.answer)
+
+    def _wait(self, job: Job, future: Any) -> Any:
+        self._dispatcher.submit(job)
+        while True:
+            try:
+                return future.result(GONE_SECONDS)
+            except FutureTimeout:
+                if future.done():  # the replica's own time-out, not this wait's
+                    raise
+                if job.gone():
+                    self._dispatcher.forget(job)
+                    raise Refused("failed", "nobody waits for the answer any more") from None
+
+    @contextlib.contextmanager
+    def _told(self, call: str, gone: Callable[[], bool]) -> Iterator[None]:
+        """Counts a call's outcome, and turns what goes wrong into the refusal that tells the client so."""
+        outcome = "ok"
+        try:
+            yield
+        except Refused as error:
+            outcome = error.kind
+            raise
+        except UserError as error:
+            outcome = "failed"
+            log.error("%s: %s", call, error)
+            raise Refused("failed", str(error)) from None
+        except Exception as error:
+            outcome = "failed"
+            if not gone():
+                log.exception("%s: a call failed", call)
+            raise Refused("failed", f"the teacher failed: {error}") from error
+        finally:
+            self._metrics.requests.labels(call, "dropped" if gone() else outcome).inc()
+
+    def _no(self) -> Any:
+        self._metrics.requests.labels("unknown", "invalid").inc()
+        raise Refused("invalid", "a teacher knows do_exchange, do_get and do_action alone").as_flight()
+
+    def _sweep(self) -> None:
+        if time.monotonic() - self._swept > SWEEP_SECONDS:
+            self._swept = time.monotonic()
+            self._mappings.sweep()
+
+
+@contextlib.contextmanager
+def _as_flight() -> Iterator[None]:
+    try:
+        yield
+    except Refused as error:
+        raise error.as_flight() from None
+
+
+def _read(reader: flight.MetadataRecordBatchReader) -> pa.RecordBatch:
+    """The one record batch of a request."""
+    try:
+        record = reader.read_chunk().data
+    except StopIteration:
+        record = None
+    except (pa.ArrowException, OSError) as error:
+        raise Refused("invalid", f"request: no record batch: {error}") from error
+    if record is None:
+        raise Refused("invalid", "request: no record batch in it")
+    return record
+
+
+def _messages(record: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """Parts of some samples each, one alone where the record is not huge."""
+    rows = max(1, record.num_rows * MESSAGE_BYTES // max(record.nbytes, 1))
+    for start in range(0, max(record.num_rows, 1), rows):
+        yield record.slice(start, rows) if rows < record.num_rows else record
+
+
+def _bytes(header: str | bytes) -> bytes:
+    return header if isinstance(header, bytes) else header.encode("utf-8", "surrogateescape")

@@ -1,0 +1,96 @@
+"""Figures of one teacher replica for Prometheus, and the HTTP server that shows them: /metrics and /health."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
+
+from megapd.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+_SAMPLES = tuple(float(1 << power) for power in range(13))
+
+
+class Metrics:
+    """One registry a server, so that several can live in a process. Names begin with megapd_teacher_."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        name = "megapd_teacher_"
+        self.requests = Counter(
+            f"{name}requests",
+            "Calls by outcome: ok, dropped, or why not",
+            ["call", "outcome"],
+            registry=registry,
+        )
+        self.tokens = Counter(f"{name}tokens", "Tokens answered", registry=registry)
+        self.bytes = Counter(f"{name}sent_bytes", "Bytes of answers, over the network or into shared memory", registry=registry)
+        self.rotations = Counter(f"{name}rotations", "Times that another checkpoint was taken up", registry=registry)
+        self.batch = Histogram(
+            f"{name}batch_samples", "Samples answered by one forward pass", registry=registry, buckets=_SAMPLES
+        )
+        self.seconds = Histogram(
+            f"{name}seconds",
+            "Of a request in the queue, of a forward pass",
+            ["phase"],
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        self.queue = Gauge(f"{name}queue", "Requests that wait", registry=registry)
+        self.resident = Gauge(f"{name}resident", "Checkpoints in memory", registry=registry)
+        self.draining = Gauge(f"{name}draining", "1 once the server is about to end", registry=registry)
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Quiet(WSGIRequestHandler):
+    timeout = 30  # seconds of a client that sends nothing
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug(format, *args)
+
+
+class MetricsServer:
+    """Serves a registry on a thread until `close`. port: 0 takes any free one, which `port` then tells."""
+
+    def __init__(self, metrics: Metrics, host: str, port: int, draining: Callable[[], bool]) -> None:
+        shown = make_wsgi_app(metrics.registry)
+
+        def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+            path = environ.get("PATH_INFO")
+            if path == "/metrics":
+                return shown(environ, start_response)
+            if path == "/health":
+                status, body = ("503 Service Unavailable", b"draining\n") if draining() else ("200 OK", b"ok\n")
+            else:
+                status, body = "404 Not Found", b"/metrics and /health\n"
+            start_response(status, [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))])
+            return [body]
+
+        try:
+            self._server = make_server(host, port, app, server_class=_Server, handler_class=_Quiet)
+        except OSError as error:
+            raise UserError(
+                f"teacher.server.metrics_port: cannot listen on {host}:{port}, {error.strerror}; choose another"
+            ) from error
+        self.port: int = self._server.server_address[1]
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="teacher-metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
