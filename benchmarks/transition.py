@@ -22,7 +22,7 @@ from common import write_result
 
 from megapd.analysis.plots import read_metrics, steps_to_accuracy
 from megapd.analysis.suggest import describe_found, suggest
-from megapd.config import Transition
+from megapd.config import TransitionConfig
 from megapd.schedule.plan import Plan
 from megapd.schedule.policies import build_plan
 from megapd.trajectory import Trajectory
@@ -87,7 +87,7 @@ def main() -> None:
         plans = {name: two_shot(step, found.final, arguments.steps, run_steps) for name, step in chosen.items()}
         # What the policy would do is what is measured.
         policy = build_plan(
-            Transition(steps=arguments.steps),
+            TransitionConfig(steps=arguments.steps),
             available=trajectory.steps,
             steps=run_steps,
             metrics_of=lambda step: trajectory.checkpoint(step).metrics,

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from megapd import __version__
-from megapd.config import Config, Follow, dump, load, parse_overrides
+from megapd.config import Config, FollowConfig, dump, load, parse_overrides
 from megapd.errors import Diverged, TeacherLost, UserError
 from megapd.signals.signal import SignalMismatch
 from megapd.trajectory import CheckpointTimeout
@@ -103,7 +103,7 @@ def plan(arguments: argparse.Namespace) -> int:
         raise UserError("teacher: this configuration has no teacher, so there is no schedule to plan")
     resolved = resolve_plan(config, open_trajectory(config))
     print(describe_plan(resolved))
-    if arguments.output is not None or not isinstance(config.schedule, Follow):
+    if arguments.output is not None or not isinstance(config.schedule, FollowConfig):
         output = arguments.output or config.folder / "plots" / "plan.png"
         plot_plan(resolved, output)
         print(output)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megapd.analysis.plots import PALETTE, TEXT, _figure, _label, _png, _save
-from megapd.config import Transition, load
+from megapd.config import TransitionConfig, load
 from megapd.errors import UserError
 from megapd.schedule.transition import Found, all_metrics, find_transition
 from megapd.trajectory import Trajectory
@@ -68,13 +68,13 @@ def suggest(source: Path, overrides: list[str], checkpoints: int | None, metric:
                 "teacher.trajectory: checkpoints of transformers carry no metrics to find a transition in; name checkpoints "
                 "with schedule.policy explicit"
             )
-        if isinstance(config.schedule, Transition):
+        if isinstance(config.schedule, TransitionConfig):
             settings = config.schedule.model_dump()
         output = config.folder / "plots" / "transition.png"
         steps, metrics_of = opened.steps, lambda step: opened.checkpoint(step).metrics
     settings |= {key: value for key, value in (("checkpoints", checkpoints), ("metric", metric)) if value is not None}
     try:
-        schedule = Transition(**settings)
+        schedule = TransitionConfig(**settings)
     except ValidationError as error:
         raise UserError(f"--{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from error
     metrics = all_metrics(steps, metrics_of)

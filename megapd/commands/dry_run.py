@@ -7,7 +7,7 @@ import os
 import torch
 
 from megapd.analysis.timeline import describe_plan
-from megapd.config import Config, Follow, MLPModel, dump
+from megapd.config import Config, FollowConfig, MLPConfig, dump
 from megapd.models import flops_per_token, parameter_count
 from megapd.models.from_checkpoint import checkpoint_shape
 from megapd.schedule.resolve import resolve_plan
@@ -55,7 +55,7 @@ def dry_run(config: Config) -> str:
             lines.append(f"               {describe_signal(config, task, spec, checkpoint_shape(checkpoint))}")
             if config.teacher.carrier == "colocated":
                 teacher_bytes = sum(file.stat().st_size for file in checkpoint.path.glob("*.safetensors"))
-        elif isinstance(config.schedule, Follow):
+        elif isinstance(config.schedule, FollowConfig):
             lines.append("               nothing written yet: its memory is not counted")
         if trajectory.incomplete:
             lines.append(f"               incomplete, and not counted: steps {', '.join(map(str, trajectory.incomplete))}")
@@ -78,7 +78,7 @@ def memory_lines(config: Config, task: Task, parameters: int, micro_batch: int, 
     weights = parameters * width / (ranks if stage == 3 else 1)
     gradients = parameters * width / (ranks if stage >= 2 else 1)
     optimizer = parameters * (moments + (0 if width == 4 else 4)) / (ranks if stage >= 1 else 1)
-    if isinstance(config.model, MLPModel):
+    if isinstance(config.model, MLPConfig):
         activations = 2 * micro_batch * config.model.width * width
     else:
         layers = config.model.layers
@@ -102,5 +102,5 @@ def loss_bytes(config: Config, task: Task, micro_batch: int) -> float:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     logits = 12.0 * task.classes * task.labelled_per_sample * micro_batch
-    width = config.model.width if isinstance(config.model, MLPModel) else config.model.hidden
+    width = config.model.width if isinstance(config.model, MLPConfig) else config.model.hidden
     return min(float(config.loss.chunk_bytes or default_chunk_bytes(device)), logits) + 4.0 * task.classes * width

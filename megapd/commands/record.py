@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from megapd.batch import Batch
-from megapd.config import Adaptive, Config
+from megapd.config import AdaptiveConfig, Config
 from megapd.errors import UserError
 from megapd.models.from_checkpoint import checkpoint_shape
 from megapd.schedule.plan import Plan
@@ -149,7 +149,7 @@ def record_signals(config: Config) -> RecordSummary | None:
     world = join_world()
     task, trajectory = build_task(config), open_trajectory(config)
     plan = resolve_plan(config, trajectory)
-    if isinstance(config.schedule, Adaptive):
+    if isinstance(config.schedule, AdaptiveConfig):
         raise UserError("schedule.policy: adaptive decides while a student trains, so its signals cannot be recorded ahead of it")
     stream = open_source(config, task, trajectory, plan, world, 0)
     mine = record(

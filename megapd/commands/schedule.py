@@ -11,7 +11,7 @@ from urllib.parse import quote
 import yaml
 
 from megapd.commands.scheduler import PAGE, RETRY_SECONDS, _existing
-from megapd.config import Config, Scheduler
+from megapd.config import Config, SchedulerConfig
 from megapd.errors import UserError
 from megapd.scheduler.client.http import Api, told
 from megapd.scheduler.store import runs
@@ -147,7 +147,7 @@ def _path(run: str) -> str:
 
 
 @contextlib.contextmanager
-def _runs(settings: Scheduler) -> Iterator[_Runs]:
+def _runs(settings: SchedulerConfig) -> Iterator[_Runs]:
     if settings.url is not None:
         with contextlib.closing(Api(settings, retry_seconds=RETRY_SECONDS)) as api:
             yield _RemoteRuns(api)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import make_url
 
-from megapd.config import Config, Scheduler
+from megapd.config import Config, SchedulerConfig
 from megapd.errors import UserError
 from megapd.scheduler.store import tokens as journal
 from megapd.scheduler.store.database import Conflict, NotFound, Store
@@ -73,7 +73,7 @@ def _free(store: Store, role: str) -> str:
     return next(name for name in numbered if name not in taken)
 
 
-def _existing(settings: Scheduler) -> Store:
+def _existing(settings: SchedulerConfig) -> Store:
     """The store. UserError where it would be made for a command that only reads, or changes, what is there."""
     path = make_url(settings.database).database
     if settings.database.startswith("sqlite") and not (path and Path(path).exists()):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from megapd.commands.scheduler import _existing
-from megapd.config import Config, Scheduler
+from megapd.config import Config, SchedulerConfig
 from megapd.scheduler.store.database import Store
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def verify_checkpoints(config: Config, reference: str, *, accept: bool = False) 
 
 
 @contextlib.contextmanager
-def _registry(settings: Scheduler, *, existing: bool = False) -> Iterator[Registry]:
+def _registry(settings: SchedulerConfig, *, existing: bool = False) -> Iterator[Registry]:
     from megapd.scheduler.registry.files import LocalRegistry, RemoteRegistry
 
     if settings.url is not None:

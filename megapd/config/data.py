@@ -12,7 +12,7 @@ from megapd.config.base import Section
 # ---------------------------------------------------------------------------------------------------------- corpus
 
 
-class Source(Section):
+class SourceConfig(Section):
     """One input of a corpus: local files (parquet, JSONL or text, by suffix; globs allowed) or a data set of the hub."""
 
     path: str | None = Field(None, description="file, folder or glob of local files")
@@ -25,13 +25,13 @@ class Source(Section):
     )
 
     @model_validator(mode="after")
-    def _one_origin(self) -> Source:
+    def _one_origin(self) -> SourceConfig:
         if (self.path is None) == (self.hub is None):
             raise ValueError("give exactly one of path and hub")
         return self
 
 
-class Tokenizer(Section):
+class TokenizerConfig(Section):
     """The sentencepiece model that `prepare` trains, or an existing one that it copies."""
 
     kind: Literal["unigram", "bpe"] = "unigram"
@@ -41,12 +41,12 @@ class Tokenizer(Section):
     training_sentences: int = Field(1_000_000, ge=100, description="lines that the tokenizer is trained on at most")
 
 
-class Corpus(Section):
+class CorpusConfig(Section):
     """What `megapd prepare` builds."""
 
     output: Path = Path("corpora/default")
-    sources: tuple[Source, ...] = ()
-    tokenizer: Tokenizer = Tokenizer()
+    sources: tuple[SourceConfig, ...] = ()
+    tokenizer: TokenizerConfig = TokenizerConfig()
     block_length: int = Field(128, ge=8, description="tokens a block")
     heldout_fraction: float = Field(0.01, gt=0.0, lt=0.5, description="share of the documents kept for evaluation")
     seed: int = 0
@@ -55,7 +55,7 @@ class Corpus(Section):
 # ------------------------------------------------------------------------------------------------------------ task
 
 
-class ParityTask(Section):
+class ParityConfig(Section):
     """Sparse parity: x uniform in {-1,+1}^dimension, y the product over a hidden support of `degree` coordinates."""
 
     kind: Literal["parity"] = "parity"
@@ -64,13 +64,13 @@ class ParityTask(Section):
     seed: int = Field(0, description="chooses the hidden support; teacher and student must share it")
 
     @model_validator(mode="after")
-    def _support_fits(self) -> ParityTask:
+    def _support_fits(self) -> ParityConfig:
         if self.degree > self.dimension:
             raise ValueError(f"degree {self.degree} exceeds dimension {self.dimension}")
         return self
 
 
-class HierarchicalParityTask(Section):
+class HierarchicalParityConfig(Section):
     """A binary tree of parities with disjoint supports; the label is the leaf whose path agrees best."""
 
     kind: Literal["hierarchical_parity"] = "hierarchical_parity"
@@ -80,7 +80,7 @@ class HierarchicalParityTask(Section):
     seed: int = 0
 
     @model_validator(mode="after")
-    def _supports_fit(self) -> HierarchicalParityTask:
+    def _supports_fit(self) -> HierarchicalParityConfig:
         if self.labels & (self.labels - 1):
             raise ValueError(f"labels must be a power of two, got {self.labels}")
         needed = (self.labels - 1) * self.degree
@@ -91,7 +91,7 @@ class HierarchicalParityTask(Section):
         return self
 
 
-class TextTask(Section):
+class TextConfig(Section):
     """Masked (mlm) or next-token (clm) prediction over a prepared corpus."""
 
     kind: Literal["text"] = "text"
@@ -103,26 +103,26 @@ class TextTask(Section):
     document_mask: bool = Field(False, description="attention does not cross document boundaries")
 
     @model_validator(mode="after")
-    def _shares_fit(self) -> TextTask:
+    def _shares_fit(self) -> TextConfig:
         if self.mask_token_share + self.random_token_share > 1.0 + 1e-9:
             raise ValueError("mask_token_share + random_token_share must not exceed 1")
         return self
 
 
-Task = Annotated[ParityTask | HierarchicalParityTask | TextTask, Field(discriminator="kind")]
+TaskConfig = Annotated[ParityConfig | HierarchicalParityConfig | TextConfig, Field(discriminator="kind")]
 
 
 # ----------------------------------------------------------------------------------------------------------- model
 
 
-class MLPModel(Section):
+class MLPConfig(Section):
     """One hidden ReLU layer over +-1 inputs."""
 
     kind: Literal["mlp"] = "mlp"
     width: int = Field(50, ge=1)
 
 
-class TransformerModel(Section):
+class TransformerConfig(Section):
     """GPT (causal, pre-LN) or BERT (bidirectional, post-LN)."""
 
     kind: Literal["gpt", "bert"]
@@ -136,7 +136,7 @@ class TransformerModel(Section):
     compile: bool = Field(False, description="torch.compile each block")
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> TransformerModel:
+    def _heads_divide(self) -> TransformerConfig:
         if self.hidden % self.heads:
             raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}")
         return self
@@ -146,4 +146,4 @@ class TransformerModel(Section):
         return self.ffn if self.ffn is not None else 4 * self.hidden
 
 
-Model = Annotated[MLPModel | TransformerModel, Field(discriminator="kind")]
+ModelConfig = Annotated[MLPConfig | TransformerConfig, Field(discriminator="kind")]

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from megapd.config.base import Section
 
 
-class TeacherServer(Section):
+class TeacherServerConfig(Section):
     """What `megapd teacher` listens on and how it answers."""
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all, which needs teacher.token")
@@ -36,7 +36,7 @@ class TeacherServer(Section):
     drain_seconds: float = Field(25.0, gt=0.0, description="after SIGTERM, longest time for requests that are already here")
 
     @model_validator(mode="after")
-    def _tls(self) -> TeacherServer:
+    def _tls(self) -> TeacherServerConfig:
         if (self.certificate is None) != (self.key is None):
             missing = "certificate" if self.certificate is None else "key"
             raise ValueError(f"{missing}: certificate and key go together; give both, or neither")
@@ -45,7 +45,7 @@ class TeacherServer(Section):
         return self
 
 
-class Teacher(Section):
+class TeacherConfig(Section):
     """The trajectory that teaches, how its signals are made and what carries them."""
 
     trajectory: str | None = Field(
@@ -83,10 +83,10 @@ class Teacher(Section):
     on_failure: Literal["wait", "cache", "labels"] = Field(
         "wait", description="at the deadline: stop the run; or read the cache, used for this alone; or learn from the labels"
     )
-    server: TeacherServer = TeacherServer()
+    server: TeacherServerConfig = TeacherServerConfig()
 
     @model_validator(mode="after")
-    def _possible(self) -> Teacher:
+    def _possible(self) -> TeacherConfig:
         remote = self.carrier in ("served", "shared_memory")
         if self.trajectory is None and not remote:
             raise ValueError(f"trajectory: carrier {self.carrier} needs the folder of a teacher run, runs/NAME/trajectory")
@@ -109,14 +109,14 @@ class Teacher(Section):
         return self
 
 
-class OneShot(Section):
+class OneShotConfig(Section):
     """One checkpoint for the whole run; by default the last of the trajectory."""
 
     policy: Literal["one_shot"] = "one_shot"
     checkpoint: int | None = Field(None, ge=0, description="step of the teacher's checkpoint")
 
 
-class Equal(Section):
+class EqualConfig(Section):
     """(N, T)-progressive: N equally spaced checkpoints, T student steps each, then the last one."""
 
     policy: Literal["equal"] = "equal"
@@ -124,7 +124,7 @@ class Equal(Section):
     steps: int = Field(ge=1, description="T, student steps a checkpoint")
 
 
-class Matched(Section):
+class MatchedConfig(Section):
     """Student step s in [iR, (i+1)R) is taught by the teacher's step (i+1) * R * speed, capped at the last."""
 
     policy: Literal["matched"] = "matched"
@@ -132,22 +132,22 @@ class Matched(Section):
     speed: float = Field(1.0, gt=0.0)
 
 
-class Range(Section):
+class RangeConfig(Section):
     """From student step `start` on, the checkpoint of the teacher's step `checkpoint` teaches."""
 
     start: int = Field(ge=0)
     checkpoint: int = Field(ge=0)
 
 
-class Explicit(Section):
+class ExplicitConfig(Section):
     """A list of ranges; the first starts at 0, each lasts until the next starts."""
 
     policy: Literal["explicit"] = "explicit"
-    ranges: tuple[Range, ...] = Field(min_length=1)
+    ranges: tuple[RangeConfig, ...] = Field(min_length=1)
 
     @field_validator("ranges")
     @classmethod
-    def _ordered(cls, ranges: tuple[Range, ...]) -> tuple[Range, ...]:
+    def _ordered(cls, ranges: tuple[RangeConfig, ...]) -> tuple[RangeConfig, ...]:
         starts = [r.start for r in ranges]
         if starts[0] != 0:
             raise ValueError(f"the first range must start at 0, not {starts[0]}")
@@ -156,7 +156,7 @@ class Explicit(Section):
         return ranges
 
 
-class Follow(Section):
+class FollowConfig(Section):
     """Teacher and student train together: R steps a checkpoint as in `matched`, waiting for each to be written."""
 
     policy: Literal["follow"] = "follow"
@@ -166,7 +166,7 @@ class Follow(Section):
     timeout_seconds: float = Field(3600.0, gt=0.0, description="longest wait for one checkpoint")
 
 
-class Geometric(Section):
+class GeometricConfig(Section):
     """N checkpoints at geometrically growing teacher steps, from `first` to the last one, each for an equal part of the run."""
 
     policy: Literal["geometric"] = "geometric"
@@ -176,7 +176,7 @@ class Geometric(Section):
     total: int | None = Field(None, ge=1, description="student steps that the N checkpoints share equally, instead of `steps`")
 
     @model_validator(mode="after")
-    def _one_length(self) -> Geometric:
+    def _one_length(self) -> GeometricConfig:
         if (self.steps is None) == (self.total is None):
             raise ValueError("steps: give either steps, of each checkpoint, or total, of all together")
         if self.total is not None and self.total < self.checkpoints:
@@ -184,7 +184,7 @@ class Geometric(Section):
         return self
 
 
-class Transition(Section):
+class TransitionConfig(Section):
     """(N, T)-progressive around the teacher's phase transition: N - 1 checkpoints from inside it, T student steps each, then the
     last one."""
 
@@ -196,7 +196,7 @@ class Transition(Section):
     )
 
 
-class Adaptive(Section):
+class AdaptiveConfig(Section):
     """Go on to the next of N checkpoints when the student's accuracy or divergence no longer improves."""
 
     policy: Literal["adaptive"] = "adaptive"
@@ -213,7 +213,7 @@ class Adaptive(Section):
     lead: int = Field(10, ge=1, description="student steps between a decision and its effect")
 
     @model_validator(mode="after")
-    def _consistent(self) -> Adaptive:
+    def _consistent(self) -> AdaptiveConfig:
         if (self.checkpoints is None) == (not self.teachers):
             raise ValueError("checkpoints: give either checkpoints, a number, or teachers, a list of steps")
         if any(b <= a for a, b in itertools.pairwise(self.teachers)):
@@ -223,14 +223,22 @@ class Adaptive(Section):
         return self
 
 
-Schedule = Annotated[
-    OneShot | Equal | Matched | Explicit | Follow | Geometric | Transition | Adaptive, Field(discriminator="policy")
+ScheduleConfig = Annotated[
+    OneShotConfig
+    | EqualConfig
+    | MatchedConfig
+    | ExplicitConfig
+    | FollowConfig
+    | GeometricConfig
+    | TransitionConfig
+    | AdaptiveConfig,
+    Field(discriminator="policy"),
 ]
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd", "soft_cross_entropy"]
 
 
-class Loss(Section):
+class LossConfig(Section):
     """alpha * CE(labels) + (1 - alpha) * divergence(teacher, student) + z_loss * (log normaliser)^2, averaged over the labelled
     positions; see megapd_kernels.LossOptions."""
 
@@ -253,7 +261,7 @@ class Loss(Section):
     )
 
     @model_validator(mode="after")
-    def _finite(self) -> Loss:
+    def _finite(self) -> LossConfig:
         if self.divergence == "reverse_kl" and self.teacher_temperature == 0.0:
             raise ValueError("reverse_kl is infinite against an argmax teacher: raise teacher_temperature above 0")
         return self

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from megapd.config.base import Section
 
 
-class Scheduler(Section):
+class SchedulerConfig(Section):
     """The checkpoint scheduler, both ends: `megapd scheduler` reads the first part, runs and replicas url and token."""
 
     database: str = Field(
@@ -50,7 +50,7 @@ class Scheduler(Section):
         return url
 
     @model_validator(mode="after")
-    def _tls(self) -> Scheduler:
+    def _tls(self) -> SchedulerConfig:
         if (self.certificate is None) != (self.key is None):
             missing = "certificate" if self.certificate is None else "key"
             raise ValueError(f"{missing}: certificate and key go together; give both, or neither")

@@ -12,7 +12,7 @@ from megapd.config.base import Section
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class Optimizer(Section):
+class OptimizerConfig(Section):
     kind: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(1e-3, gt=0.0, allow_inf_nan=False)
     betas: tuple[Beta, Beta] = (0.9, 0.95)
@@ -21,7 +21,7 @@ class Optimizer(Section):
     momentum: float = Field(0.0, ge=0.0, lt=1.0)
 
 
-class LearningRate(Section):
+class LearningRateConfig(Section):
     """Warm-up, then a decay to `final` times the peak."""
 
     kind: Literal["constant", "linear", "cosine", "wsd"] = "constant"
@@ -30,7 +30,7 @@ class LearningRate(Section):
     decay: float = Field(0.2, gt=0.0, description="wsd: steps of the decay at the end; below 1, a share of the run")
 
 
-class Training(Section):
+class TrainingConfig(Section):
     steps: int = Field(1000, ge=1)
     global_batch: int = Field(256, ge=1, description="samples a step, over all ranks")
     micro_batch: int | None = Field(None, ge=1, description="samples a forward and rank; default: no accumulation")
@@ -42,7 +42,7 @@ class Training(Section):
     deepspeed: Path | None = Field(None, description="JSON merged under what megapd sets; default configs/deepspeed")
 
 
-class Checkpoint(Section):
+class CheckpointConfig(Section):
     """Resumable checkpoints: parameters, optimizer, counters."""
 
     every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only when stopped and at the end")
@@ -50,7 +50,7 @@ class Checkpoint(Section):
     resume: bool = Field(True, description="continue the run's folder where it stopped")
 
 
-class TrajectoryWriter(Section):
+class TrajectoryWriterConfig(Section):
     """Weights-only checkpoints for later students."""
 
     every: int = Field(0, ge=0, description="steps between checkpoints; 0: only those of `steps`")
@@ -58,13 +58,13 @@ class TrajectoryWriter(Section):
     shard_bytes: int = Field(2 << 30, ge=1 << 12)
 
 
-class Evaluation(Section):
+class EvaluationConfig(Section):
     every: int = Field(0, ge=0, description="steps between evaluations on held-out data; 0: only at the end")
     samples: int = Field(1024, ge=1)
     micro_batch: int | None = Field(None, ge=1, description="samples a forward; default: the training micro-batch")
 
 
-class Telemetry(Section):
+class TelemetryConfig(Section):
     every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     wandb: Literal["auto", "offline", "disabled"] = Field("auto", description="auto: online when logged in, else offline")
     project: str = "megapd"

@@ -23,10 +23,18 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-from megapd.config.data import Corpus, MLPModel, Model, ParityTask, Task, TextTask
-from megapd.config.distillation import Loss, Schedule, Teacher
-from megapd.config.scheduler import Scheduler
-from megapd.config.training import Checkpoint, Evaluation, LearningRate, Optimizer, Telemetry, Training, TrajectoryWriter
+from megapd.config.data import CorpusConfig, MLPConfig, ModelConfig, ParityConfig, TaskConfig, TextConfig
+from megapd.config.distillation import LossConfig, ScheduleConfig, TeacherConfig
+from megapd.config.scheduler import SchedulerConfig
+from megapd.config.training import (
+    CheckpointConfig,
+    EvaluationConfig,
+    LearningRateConfig,
+    OptimizerConfig,
+    TelemetryConfig,
+    TrainingConfig,
+    TrajectoryWriterConfig,
+)
 from megapd.errors import UserError
 
 ENV_PREFIX = "MEGAPD_"
@@ -42,20 +50,20 @@ class Config(BaseSettings):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder is runs_dir/name")
     runs_dir: Path = Path("runs")
     seed: int = Field(0, ge=0, lt=1 << 63, description="initial weights, order of the data, masks")
-    corpus: Corpus = Corpus()
-    task: Task = ParityTask()
-    model: Model = MLPModel()
-    teacher: Teacher | None = None
-    schedule: Schedule | None = None
-    scheduler: Scheduler = Scheduler()
-    loss: Loss = Loss()
-    training: Training = Training()
-    optimizer: Optimizer = Optimizer()
-    lr: LearningRate = LearningRate()
-    checkpoint: Checkpoint = Checkpoint()
-    trajectory: TrajectoryWriter = TrajectoryWriter()
-    evaluation: Evaluation = Evaluation()
-    telemetry: Telemetry = Telemetry()
+    corpus: CorpusConfig = CorpusConfig()
+    task: TaskConfig = ParityConfig()
+    model: ModelConfig = MLPConfig()
+    teacher: TeacherConfig | None = None
+    schedule: ScheduleConfig | None = None
+    scheduler: SchedulerConfig = SchedulerConfig()
+    loss: LossConfig = LossConfig()
+    training: TrainingConfig = TrainingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    lr: LearningRateConfig = LearningRateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    trajectory: TrajectoryWriterConfig = TrajectoryWriterConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
 
     @property
     def folder(self) -> Path:
@@ -66,7 +74,7 @@ class Config(BaseSettings):
         text, mlp = self.task.kind == "text", self.model.kind == "mlp"
         if text and mlp:
             raise ValueError("model.kind: an mlp cannot learn task.kind text; choose gpt or bert")
-        if isinstance(self.task, TextTask) and not mlp:
+        if isinstance(self.task, TextConfig) and not mlp:
             wanted = "bert" if self.task.objective == "mlm" else "gpt"
             if self.model.kind != wanted:
                 raise ValueError(f"model.kind: task.objective {self.task.objective} needs {wanted}, not {self.model.kind}")

@@ -81,7 +81,7 @@ def is_heldout(text: str, fraction: float, seed: int) -> bool:
     return int.from_bytes(digest, "little") < fraction * 2.0**64
 
 
-def _check_same(corpus: settings.Corpus) -> None:
+def _check_same(corpus: settings.CorpusConfig) -> None:
     """Raise UserError unless corpus.output was made from these settings."""
     output = corpus.output
     if not (output / META).is_file():
@@ -94,7 +94,7 @@ def _check_same(corpus: settings.Corpus) -> None:
         raise UserError(f"corpus.output: {output} was made with another {names}; choose another folder, or remove it")
 
 
-def _tokenizer(corpus: settings.Corpus, sources: list[TextSource], progress: bool) -> SentencePieceTokenizer:
+def _tokenizer(corpus: settings.CorpusConfig, sources: list[TextSource], progress: bool) -> SentencePieceTokenizer:
     wanted = corpus.tokenizer
     if wanted.model is not None:
         tokenizer = tokenizers.load(wanted.model, wanted.style)
@@ -105,7 +105,7 @@ def _tokenizer(corpus: settings.Corpus, sources: list[TextSource], progress: boo
         return tokenizers.train(wanted, _counted(_training_documents(corpus, sources), bar))
 
 
-def _training_documents(corpus: settings.Corpus, sources: list[TextSource]) -> Iterator[str]:
+def _training_documents(corpus: settings.CorpusConfig, sources: list[TextSource]) -> Iterator[str]:
     """Training documents, the sources taking turns, so that a bounded sample sees them all."""
     turns = [iter(source) for source in sources]
     while turns:
@@ -118,7 +118,7 @@ def _training_documents(corpus: settings.Corpus, sources: list[TextSource]) -> I
 
 
 def _pack(
-    corpus: settings.Corpus, sources: list[TextSource], tokenizer: SentencePieceTokenizer, folder: Path, progress: bool
+    corpus: settings.CorpusConfig, sources: list[TextSource], tokenizer: SentencePieceTokenizer, folder: Path, progress: bool
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Write both splits; their counts and digests, and the counts of each source."""
     length = corpus.block_length
@@ -151,7 +151,7 @@ def _pack(
     return {split: {**asdict(closed[split]), "sha256": writers[split].digest} for split in SPLITS}, per_source
 
 
-def _check_filled(corpus: settings.Corpus, splits: dict[str, PackCounts]) -> None:
+def _check_filled(corpus: settings.CorpusConfig, splits: dict[str, PackCounts]) -> None:
     documents = sum(counts.documents for counts in splits.values())
     if documents == 0:
         raise UserError(f"corpus.sources: empty: no text in {', '.join(s.path or str(s.hub) for s in corpus.sources)}")

@@ -33,7 +33,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class TextSource:
     """One entry of corpus.sources; iterate it for its documents, in the files' order, as often as needed."""
 
-    def __init__(self, source: settings.Source, number: int) -> None:
+    def __init__(self, source: settings.SourceConfig, number: int) -> None:
         """number: its place in corpus.sources. Raises UserError where a path matches nothing that can be read."""
         self._source, self._setting = source, f"corpus.sources[{number}]"
         self.name = source.path if source.path is not None else f"hub:{source.hub}"

@@ -108,7 +108,7 @@ def load(path: Path, style: str) -> SentencePieceTokenizer:
     return SentencePieceTokenizer(model, style, f"corpus.tokenizer.model: {path}")
 
 
-def train(tokenizer: settings.Tokenizer, documents: Iterable[str]) -> SentencePieceTokenizer:
+def train(tokenizer: settings.TokenizerConfig, documents: Iterable[str]) -> SentencePieceTokenizer:
     """Train on the first training_sentences lines of `documents`, held in memory; the same lines give the same bytes.
 
     Text outside the vocabulary falls back to bytes. Raises UserError if the text is empty or does not fit the vocab_size.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megapd.batch import Batch
-from megapd.config import MLPModel, Model, TransformerModel
+from megapd.config import MLPConfig, ModelConfig, TransformerConfig
 from megapd.errors import UserError
 from megapd.models.heads import LossHead
 from megapd.models.mlp import MLP
@@ -73,7 +73,9 @@ class Learner(nn.Module):
         return rows.index_select(0, batch.positions if tokens_a_row == 1 else batch.positions // tokens_a_row)
 
 
-def build_model(model_config: Model, *, vocab_size: int, classes: int, length: int, options: LossOptions, seed: int) -> Learner:
+def build_model(
+    model_config: ModelConfig, *, vocab_size: int, classes: int, length: int, options: LossOptions, seed: int
+) -> Learner:
     """A learner on the CPU in fp32, initialised by `init_weights(.., seed)`.
 
     vocab_size: token ids are below it. classes: labels are below it. length: tokens a sample.
@@ -83,7 +85,7 @@ def build_model(model_config: Model, *, vocab_size: int, classes: int, length: i
     transform = embedding = None
     # On the meta device the constructors draw no random numbers, which init_weights would overwrite anyway.
     with torch.device("meta"):
-        if isinstance(model_config, MLPModel):
+        if isinstance(model_config, MLPConfig):
             body, width, bias = MLP(length, model_config.width), model_config.width, True
         else:
             _check(model_config, vocab_size, classes, length)
@@ -93,14 +95,14 @@ def build_model(model_config: Model, *, vocab_size: int, classes: int, length: i
     body.to_empty(device="cpu")
     if transform is not None:
         transform.to_empty(device="cpu")
-    if isinstance(body, Transformer) and isinstance(model_config, TransformerModel) and model_config.tied:
+    if isinstance(body, Transformer) and isinstance(model_config, TransformerConfig) and model_config.tied:
         embedding = body.tokens
     learner = Learner(body, transform, LossHead(width, classes, bias=bias, options=options, embedding=embedding))
     init_weights(learner, seed)
     return learner
 
 
-def _check(model_config: TransformerModel, vocab_size: int, classes: int, length: int) -> None:
+def _check(model_config: TransformerConfig, vocab_size: int, classes: int, length: int) -> None:
     if model_config.max_length is not None and length > model_config.max_length:
         raise UserError(f"model.max_length: {model_config.max_length} is below the task's {length} tokens a sample; raise it")
     if model_config.tied and classes != vocab_size:
@@ -160,7 +162,7 @@ def _size(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
-def flops_per_token(model_config: Model, *, classes: int, length: int, labelled_share: float) -> float:
+def flops_per_token(model_config: ModelConfig, *, classes: int, length: int, labelled_share: float) -> float:
     """FLOPs of forward and backward a token of input, for the model FLOPs utilisation (Chowdhery et al. 2022, app. B).
 
     A matrix product of [1, m] by [m, n] counts 2 m n; its backward twice that. Lookups, norms, activations and what
@@ -173,7 +175,7 @@ def flops_per_token(model_config: Model, *, classes: int, length: int, labelled_
     K is the mean number of keys a query sees: L for BERT, (L + 1) / 2 for GPT, where the cited paper counts L. A
     document mask is not subtracted.
     """
-    if isinstance(model_config, MLPModel):
+    if isinstance(model_config, MLPConfig):
         return 4.0 * model_config.width + labelled_share * 6.0 * model_config.width * classes
     hidden, ffn, bert = model_config.hidden, model_config.ffn_width, model_config.kind == "bert"
     keys = length if bert else (length + 1) / 2

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from megapd.batch import Batch
-from megapd.config import MLPModel, Model
+from megapd.config import MLPConfig, ModelConfig
 from megapd.errors import UserError
 from megapd.models import build_model
 from megapd.rng import Stream, integers
@@ -43,7 +43,7 @@ def checkpoint_shape(checkpoint: Checkpoint) -> Shape:
             raise UserError(f"{checkpoint.path / 'config.json'}: it gives no vocab_size or hidden_size; choose another model")
         return Shape(settings["vocab_size"], width, settings["vocab_size"], length)
     model, shapes = _described(checkpoint)
-    width = model.width if isinstance(model, MLPModel) else model.hidden
+    width = model.width if isinstance(model, MLPConfig) else model.hidden
     return Shape(shapes["classes"], width, shapes["vocab_size"], shapes["length"])
 
 
@@ -102,10 +102,10 @@ def canary(checkpoint: Checkpoint) -> Batch:
     )
 
 
-def _described(checkpoint: Checkpoint) -> tuple[Model, dict[str, int]]:
+def _described(checkpoint: Checkpoint) -> tuple[ModelConfig, dict[str, int]]:
     meta = checkpoint.path / "meta.json"
     try:
-        model = TypeAdapter[Model](Model).validate_python(checkpoint.config["model"])
+        model = TypeAdapter[ModelConfig](ModelConfig).validate_python(checkpoint.config["model"])
         shapes = checkpoint.config["shapes"]
         missing = [key for key in ("vocab_size", "classes", "length") if not isinstance(shapes.get(key), int)]
     except (AttributeError, KeyError, ValidationError) as error:

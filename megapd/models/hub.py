@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megapd.config import MLPModel, Model, TransformerModel
+from megapd.config import MLPConfig, ModelConfig, TransformerConfig
 from megapd.errors import UserError
 from megapd.files import commit_folder, temporary_folder
 from megapd.models.build import Learner, build_model
@@ -86,7 +86,7 @@ class _Link(NamedTuple):
         return own.t() if self.transposed else own
 
 
-def _links(model_config: TransformerModel) -> list[_Link]:
+def _links(model_config: TransformerConfig) -> list[_Link]:
     links: list[_Link] = []
 
     def pair(theirs: str, ours: str, transposed: bool = False, part: int | None = None) -> None:
@@ -132,7 +132,7 @@ def _links(model_config: TransformerModel) -> list[_Link]:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def load_hugging_face(folder: str | Path, options: LossOptions | None = None) -> tuple[TransformerModel, Learner]:
+def load_hugging_face(folder: str | Path, options: LossOptions | None = None) -> tuple[TransformerConfig, Learner]:
     """A model that transformers (or `save_hugging_face`) saved, as (its configuration, a learner in fp32 on the CPU).
 
     options: the loss of the learner's head; the default's if None. Vocabulary and classes are config.json's vocab_size.
@@ -154,7 +154,7 @@ def load_hugging_face(folder: str | Path, options: LossOptions | None = None) ->
     return model_config, learner
 
 
-def _model_config(settings: dict[str, Any], path: Path) -> tuple[TransformerModel, int]:
+def _model_config(settings: dict[str, Any], path: Path) -> tuple[TransformerConfig, int]:
     kinds = {model_type: kind for kind, model_type in _MODEL_TYPE.items()}
     kind = kinds.get(settings.get("model_type", ""))
     if kind is None:
@@ -172,14 +172,14 @@ def _model_config(settings: dict[str, Any], path: Path) -> tuple[TransformerMode
     if not isinstance(vocab_size, int) or vocab_size < 1:
         raise UserError(f"{path}: vocab_size must be a positive integer, got {vocab_size!r}")
     try:
-        return TransformerModel(kind=kind, tied=settings.get("tie_word_embeddings", True), **sizes), vocab_size
+        return TransformerConfig(kind=kind, tied=settings.get("tie_word_embeddings", True), **sizes), vocab_size
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: {'.'.join(map(str, first['loc'])) or 'sizes'}: {first['msg']}") from error
 
 
 @torch.no_grad()
-def _fill(learner: Learner, model_config: TransformerModel, folder: Path) -> None:
+def _fill(learner: Learner, model_config: TransformerConfig, folder: Path) -> None:
     """Copy the folder's tensors over the learner's; each of ours must come, and each of theirs have its place."""
     parameters = dict(learner.named_parameters())
     views = {link.theirs: link.view(parameters) for link in _links(model_config)}
@@ -222,7 +222,7 @@ def _check_tied(learner: Learner, copies: dict[str, Tensor], folder: Path) -> No
             )
 
 
-def _canonical(stored: str, model_config: TransformerModel) -> str | None:
+def _canonical(stored: str, model_config: TransformerConfig) -> str | None:
     """The name in today's layout of a stored tensor; None for buffers and heads that megapd does not have."""
     name = stored
     if name.endswith((".gamma", ".beta")):  # BERT's layer norms in TensorFlow's words, as in the published files
@@ -286,7 +286,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def save_hugging_face(
     learner: Learner,
-    model_config: Model,
+    model_config: ModelConfig,
     folder: str | Path,
     *,
     shard_bytes: int = 5 << 30,
@@ -300,7 +300,7 @@ def save_hugging_face(
     """
     folder = Path(folder)
     body = learner.body
-    if isinstance(model_config, MLPModel) or not isinstance(body, Transformer):
+    if isinstance(model_config, MLPConfig) or not isinstance(body, Transformer):
         raise UserError("model.kind: an mlp has no Hugging Face layout; export a gpt or bert")
     vocab_size, classes = body.tokens.num_embeddings, learner.head.weight.shape[0]
     if classes != vocab_size:
@@ -322,7 +322,7 @@ def save_hugging_face(
 
 
 def _settings(
-    model_config: TransformerModel, body: Transformer, dtype: torch.dtype, special_tokens: Mapping[str, int]
+    model_config: TransformerConfig, body: Transformer, dtype: torch.dtype, special_tokens: Mapping[str, int]
 ) -> dict[str, Any]:
     kind = model_config.kind
     sizes = {**model_config.model_dump(), "ffn": model_config.ffn_width, "max_length": body.positions.num_embeddings}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from megapd.config import TransformerModel
+from megapd.config import TransformerConfig
 
 LAYER_NORM_EPS = {"gpt": 1e-5, "bert": 1e-12}  # the published models' values
 TOKEN_TYPES = 2  # BERT's sentence A and B; packed documents are all of type 0, the second row only keeps the layout
@@ -47,7 +47,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention, then a feed-forward layer, each with a residual; layer norm before (GPT) or after (BERT) each."""
 
-    def __init__(self, config: TransformerModel) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         gpt = config.kind == "gpt"
         self.norm_first, self.compiled = gpt, config.compile
@@ -83,7 +83,7 @@ class Transformer(nn.Module):
     vocab_size: rows of the token embedding. max_length: learned positions, the longest row it accepts.
     """
 
-    def __init__(self, config: TransformerModel, vocab_size: int, max_length: int) -> None:
+    def __init__(self, config: TransformerConfig, vocab_size: int, max_length: int) -> None:
         super().__init__()
         self.causal, self.checkpointing = config.kind == "gpt", config.activation_checkpointing
         self.tokens = nn.Embedding(vocab_size, config.hidden)

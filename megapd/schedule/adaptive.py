@@ -21,7 +21,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megapd.config import Adaptive
+from megapd.config import AdaptiveConfig
 from megapd.errors import UserError
 from megapd.schedule.decision_log import DecisionStore
 from megapd.schedule.plan import Decision, Report
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def decide(
-    settings: Adaptive, candidates: Sequence[int], reports: Sequence[Report], decisions: Sequence[Decision], now: int
+    settings: AdaptiveConfig, candidates: Sequence[int], reports: Sequence[Report], decisions: Sequence[Decision], now: int
 ) -> Decision | None:
     """The decision that the newest report calls for, None if none. Pure.
 
@@ -83,7 +83,7 @@ def decide(
 class EmbeddedDecider:
     """Decides in the run's own process, on a store of its own; on rank 0."""
 
-    def __init__(self, settings: Adaptive, candidates: Sequence[int], store: DecisionStore) -> None:
+    def __init__(self, settings: AdaptiveConfig, candidates: Sequence[int], store: DecisionStore) -> None:
         self._settings, self._candidates, self._store = settings, tuple(candidates), store
 
     def report(self, step: int, metrics: Mapping[str, Any]) -> Decision | None:
@@ -110,12 +110,12 @@ class EmbeddedDecider:
         self._store.close()
 
 
-def reported_kind(settings: Adaptive) -> str:
+def reported_kind(settings: AdaptiveConfig) -> str:
     """The kind of metrics line that carries settings.metric as `decide` means it."""
     return "eval" if settings.metric == "accuracy" else "train"
 
 
-def check_lead(settings: Adaptive, ahead: int) -> None:
+def check_lead(settings: AdaptiveConfig, ahead: int) -> None:
     """UserError unless a decision takes effect later than the steps that ranks ask for `ahead` of the present one."""
     if settings.lead <= ahead:
         raise UserError(

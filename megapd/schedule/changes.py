@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from megapd.config import Adaptive
+from megapd.config import AdaptiveConfig
 from megapd.errors import UserError
 from megapd.files import write_atomic
 from megapd.schedule.adaptive import EmbeddedDecider, reported_kind
@@ -85,7 +85,7 @@ class ChangeSource(Protocol):
 class EmbeddedSource:
     """Decisions of an adaptive schedule, made in the run's own process."""
 
-    def __init__(self, settings: Adaptive, decider: EmbeddedDecider) -> None:
+    def __init__(self, settings: AdaptiveConfig, decider: EmbeddedDecider) -> None:
         self._kind, self._decider = reported_kind(settings), decider
         self._made: deque[Decision] = deque()
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from megapd.config import Adaptive
+from megapd.config import AdaptiveConfig
 from megapd.errors import UserError
 from megapd.files import fsync_folder
 from megapd.schedule.plan import Decision, Report
@@ -204,7 +204,7 @@ def _check_order(decision: Decision, before: Sequence[Decision]) -> None:
         )
 
 
-def subject(settings: Adaptive, candidates: Sequence[int]) -> dict[str, Any]:
+def subject(settings: AdaptiveConfig, candidates: Sequence[int]) -> dict[str, Any]:
     """What DecisionLog holds a resumed run to."""
     return {"candidates": list(candidates), "settings": settings.model_dump(mode="json")}
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from megapd.config import Follow, Schedule
+from megapd.config import FollowConfig, ScheduleConfig
 from megapd.schedule.plan import Decision, GrowingPlan, Plan
 
 Rotations = tuple[tuple[int, int], ...]  # (student step, teacher step), the first at 0
@@ -41,9 +41,9 @@ class Version:
 Change = Version | Decision
 
 
-def resolved(version: int, start: int, schedule: Schedule, plan: Plan) -> Version:
+def resolved(version: int, start: int, schedule: ScheduleConfig, plan: Plan) -> Version:
     """plan: what the schedule resolved to."""
-    timeout = schedule.timeout_seconds if isinstance(schedule, Follow) else None
+    timeout = schedule.timeout_seconds if isinstance(schedule, FollowConfig) else None
     return Version(version, start, schedule.policy, tuple(plan.fixed()), timeout)
 
 

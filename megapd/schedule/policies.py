@@ -26,7 +26,17 @@ from fractions import Fraction
 from math import log
 from typing import Any
 
-from megapd.config import Adaptive, Equal, Explicit, Follow, Geometric, Matched, OneShot, Schedule, Transition
+from megapd.config import (
+    AdaptiveConfig,
+    EqualConfig,
+    ExplicitConfig,
+    FollowConfig,
+    GeometricConfig,
+    MatchedConfig,
+    OneShotConfig,
+    ScheduleConfig,
+    TransitionConfig,
+)
 from megapd.errors import UserError
 from megapd.schedule.plan import Plan
 from megapd.schedule.transition import all_metrics, find_transition, nearest_increasing
@@ -34,7 +44,9 @@ from megapd.schedule.transition import all_metrics, find_transition, nearest_inc
 MetricsOf = Callable[[int], Mapping[str, Any]]  # teacher step -> what its checkpoint's meta.json holds as metrics
 
 
-def build_plan(schedule: Schedule, *, available: Sequence[int] | None, steps: int, metrics_of: MetricsOf | None = None) -> Plan:
+def build_plan(
+    schedule: ScheduleConfig, *, available: Sequence[int] | None, steps: int, metrics_of: MetricsOf | None = None
+) -> Plan:
     """Resolve a schedule over the teacher steps `available` for a run of `steps` student steps.
 
     `follow` needs nothing to be available yet, and takes None; what is given to it is checked. `metrics_of` is called by
@@ -43,23 +55,23 @@ def build_plan(schedule: Schedule, *, available: Sequence[int] | None, steps: in
     """
     assert steps >= 1
     there = tuple(sorted(set(available or ())))
-    if isinstance(schedule, Follow):
+    if isinstance(schedule, FollowConfig):
         pieces, warnings = _follow(schedule, there, steps)
     else:
         if not there or there[-1] == 0:
             holds = "only step 0, the random weights" if there else "no checkpoint"
             raise UserError(f"teacher.trajectory: it holds {holds}; train the teacher further, or set its trajectory.every")
-        if isinstance(schedule, OneShot):
+        if isinstance(schedule, OneShotConfig):
             pieces, warnings = _one_shot(schedule, there), []
-        elif isinstance(schedule, Equal):
+        elif isinstance(schedule, EqualConfig):
             pieces, warnings = _equal(schedule, there, steps)
-        elif isinstance(schedule, Matched):
+        elif isinstance(schedule, MatchedConfig):
             pieces, warnings = _matched(schedule, there, steps)
-        elif isinstance(schedule, Geometric):
+        elif isinstance(schedule, GeometricConfig):
             pieces, warnings = _geometric(schedule, there, steps)
-        elif isinstance(schedule, Transition):
+        elif isinstance(schedule, TransitionConfig):
             pieces, warnings = _transition(schedule, there, steps, metrics_of)
-        elif isinstance(schedule, Adaptive):
+        elif isinstance(schedule, AdaptiveConfig):
             from megapd.schedule.plan import AdaptivePlan  # which is itself a Plan
 
             return AdaptivePlan(candidates(schedule, there), steps)
@@ -76,14 +88,14 @@ def build_plan(schedule: Schedule, *, available: Sequence[int] | None, steps: in
 Pieces = list[tuple[int, int]]  # (student step, teacher step), the first at 0, all below the run's steps; neighbours may be equal
 
 
-def _one_shot(schedule: OneShot, there: tuple[int, ...]) -> Pieces:
+def _one_shot(schedule: OneShotConfig, there: tuple[int, ...]) -> Pieces:
     if schedule.checkpoint is None:
         return [(0, there[-1])]
     _require(schedule.checkpoint, there, "schedule.checkpoint")
     return [(0, schedule.checkpoint)]
 
 
-def _explicit(schedule: Explicit, there: tuple[int, ...], steps: int) -> tuple[Pieces, list[str]]:
+def _explicit(schedule: ExplicitConfig, there: tuple[int, ...], steps: int) -> tuple[Pieces, list[str]]:
     pieces = []
     for number, part in enumerate(schedule.ranges):
         if part.start < steps:
@@ -98,7 +110,7 @@ def _explicit(schedule: Explicit, there: tuple[int, ...], steps: int) -> tuple[P
     ]
 
 
-def _equal(schedule: Equal, there: tuple[int, ...], steps: int) -> tuple[Pieces, list[str]]:
+def _equal(schedule: EqualConfig, there: tuple[int, ...], steps: int) -> tuple[Pieces, list[str]]:
     count = schedule.checkpoints
     trained = _trained(there, count)
     chosen = equally_spaced(trained, count)
@@ -107,7 +119,7 @@ def _equal(schedule: Equal, there: tuple[int, ...], steps: int) -> tuple[Pieces,
     return _parts(chosen, [i * schedule.steps for i in range(count)], steps, "schedule.steps", warnings)
 
 
-def _geometric(schedule: Geometric, there: tuple[int, ...], steps: int) -> tuple[Pieces, list[str]]:
+def _geometric(schedule: GeometricConfig, there: tuple[int, ...], steps: int) -> tuple[Pieces, list[str]]:
     count = schedule.checkpoints
     if schedule.first is not None:
         _require(schedule.first, there, "schedule.first")
@@ -127,7 +139,7 @@ def _geometric(schedule: Geometric, there: tuple[int, ...], steps: int) -> tuple
 
 
 def _transition(
-    schedule: Transition, there: tuple[int, ...], steps: int, metrics_of: MetricsOf | None
+    schedule: TransitionConfig, there: tuple[int, ...], steps: int, metrics_of: MetricsOf | None
 ) -> tuple[Pieces, list[str]]:
     if metrics_of is None:
         raise UserError(
@@ -140,7 +152,7 @@ def _transition(
     return _parts(chosen, [i * schedule.steps for i in range(len(chosen))], steps, "schedule.steps", warnings)
 
 
-def candidates(schedule: Adaptive, there: Sequence[int]) -> tuple[int, ...]:
+def candidates(schedule: AdaptiveConfig, there: Sequence[int]) -> tuple[int, ...]:
     """The checkpoints that an adaptive schedule goes through, increasing teacher steps; UserError where one is missing."""
     for step in schedule.teachers:
         _require(step, tuple(there), "schedule.teachers")
@@ -209,14 +221,14 @@ def _ratio(steps: Sequence[int], count: int, i: int, j: int) -> int:
     return round(1e9 * abs(log(steps[j]) - target))
 
 
-def _matched(schedule: Matched, there: tuple[int, ...], steps: int) -> tuple[Pieces, list[str]]:
+def _matched(schedule: MatchedConfig, there: tuple[int, ...], steps: int) -> tuple[Pieces, list[str]]:
     pieces = _lockstep(schedule, there[-1], steps)
     for _, teacher in pieces:
         _require(teacher, there, "schedule.refresh, schedule.speed")
     return pieces, _unreached(pieces, there[-1], steps)
 
 
-def _follow(schedule: Follow, there: tuple[int, ...], steps: int) -> tuple[Pieces, list[str]]:
+def _follow(schedule: FollowConfig, there: tuple[int, ...], steps: int) -> tuple[Pieces, list[str]]:
     pieces = _lockstep(schedule, schedule.last, steps)
     for _, teacher in pieces:
         # A teacher writes in order, so what lies before its newest checkpoint and is not there will never come.
@@ -225,7 +237,7 @@ def _follow(schedule: Follow, there: tuple[int, ...], steps: int) -> tuple[Piece
     return pieces, _unreached(pieces, schedule.last, steps)
 
 
-def _lockstep(schedule: Matched | Follow, last: int, steps: int) -> Pieces:
+def _lockstep(schedule: MatchedConfig | FollowConfig, last: int, steps: int) -> Pieces:
     """(iR, min((i + 1) * R * speed, last)) until the last is reached or the run ends; exact in the decimal digits of `speed`."""
     pace = schedule.refresh * Fraction(repr(schedule.speed))
     pieces: Pieces = []

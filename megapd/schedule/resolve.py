@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megapd.config import Config, Schedule
+from megapd.config import Config, ScheduleConfig
 from megapd.schedule.plan import Plan
 from megapd.schedule.policies import build_plan
 from megapd.trajectory import Checkpoints
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     pass
 
 
-def resolve_plan(config: Config, trajectory: Checkpoints, schedule: Schedule | None = None) -> Plan:
+def resolve_plan(config: Config, trajectory: Checkpoints, schedule: ScheduleConfig | None = None) -> Plan:
     """The schedule, by default that of the run, over the checkpoints there are; `follow` does not need them yet."""
     schedule = schedule or config.schedule
     assert schedule is not None

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from megapd.config import Transition
+from megapd.config import TransitionConfig
 from megapd.errors import UserError
 
 # What a checkpoint's metrics are read under. The curriculum metrics are recorded by analysis, averaged over what the paper
@@ -85,7 +85,7 @@ class Found:
         return self.curve.values[self.curve.steps.index(step)]
 
 
-def find_transition(schedule: Transition, metrics: Metrics) -> Found:
+def find_transition(schedule: TransitionConfig, metrics: Metrics) -> Found:
     """The schedule.checkpoints - 1 checkpoints to teach before the last one. Pure; O(n^2) in the number of checkpoints.
 
     metrics: of every checkpoint of the trajectory. Raises UserError where they are missing or show no transition.

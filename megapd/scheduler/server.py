@@ -18,7 +18,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from megapd.config import Scheduler
+from megapd.config import SchedulerConfig
 from megapd.errors import UserError
 from megapd.scheduler.app import build_app
 from megapd.scheduler.service.access import is_loopback
@@ -52,7 +52,7 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(settings: Scheduler, *, ready: Callable[[int], None] | None = None, stop: threading.Event | None = None) -> None:
+def serve(settings: SchedulerConfig, *, ready: Callable[[int], None] | None = None, stop: threading.Event | None = None) -> None:
     """Answer until SIGTERM, SIGINT or `stop`. ready: called with the port once requests are taken.
 
     Raises UserError where the database, the address or the TLS files cannot be used, or an address that other machines reach
@@ -73,7 +73,7 @@ def serve(settings: Scheduler, *, ready: Callable[[int], None] | None = None, st
                 server.run(sockets=[listening])
 
 
-def _uvicorn(settings: Scheduler, app: FastAPI) -> uvicorn.Config:
+def _uvicorn(settings: SchedulerConfig, app: FastAPI) -> uvicorn.Config:
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -132,7 +132,7 @@ def _protocol() -> type[asyncio.Protocol]:
     return Protocol
 
 
-def _check_public(settings: Scheduler, store: Store) -> None:
+def _check_public(settings: SchedulerConfig, store: Store) -> None:
     where = f"scheduler.host: {settings.host} is reached from other machines"
     if settings.certificate is None:
         raise UserError(f"{where}, and tokens must not cross a network in the clear; set scheduler.certificate and scheduler.key")

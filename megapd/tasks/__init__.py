@@ -14,9 +14,9 @@ def build_task(config: settings.Config) -> Task:
     """The task of a run. Raises UserError where text has no fitting corpus."""
     seed, global_batch = config.seed, config.training.global_batch
     match config.task:
-        case settings.ParityTask() as parity:
+        case settings.ParityConfig() as parity:
             return ParityTask(parity, seed, global_batch)
-        case settings.HierarchicalParityTask() as hierarchical:
+        case settings.HierarchicalParityConfig() as hierarchical:
             return HierarchicalParityTask(hierarchical, seed, global_batch)
-        case settings.TextTask() as text:
+        case settings.TextConfig() as text:
             return TextTask(text, text.corpus or config.corpus.output, seed, global_batch)

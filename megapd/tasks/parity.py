@@ -91,7 +91,7 @@ class ParityTask(_BitsTask):
 
     classes = 2
 
-    def __init__(self, task: settings.ParityTask, seed: int, global_batch: int) -> None:
+    def __init__(self, task: settings.ParityConfig, seed: int, global_batch: int) -> None:
         supports = draw_supports(task.dimension, task.degree, 1, task.seed)
         super().__init__(task.dimension, supports, task.model_dump(), seed, global_batch)
 
@@ -107,7 +107,7 @@ class HierarchicalParityTask(_BitsTask):
     Nodes are numbered as in a heap (children of i: 2i + 1 left, 2i + 2 right), leaves from left to right.
     """
 
-    def __init__(self, task: settings.HierarchicalParityTask, seed: int, global_batch: int) -> None:
+    def __init__(self, task: settings.HierarchicalParityConfig, seed: int, global_batch: int) -> None:
         self.classes = task.labels
         self._depth = task.labels.bit_length() - 1
         supports = draw_supports(task.dimension, task.degree, task.labels - 1, task.seed)

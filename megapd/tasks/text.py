@@ -30,7 +30,7 @@ class TextTask:
     clm  positions 0 .. L-2 predict the next token; with document_mask, not where the next token begins another document.
     """
 
-    def __init__(self, task: settings.TextTask, folder: Path, seed: int, global_batch: int) -> None:
+    def __init__(self, task: settings.TextConfig, folder: Path, seed: int, global_batch: int) -> None:
         """Raises UserError where `folder` holds no corpus, a damaged one, or one of the other objective's style."""
         meta = read_meta(folder)
         style, wanted = meta["tokenizer"]["style"], STYLES[task.objective]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megapd.config import Config, Follow
+from megapd.config import Config, FollowConfig
 from megapd.models.from_checkpoint import Shape, checkpoint_shape
 from megapd.schedule.plan import Plan
 from megapd.signals.spec import Encoding, SignalSpec, negotiate
@@ -37,7 +37,7 @@ def open_trajectory(config: Config) -> Checkpoints:
         return RemoteTrajectory(config.teacher, open_endpoints(config))
     if is_hugging_face(named):
         return HuggingFaceTrajectory(named, config.teacher.steps)
-    return Trajectory(Path(named), must_exist=not isinstance(config.schedule, Follow))
+    return Trajectory(Path(named), must_exist=not isinstance(config.schedule, FollowConfig))
 
 
 def open_endpoints(config: Config) -> Endpoints:
@@ -59,7 +59,7 @@ def teacher_options(config: Config, *, served: bool = False) -> TeacherOptions:
         sharding=config.teacher.sharding,
         resident=config.teacher.resident or (2 if served else 1),
         chunk_bytes=config.loss.chunk_bytes,
-        wait_seconds=config.schedule.timeout_seconds if isinstance(config.schedule, Follow) else None,
+        wait_seconds=config.schedule.timeout_seconds if isinstance(config.schedule, FollowConfig) else None,
     )
 
 

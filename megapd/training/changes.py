@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megapd.config import Adaptive, Config, Schedule
+from megapd.config import AdaptiveConfig, Config, ScheduleConfig
 from megapd.errors import UserError
 from megapd.schedule import changes as changes_module
 from megapd.schedule import live
@@ -34,10 +34,10 @@ def _join_scheduler(
         assert config.schedule is not None
         assert config.teacher is not None
         ahead = max(config.training.prefetch, config.teacher.depth)
-        if isinstance(config.schedule, Adaptive):
+        if isinstance(config.schedule, AdaptiveConfig):
             check_lead(config.schedule, ahead)
 
-    def resolve(schedule: Schedule) -> Plan:
+    def resolve(schedule: ScheduleConfig) -> Plan:
         assert trajectory is not None
         trajectory.refresh()
         return resolve_plan(config, trajectory, schedule)
@@ -121,7 +121,7 @@ def _check_known(changes: Sequence[Change], state: dict[str, Any]) -> None:
 
 def _resume_decisions(config: Config, plan: AdaptivePlan, world: World, known: int) -> ChangeSource | None:
     """Extend the plan by the decisions on record, `known` to the run's checkpoint; on rank 0 what decides from here on."""
-    assert isinstance(config.schedule, Adaptive)
+    assert isinstance(config.schedule, AdaptiveConfig)
     assert config.teacher is not None
     check_lead(config.schedule, max(config.training.prefetch, config.teacher.depth))
     about = subject(config.schedule, plan.candidates)

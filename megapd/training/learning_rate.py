@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from megapd.config import LearningRate
+from megapd.config import LearningRateConfig
 
 
-def learning_rate(settings: LearningRate, peak: float, step: int, steps: int) -> float:
+def learning_rate(settings: LearningRateConfig, peak: float, step: int, steps: int) -> float:
     """Learning rate of the 0-based update `step` of `steps`.
 
     Warm-up rises linearly and reaches the peak at update `warmup`. Then: constant; linear or cosine down to final * peak at

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapd.config import Follow
+from megapd.config import FollowConfig
 from megapd.errors import Diverged
 from megapd.schedule.live import Change, LivePlan
 from megapd.schedule.plan import AdaptivePlan
@@ -132,7 +132,7 @@ def patience(run: Run, step: int) -> float | None:
     """Seconds to wait for the teacher of `step` to be written; None: all of the schedule's are there."""
     if isinstance(run.plan, LivePlan):
         return run.plan.version_at(step).timeout
-    return run.config.schedule.timeout_seconds if isinstance(run.config.schedule, Follow) else None
+    return run.config.schedule.timeout_seconds if isinstance(run.config.schedule, FollowConfig) else None
 
 
 def announce_rotation(run: Run, step: int) -> None:

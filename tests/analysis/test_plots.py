@@ -19,7 +19,7 @@ from megapd.analysis.plots import (
     steps_to_accuracy,
     tidy,
 )
-from megapd.config import Matched
+from megapd.config import MatchedConfig
 from megapd.errors import UserError
 from megapd.schedule.policies import build_plan
 
@@ -219,7 +219,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
 
 
 def test_plot_plan(tmp_path):
-    plan = build_plan(Matched(refresh=100), available=range(100, 1001, 100), steps=1500)
+    plan = build_plan(MatchedConfig(refresh=100), available=range(100, 1001, 100), steps=1500)
     path = plot_plan(plan, tmp_path / "plots" / "plan.png")
     assert path == tmp_path / "plots" / "plan.png"
     picture = matplotlib.image.imread(path)

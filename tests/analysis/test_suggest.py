@@ -13,7 +13,7 @@ import torch
 
 from megapd.analysis.suggest import describe_found, plot_found, suggest
 from megapd.cli import main
-from megapd.config import Transition
+from megapd.config import TransitionConfig
 from megapd.schedule.transition import find_transition
 from tests.trajectory import checkpoints
 
@@ -113,7 +113,7 @@ def test_checkpoints_of_transformers_carry_no_metrics(tmp_path, capsys):
 
 def test_a_long_trajectory_is_shown_around_its_drop(tmp_path):
     values = {s: {"eval/loss": (0.7 if s < 500 else 0.3 if s == 500 else 0.01) - s * 1e-6} for s in range(1, 1001)}
-    found = find_transition(Transition(steps=1), values)
+    found = find_transition(TransitionConfig(steps=1), values)
     text = describe_found(found)
     shown = rows(text)
     assert [step for step, _, mark in shown if mark == "<- chosen"] == [500]
@@ -125,7 +125,7 @@ def test_a_long_trajectory_is_shown_around_its_drop(tmp_path):
 
 def test_a_peak_is_drawn_too(tmp_path):
     values = {s: {"curriculum/degree_1": v} for s, v in {10: 0.01, 20: 0.03, 30: 0.09, 40: 0.02, 50: 0.01}.items()}
-    found = find_transition(Transition(steps=1), values)
+    found = find_transition(TransitionConfig(steps=1), values)
     assert [step for step, _, mark in rows(describe_found(found)) if mark == "<- chosen"] == [30]
     assert "curriculum/degree_1 peaks at step 30" in describe_found(found)
     plot_found(found, tmp_path / "peak.png")

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megapd.config import Source
+from megapd.config import SourceConfig
 from megapd.corpus.sources import TextSource, windows
 from megapd.errors import UserError
 
@@ -21,7 +21,7 @@ TEXTS = ["one\n\ntwo", "drei ß vier", "fünf\nsechs", "sieben"]
 
 
 def read(path, **settings) -> list[str]:
-    return list(TextSource(Source(path=str(path), **settings), 0))
+    return list(TextSource(SourceConfig(path=str(path), **settings), 0))
 
 
 def refused(path, *words, **settings) -> None:
@@ -53,7 +53,7 @@ def test_tables(tmp_path, name):
 
 def test_a_source_can_be_read_again(tmp_path):
     write(tmp_path / "a.jsonl", TEXTS)
-    source = TextSource(Source(path=str(tmp_path / "a.jsonl")), 0)
+    source = TextSource(SourceConfig(path=str(tmp_path / "a.jsonl")), 0)
     assert list(source) == list(source) == TEXTS
 
 
@@ -118,7 +118,7 @@ def test_parquet_is_read_in_bounded_memory(tmp_path):
     texts = [os.urandom(10_000).hex() for _ in range(300)]
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=10)
     before = pa.total_allocated_bytes()
-    held = [pa.total_allocated_bytes() - before for _ in TextSource(Source(path=str(tmp_path / "a.parquet")), 0)]
+    held = [pa.total_allocated_bytes() - before for _ in TextSource(SourceConfig(path=str(tmp_path / "a.parquet")), 0)]
     assert len(held) == 300
     assert max(held) < 2_000_000  # of 6 MB
 
@@ -168,14 +168,14 @@ def test_a_hub_data_set(monkeypatch):
         return datasets.Dataset.from_dict({"body": TEXTS}).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    source = Source(hub="org/set", hub_config="en", split="validation", text_column="body")
+    source = SourceConfig(hub="org/set", hub_config="en", split="validation", text_column="body")
     assert list(TextSource(source, 0)) == TEXTS
     assert seen == [(("org/set", "en"), {"split": "validation", "streaming": True})]
     with pytest.raises(UserError, match=r"corpus.sources\[2\].text_column: org/set has no column 'text'"):
-        list(TextSource(Source(hub="org/set"), 2))
+        list(TextSource(SourceConfig(hub="org/set"), 2))
 
 
 def test_an_unreachable_hub():
     with pytest.raises(UserError, match=r"corpus.sources\[1\]: nobody/nothing cannot be loaded") as caught:
-        list(TextSource(Source(hub="nobody/nothing"), 1))
+        list(TextSource(SourceConfig(hub="nobody/nothing"), 1))
     assert "\n" not in str(caught.value)

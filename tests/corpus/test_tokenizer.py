@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megapd.config import Tokenizer
+from megapd.config import TokenizerConfig
 from megapd.corpus import tokenizer as tokenizers
 from megapd.errors import UserError
 from tests.corpus import corpora
@@ -16,7 +16,7 @@ HARD = "a [MASK] [CLS] <unk> <|endoftext|>\n\n  indented\tline \n 漢字 é 😀
 def models():
     texts = corpora.documents()
     return {
-        (kind, style): tokenizers.train(Tokenizer(kind=kind, style=style, vocab_size=330), texts)
+        (kind, style): tokenizers.train(TokenizerConfig(kind=kind, style=style, vocab_size=330), texts)
         for kind in ("unigram", "bpe")
         for style in ("bert", "gpt")
     }
@@ -47,7 +47,7 @@ def test_encoding_is_independent_of_threads_and_of_the_way(models, monkeypatch):
 
 
 def test_training_is_deterministic(models):
-    again = tokenizers.train(Tokenizer(style="bert", vocab_size=330), corpora.documents())
+    again = tokenizers.train(TokenizerConfig(style="bert", vocab_size=330), corpora.documents())
     assert again.digest == models["unigram", "bert"].digest
 
 
@@ -56,7 +56,7 @@ def test_training_reads_no_more_than_its_share():
         while True:
             yield from corpora.documents()
 
-    tokenizer = tokenizers.train(Tokenizer(vocab_size=330, training_sentences=200), endless())
+    tokenizer = tokenizers.train(TokenizerConfig(vocab_size=330, training_sentences=200), endless())
     assert tokenizer.vocab_size == 330
 
 
@@ -81,7 +81,7 @@ def test_sentences_keep_every_word():
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_text_that_does_not_fit(kind, texts, vocab_size, words):
     with pytest.raises(UserError) as caught:
-        tokenizers.train(Tokenizer(kind=kind, vocab_size=vocab_size), texts)
+        tokenizers.train(TokenizerConfig(kind=kind, vocab_size=vocab_size), texts)
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megapd.batch import Batch
-from megapd.config import TransformerModel
+from megapd.config import TransformerConfig
 from megapd.errors import UserError
 from megapd.models import build_model
 from megapd.models.pretrained import Pretrained, build_pretrained, check_head, read_pretrained
@@ -126,7 +126,7 @@ def held(model: nn.Module, whole: nn.Module) -> float:
 
 
 def own_model(kind: str, tied: bool, vocab: int, rank: int, folder: Path) -> dict[str, float]:
-    config = TransformerModel(kind=kind, layers=2, heads=4, hidden=32, ffn=64, tied=tied, max_length=16)
+    config = TransformerConfig(kind=kind, layers=2, heads=4, hidden=32, ffn=64, tied=tied, max_length=16)
     sizes = {"vocab_size": vocab, "classes": vocab, "length": LENGTH, "options": LossOptions(), "seed": 0}
     first, second = (fill(build_model(config, **sizes), seed).eval() for seed in (1, 2))
     if rank == 0:
@@ -186,9 +186,9 @@ def sums(rank: int) -> dict[str, float]:
 def refusals(rank: int) -> dict[str, str]:
     """What the user is told, and that nothing was changed before."""
     sizes = {"vocab_size": 5, "classes": 5, "length": LENGTH, "options": LossOptions(), "seed": 0}
-    learner = build_model(TransformerModel(kind="gpt", layers=1, heads=3, hidden=24, ffn=64), **sizes)
-    wide = build_model(TransformerModel(kind="gpt", layers=1, heads=4, hidden=24, ffn=63), **sizes)
-    few = build_model(TransformerModel(kind="gpt", layers=1, heads=4, hidden=24, ffn=64), **sizes)
+    learner = build_model(TransformerConfig(kind="gpt", layers=1, heads=3, hidden=24, ffn=64), **sizes)
+    wide = build_model(TransformerConfig(kind="gpt", layers=1, heads=4, hidden=24, ffn=63), **sizes)
+    few = build_model(TransformerConfig(kind="gpt", layers=1, heads=4, hidden=24, ffn=64), **sizes)
     neox = build_pretrained(config_json("gpt_neox") | {"num_attention_heads": 2}, torch.float32, torch.device("meta"))
     llama = build_pretrained(config_json("llama") | {"num_key_value_heads": 1}, torch.float32, torch.device("meta"))
     cases = {"heads": (learner, 2), "features": (wide, 2), "classes": (few, 4), "their heads": (neox, 4), "key-value": (llama, 2)}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from megapd.config import MLPModel
+from megapd.config import MLPConfig
 from megapd.models import LossHead, build_model
 from megapd.signals.signal import Head, Signal
 from megapd.signals.spec import SignalSpec
@@ -104,7 +104,7 @@ def test_a_tied_head_is_the_embedding_itself(kind):
     assert (tied.head.bias is None) == (kind == "gpt")
 
 
-@pytest.mark.parametrize("model_config", [config("gpt"), config("bert"), MLPModel(width=7)], ids=["gpt", "bert", "mlp"])
+@pytest.mark.parametrize("model_config", [config("gpt"), config("bert"), MLPConfig(width=7)], ids=["gpt", "bert", "mlp"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_cast_learner_computes_in_its_dtype(model_config, dtype):
     vocab = 2 if model_config.kind == "mlp" else VOCAB

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertModel, GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from megapd.batch import Batch
-from megapd.config import MLPModel
+from megapd.config import MLPConfig
 from megapd.errors import UserError
 from megapd.models import hub, load_hugging_face, save_hugging_face
 from megapd_kernels import LossOptions
@@ -204,7 +204,7 @@ def test_an_export_replaces_nothing(tmp_path):
 
 
 def test_what_has_no_layout_is_refused(tmp_path):
-    mlp = MLPModel(width=3)
+    mlp = MLPConfig(width=3)
     with pytest.raises(UserError, match="no Hugging Face layout"):
         save_hugging_face(build(mlp, vocab=2), mlp, tmp_path / "export")
     untied = config(tied=False)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from megapd.config import MLPModel
+from megapd.config import MLPConfig
 from megapd.errors import UserError
 from megapd.models.pretrained import build_pretrained
 from megapd.models.sharding import PLANS, allocate, plan_for, plan_of, shard, whole_shape
@@ -116,7 +116,7 @@ def test_plans():
 
 def test_what_has_no_plan_is_told():
     with pytest.raises(UserError, match=r"^teacher\.sharding: an mlp cannot be split"):
-        plan_for(build(MLPModel(width=3), vocab=2))
+        plan_for(build(MLPConfig(width=3), vocab=2))
     gpt2 = build_pretrained({"model_type": "gpt2", "vocab_size": 9, "n_embd": 8, "n_layer": 1, "n_head": 2}, torch.float32, META)
     with pytest.raises(UserError, match=r"^teacher\.sharding: gpt2 brings no plan for tensor; .*zero"):
         plan_for(gpt2)

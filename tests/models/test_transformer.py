@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megapd.batch import Batch
-from megapd.config import MLPModel, TransformerModel
+from megapd.config import MLPConfig, TransformerConfig
 from megapd.errors import UserError
 from megapd.models import MLP, Learner, LossHead, Transformer, build_model, flops_per_token, parameter_count
 from megapd_kernels import LossOptions
@@ -17,7 +17,7 @@ KINDS = ["gpt", "bert"]
 
 
 def config(kind="gpt", **changes):
-    return TransformerModel(**{"kind": kind, "layers": 2, "heads": 2, "hidden": 16, "ffn": 40, **changes})
+    return TransformerConfig(**{"kind": kind, "layers": 2, "heads": 2, "hidden": 16, "ffn": 40, **changes})
 
 
 def build(model_config, seed=0, *, vocab=VOCAB, classes=None, length=LENGTH):
@@ -131,7 +131,7 @@ def test_initial_values(kind):
 
 
 def test_initial_values_of_the_mlp():
-    learner = build(MLPModel(width=400), vocab=2, classes=2, length=50)
+    learner = build(MLPConfig(width=400), vocab=2, classes=2, length=50)
     for name, fan_in in {"body.linear.weight": 50, "body.linear.bias": 50, "head.weight": 400, "head.bias": 400}.items():
         values = learner.get_parameter(name).detach()
         bound = fan_in**-0.5
@@ -180,7 +180,7 @@ def test_learner_gathers_labelled_rows():
 
 
 def test_mlp_has_one_row_a_sample():
-    learner = build(MLPModel(width=7), vocab=2, classes=2, length=LENGTH)
+    learner = build(MLPConfig(width=7), vocab=2, classes=2, length=LENGTH)
     ids = torch.randint(2, (4, LENGTH))
     last = torch.arange(1, 5) * LENGTH - 1
     for positions in (last, last - LENGTH + 1):
@@ -193,7 +193,7 @@ def test_mlp_has_one_row_a_sample():
 def test_parameter_count():
     # The published GPT-2 of 124,439,808 parameters: 50257 tokens, 1024 positions.
     with torch.device("meta"):
-        gpt2 = TransformerModel(kind="gpt", layers=12, heads=12, hidden=768)
+        gpt2 = TransformerConfig(kind="gpt", layers=12, heads=12, hidden=768)
         body = Transformer(gpt2, 50257, 1024)
         head = LossHead(768, 50257, bias=False, options=LossOptions(), embedding=body.tokens)
         total, without = parameter_count(Learner(body, None, head))
@@ -220,11 +220,11 @@ def test_flops_per_token_are_those_torch_counts(kind):
 
 
 def test_flops_per_token_of_the_mlp():
-    learner = build(MLPModel(width=7), vocab=2, classes=2, length=LENGTH)
+    learner = build(MLPConfig(width=7), vocab=2, classes=2, length=LENGTH)
     batch = Batch(torch.randint(2, (4, LENGTH)), None, torch.arange(4) * LENGTH, torch.zeros(4).long(), torch.arange(4))
     with FlopCounterMode(display=False) as counter:
         learner(batch, mode="logits").sum().backward()
-    ours = flops_per_token(MLPModel(width=7), classes=2, length=LENGTH, labelled_share=1 / LENGTH)
+    ours = flops_per_token(MLPConfig(width=7), classes=2, length=LENGTH, labelled_share=1 / LENGTH)
     assert counter.get_total_flops() == pytest.approx(ours * batch.tokens)
 
 

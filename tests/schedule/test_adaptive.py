@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapd.config import Adaptive
+from megapd.config import AdaptiveConfig
 from megapd.errors import UserError
 from megapd.schedule.adaptive import EmbeddedDecider, check_lead, decide, reported_kind
 from megapd.schedule.decision_log import DecisionLog, recorded_decisions, subject
@@ -22,8 +22,8 @@ quick = settings(max_examples=150, deadline=None, derandomize=True)
 CANDIDATES = (100, 200, 300)
 
 
-def adaptive(**changes) -> Adaptive:
-    return Adaptive(**{"teachers": CANDIDATES, "window": 3, "lead": 4} | changes)
+def adaptive(**changes) -> AdaptiveConfig:
+    return AdaptiveConfig(**{"teachers": CANDIDATES, "window": 3, "lead": 4} | changes)
 
 
 def decisions_of(setting, values, every=10):
@@ -47,7 +47,7 @@ def decision(sequence, effective, checkpoint=200):
 def test_the_papers_rule_on_its_own_course():
     # At chance, then learning, then saturated: not on the first plateau, where nothing was gained since the run began.
     values = [0.5] * 20 + [0.55, 0.65, 0.75, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8]
-    (made,) = decisions_of(Adaptive(teachers=CANDIDATES), values)
+    (made,) = decisions_of(AdaptiveConfig(teachers=CANDIDATES), values)
     assert made.reason == "saturated"
     assert (made.sequence, made.checkpoint) == (0, 200)
     # 0.8 gained less than 0.01 over the mean of five values first when all five are above 0.79.
@@ -100,7 +100,7 @@ def test_a_divergence_improves_downwards_and_is_measured_against_one_teacher():
 
 def test_nothing_follows_the_last():
     assert len(decisions_of(adaptive(max_dwell=10), [0.5] * 100)) == len(CANDIDATES) - 1
-    assert decisions_of(Adaptive(teachers=(7,), max_dwell=10), [0.5] * 100) == []
+    assert decisions_of(AdaptiveConfig(teachers=(7,), max_dwell=10), [0.5] * 100) == []
 
 
 def test_a_late_report_takes_effect_later():
@@ -267,10 +267,10 @@ def test_a_full_disk_leaves_the_log_whole(tmp_path, monkeypatch):
 
 WRITER = """
 import sys
-from megapd.config import Adaptive
+from megapd.config import AdaptiveConfig
 from megapd.schedule.decision_log import DecisionLog, subject
 from megapd.schedule.plan import Decision, Report
-log = DecisionLog(sys.argv[1], subject(Adaptive(teachers=(100, 200, 300), window=3, lead=4), (100, 200, 300)), writes=True)
+log = DecisionLog(sys.argv[1], subject(AdaptiveConfig(teachers=(100, 200, 300), window=3, lead=4), (100, 200, 300)), writes=True)
 begin = len(log.decisions)
 for n in range(begin, begin + 1000):
     log.add_report(Report(10 * n + 10, 0.5))
@@ -395,14 +395,14 @@ def test_lead_and_record_are_checked(tmp_path):
 
 def test_candidates():
     there = [0, 10, 20, 40, 80]
-    assert candidates(Adaptive(teachers=(0, 20)), there) == (0, 20)
-    assert candidates(Adaptive(checkpoints=2), there) == (40, 80)
-    assert candidates(Adaptive(checkpoints=4, spacing="geometric"), there) == (10, 20, 40, 80)
-    plan = build_plan(Adaptive(checkpoints=2), available=there, steps=9)
+    assert candidates(AdaptiveConfig(teachers=(0, 20)), there) == (0, 20)
+    assert candidates(AdaptiveConfig(checkpoints=2), there) == (40, 80)
+    assert candidates(AdaptiveConfig(checkpoints=4, spacing="geometric"), there) == (10, 20, 40, 80)
+    plan = build_plan(AdaptiveConfig(checkpoints=2), available=there, steps=9)
     assert isinstance(plan, AdaptivePlan)
     assert (plan.policy, plan.candidates, plan.rotations(), plan.warnings) == ("adaptive", (40, 80), [(0, 40)], ())
     with pytest.raises(UserError, match=r"^schedule\.teachers: .*step 30"):
-        build_plan(Adaptive(teachers=(10, 30)), available=there, steps=9)
+        build_plan(AdaptiveConfig(teachers=(10, 30)), available=there, steps=9)
     for changes, message in (
         ({}, "checkpoints: give either"),
         ({"checkpoints": 2, "teachers": (1,)}, "checkpoints: give either"),
@@ -410,7 +410,7 @@ def test_candidates():
         ({"checkpoints": 2, "min_dwell": 9, "max_dwell": 8}, "max_dwell: 8 is below min_dwell 9"),
     ):
         with pytest.raises(ValueError, match=message):
-            Adaptive(**changes)
+            AdaptiveConfig(**changes)
 
 
 def test_a_decision_is_json():

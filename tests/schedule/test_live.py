@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapd.config import Adaptive, Equal, Follow, OneShot
+from megapd.config import AdaptiveConfig, EqualConfig, FollowConfig, OneShotConfig
 from megapd.errors import UserError
 from megapd.schedule.changes import ChangeLog
 from megapd.schedule.live import LivePlan, Version, in_force, resolved
@@ -119,18 +119,18 @@ def test_in_force():
 
 
 def test_schedules_are_resolved_as_they_were_taken_up():
-    equal = Equal(checkpoints=4, steps=20)
+    equal = EqualConfig(checkpoints=4, steps=20)
     plan = build_plan(equal, available=THERE, steps=STEPS)
     assert resolved(2, 7, equal, plan) == Version(2, 7, "equal", tuple(plan.rotations()))
-    follow = Follow(refresh=10, last=100, timeout_seconds=5.0)
+    follow = FollowConfig(refresh=10, last=100, timeout_seconds=5.0)
     assert resolved(1, 0, follow, build_plan(follow, available=(), steps=STEPS)).timeout == 5.0
-    adaptive = Adaptive(teachers=(20, 40), max_dwell=30)
+    adaptive = AdaptiveConfig(teachers=(20, 40), max_dwell=30)
     assert resolved(1, 0, adaptive, build_plan(adaptive, available=THERE, steps=STEPS)).rotations == ((0, 20),)
 
 
 def test_changes_are_on_record_as_they_were(tmp_path):
     path = tmp_path / "run" / "changes.json"
-    one_shot = OneShot(checkpoint=50)
+    one_shot = OneShotConfig(checkpoint=50)
     changes = [
         resolved(2, 30, one_shot, build_plan(one_shot, available=THERE, steps=STEPS)),
         decision(0, 40, 20),

@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapd.config import Adaptive, Equal, Explicit, Follow, Geometric, Matched, OneShot, Range, Transition
+from megapd.config import (
+    AdaptiveConfig,
+    EqualConfig,
+    ExplicitConfig,
+    FollowConfig,
+    GeometricConfig,
+    MatchedConfig,
+    OneShotConfig,
+    RangeConfig,
+    TransitionConfig,
+)
 from megapd.errors import UserError
 from megapd.schedule.plan import Plan
 from megapd.schedule.policies import build_plan, equally_spaced, geometrically_spaced
@@ -37,19 +47,19 @@ def plan_of(schedule, available, steps) -> Plan:
 
 
 def test_one_shot():
-    assert taught(plan_of(OneShot(), [0, 10, 30, 20], 5)) == [30] * 5
-    plan = plan_of(OneShot(checkpoint=20), [0, 10, 30, 20], 5)
+    assert taught(plan_of(OneShotConfig(), [0, 10, 30, 20], 5)) == [30] * 5
+    plan = plan_of(OneShotConfig(checkpoint=20), [0, 10, 30, 20], 5)
     assert plan.rotations() == [(0, 20)]
     assert plan.next_after(0) is None
     assert plan.warnings == ()
-    assert taught(plan_of(OneShot(checkpoint=0), [0, 10], 2)) == [0, 0]  # asked for by name: random weights it is
+    assert taught(plan_of(OneShotConfig(checkpoint=0), [0, 10], 2)) == [0, 0]  # asked for by name: random weights it is
 
 
 def test_one_shot_of_a_missing_checkpoint():
     with pytest.raises(UserError, match=r"^schedule\.checkpoint: .*step 15.*nearest are 10 and 20$"):
-        build_plan(OneShot(checkpoint=15), available=[10, 20, 30], steps=5)
+        build_plan(OneShotConfig(checkpoint=15), available=[10, 20, 30], steps=5)
     with pytest.raises(UserError, match=r"beyond its end.*nearest is 30$"):
-        build_plan(OneShot(checkpoint=31), available=[10, 20, 30], steps=5)
+        build_plan(OneShotConfig(checkpoint=31), available=[10, 20, 30], steps=5)
 
 
 # ---------------------------------------------------------------------------------------------------------- equal
@@ -61,7 +71,7 @@ def test_equal_over_an_even_trajectory_is_the_papers(count, times, every, steps,
     # N * times checkpoints `every` apart: the equally spaced N are the multiples of times * every.
     available = [every * i for i in range(0 if with_zero else 1, count * times + 1)]
     each = 1 + steps % 7
-    plan = plan_of(Equal(checkpoints=count, steps=each), available, steps)
+    plan = plan_of(EqualConfig(checkpoints=count, steps=each), available, steps)
     assert taught(plan) == [min(s // each + 1, count) * times * every for s in range(steps)]
     assert bool(plan.warnings) == (steps <= (count - 1) * each)
 
@@ -81,7 +91,7 @@ def test_equal_over_any_trajectory_is_the_nearest_choice(available, data):
     assert tuple(chosen) == min(itertools.combinations(available, count), key=distance)
     assert chosen[-1] == last
     nearest = [min(available, key=lambda step: (abs(step * count - last * i), step)) for i in range(1, count + 1)]
-    plan = plan_of(Equal(checkpoints=count, steps=1), [0, *available], count)
+    plan = plan_of(EqualConfig(checkpoints=count, steps=1), [0, *available], count)
     assert taught(plan) == chosen
     assert (chosen == nearest) == (plan.warnings == ())
     if len(set(nearest)) == count:
@@ -90,22 +100,22 @@ def test_equal_over_any_trajectory_is_the_nearest_choice(available, data):
 
 def test_two_shot():
     # (2, T)-progressive: one intermediate checkpoint, then the final one.
-    assert plan_of(Equal(checkpoints=2, steps=3), [1, 2, 3, 4], 10).rotations() == [(0, 2), (3, 4)]
+    assert plan_of(EqualConfig(checkpoints=2, steps=3), [1, 2, 3, 4], 10).rotations() == [(0, 2), (3, 4)]
 
 
 def test_equal_that_the_run_does_not_finish_warns():
-    plan = plan_of(Equal(checkpoints=4, steps=10), [100, 200, 300, 400], 25)
+    plan = plan_of(EqualConfig(checkpoints=4, steps=10), [100, 200, 300, 400], 25)
     assert plan.rotations() == [(0, 100), (10, 200), (20, 300)]
     (warning,) = plan.warnings
     assert "only 3 of the 4 checkpoints teach" in warning
     assert "training.steps 25" in warning
     assert "step 400, begins at 30" in warning
-    assert plan_of(Equal(checkpoints=4, steps=10), [100, 200, 300, 400], 31).warnings == ()
+    assert plan_of(EqualConfig(checkpoints=4, steps=10), [100, 200, 300, 400], 31).warnings == ()
 
 
 def test_equal_with_more_checkpoints_than_there_are():
     with pytest.raises(UserError, match=r"^schedule\.checkpoints: 4 asked for, but the trajectory holds 3 after step 0"):
-        build_plan(Equal(checkpoints=4, steps=10), available=[0, 100, 200, 300], steps=50)
+        build_plan(EqualConfig(checkpoints=4, steps=10), available=[0, 100, 200, 300], steps=50)
 
 
 def test_a_long_trajectory_is_quick():
@@ -122,22 +132,22 @@ def test_matched_is_the_authors_rule(tenths, speed, periods, steps):
     pace = int(Decimal(repr(speed)) * refresh)
     last = pace * periods
     expected = [min((s // refresh + 1) * pace, last) for s in range(steps)]
-    plan = plan_of(Matched(refresh=refresh, speed=speed), [0, *range(pace, last + 1, pace)], steps)
+    plan = plan_of(MatchedConfig(refresh=refresh, speed=speed), [0, *range(pace, last + 1, pace)], steps)
     assert taught(plan) == expected
     assert bool(plan.warnings) == (expected[-1] < last)
-    follow = plan_of(Follow(refresh=refresh, speed=speed, last=last), None, steps)
+    follow = plan_of(FollowConfig(refresh=refresh, speed=speed, last=last), None, steps)
     assert taught(follow) == expected
     assert follow.rotations() == plan.rotations()
     assert follow.warnings == plan.warnings
 
 
 def test_matched_is_capped_at_a_last_checkpoint_off_the_grid():
-    plan = plan_of(Matched(refresh=10), [10, 20, 25], 60)
+    plan = plan_of(MatchedConfig(refresh=10), [10, 20, 25], 60)
     assert plan.rotations() == [(0, 10), (10, 20), (20, 25)]
 
 
 def test_matched_needs_only_the_checkpoints_of_its_own_steps():
-    plan = plan_of(Matched(refresh=10), [10, 20, 45], 20)
+    plan = plan_of(MatchedConfig(refresh=10), [10, 20, 45], 20)
     assert plan.rotations() == [(0, 10), (10, 20)]
     (warning,) = plan.warnings
     assert "step 45, never teaches" in warning
@@ -145,21 +155,21 @@ def test_matched_needs_only_the_checkpoints_of_its_own_steps():
 
 def test_matched_over_a_gap():
     with pytest.raises(UserError, match=r"^schedule\.refresh, schedule\.speed: .*step 30, .*nearest are 20 and 40$"):
-        build_plan(Matched(refresh=10), available=[10, 20, 40, 50], steps=50)
+        build_plan(MatchedConfig(refresh=10), available=[10, 20, 40, 50], steps=50)
 
 
 def test_a_speed_that_asks_for_half_a_step():
     with pytest.raises(UserError, match=r"^schedule\.speed: student step 0 would need the teacher's step 2\.5"):
-        build_plan(Matched(refresh=5, speed=0.5), available=[5, 10], steps=50)
+        build_plan(MatchedConfig(refresh=5, speed=0.5), available=[5, 10], steps=50)
     # Above the cap the fraction does not matter.
-    assert taught(build_plan(Matched(refresh=5, speed=2.5), available=[0, 5], steps=3)) == [5, 5, 5]
+    assert taught(build_plan(MatchedConfig(refresh=5, speed=2.5), available=[0, 5], steps=3)) == [5, 5, 5]
 
 
 # --------------------------------------------------------------------------------------------------------- follow
 
 
 def test_follow_needs_nothing_yet_but_refuses_what_can_never_come():
-    follow = Follow(refresh=10, last=50)
+    follow = FollowConfig(refresh=10, last=50)
     expected = [(0, 10), (10, 20), (20, 30), (30, 40), (40, 50)]
     for available in (None, (), [0], [10, 20], [0, 10, 20, 30, 40, 50]):
         assert plan_of(follow, available, 70).rotations() == expected
@@ -176,17 +186,17 @@ def test_follow_needs_nothing_yet_but_refuses_what_can_never_come():
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=8), st.integers(1, 60))
 def test_explicit_is_the_range_a_step_lies_in(parts, steps):
     starts = [0, *itertools.accumulate(length for length, _ in parts[:-1])]
-    ranges = tuple(Range(start=start, checkpoint=10 * teacher) for start, (_, teacher) in zip(starts, parts, strict=True))
-    plan = plan_of(Explicit(ranges=ranges), [10, 20, 30, 40], steps)
+    ranges = tuple(RangeConfig(start=start, checkpoint=10 * teacher) for start, (_, teacher) in zip(starts, parts, strict=True))
+    plan = plan_of(ExplicitConfig(ranges=ranges), [10, 20, 30, 40], steps)
     assert taught(plan) == [[r.checkpoint for r in ranges if r.start <= s][-1] for s in range(steps)]
     assert bool(plan.warnings) == (starts[-1] >= steps)
 
 
 def test_explicit_with_a_missing_checkpoint():
-    ranges = (Range(start=0, checkpoint=10), Range(start=5, checkpoint=11))
+    ranges = (RangeConfig(start=0, checkpoint=10), RangeConfig(start=5, checkpoint=11))
     with pytest.raises(UserError, match=r"^schedule\.ranges\.1\.checkpoint: .*step 11"):
-        build_plan(Explicit(ranges=ranges), available=[10, 20], steps=9)
-    plan = plan_of(Explicit(ranges=ranges), [10, 20], 5)  # the second range never teaches in 5 steps
+        build_plan(ExplicitConfig(ranges=ranges), available=[10, 20], steps=9)
+    plan = plan_of(ExplicitConfig(ranges=ranges), [10, 20], 5)  # the second range never teaches in 5 steps
     assert plan.rotations() == [(0, 10)]
     assert "1 of them, from student step 5 on, never teach" in plan.warnings[0]
 
@@ -201,7 +211,7 @@ def test_geometric_over_powers_is_exact(count, ratio, first, steps):
     wanted = [first * ratio**i for i in range(count)]
     available = sorted({0, *wanted, *range(first, wanted[-1], max(1, wanted[-1] // 40))})
     each = 1 + steps % 9
-    plan = plan_of(Geometric(checkpoints=count, steps=each), available, steps)
+    plan = plan_of(GeometricConfig(checkpoints=count, steps=each), available, steps)
     assert taught(plan) == [wanted[min(s // each, count - 1)] for s in range(steps)]
     assert bool(plan.warnings) == (steps <= (count - 1) * each)
 
@@ -222,7 +232,7 @@ def test_geometric_over_any_trajectory_is_the_nearest_choice(available, data):
     assert chosen == sorted(set(chosen))
     assert chosen[-1] == last
     assert chosen[0] == first or count == 1
-    assert taught(plan_of(Geometric(checkpoints=count, steps=1), [0, *available], count)) == chosen
+    assert taught(plan_of(GeometricConfig(checkpoints=count, steps=1), [0, *available], count)) == chosen
 
 
 @quick
@@ -230,7 +240,7 @@ def test_geometric_over_any_trajectory_is_the_nearest_choice(available, data):
 def test_geometric_shares_a_total(count, more):
     total = count + more
     available = [2**i for i in range(count)]
-    plan = plan_of(Geometric(checkpoints=count, total=total), available, total + 5)
+    plan = plan_of(GeometricConfig(checkpoints=count, total=total), available, total + 5)
     lengths = [len(list(part)) for _, part in itertools.groupby(taught(plan))]
     assert [step for step, _ in itertools.groupby(taught(plan))] == available
     assert sum(lengths[:-1]) + lengths[-1] - 5 == total
@@ -240,21 +250,21 @@ def test_geometric_shares_a_total(count, more):
 
 def test_geometric_from_a_named_checkpoint():
     available = [0, 10, 20, 30, 40, 50, 60, 70, 80]
-    assert plan_of(Geometric(checkpoints=4, steps=5), available, 50).rotations() == [(0, 10), (5, 20), (10, 40), (15, 80)]
-    assert plan_of(Geometric(checkpoints=3, first=20, steps=5), available, 50).rotations() == [(0, 20), (5, 40), (10, 80)]
+    assert plan_of(GeometricConfig(checkpoints=4, steps=5), available, 50).rotations() == [(0, 10), (5, 20), (10, 40), (15, 80)]
+    assert plan_of(GeometricConfig(checkpoints=3, first=20, steps=5), available, 50).rotations() == [(0, 20), (5, 40), (10, 80)]
     with pytest.raises(UserError, match=r"^schedule\.first: .*step 15.*nearest are 10 and 20"):
-        build_plan(Geometric(checkpoints=3, first=15, steps=5), available=available, steps=9)
+        build_plan(GeometricConfig(checkpoints=3, first=15, steps=5), available=available, steps=9)
     with pytest.raises(UserError, match=r"^schedule\.first: 2 checkpoints from step 70 on"):
-        build_plan(Geometric(checkpoints=3, first=70, steps=5), available=available, steps=9)
+        build_plan(GeometricConfig(checkpoints=3, first=70, steps=5), available=available, steps=9)
     with pytest.raises(UserError, match=r"^schedule\.checkpoints: 9 asked for, but the trajectory holds 8"):
-        build_plan(Geometric(checkpoints=9, steps=5), available=available, steps=9)
+        build_plan(GeometricConfig(checkpoints=9, steps=5), available=available, steps=9)
 
 
 def test_geometric_over_an_uneven_trajectory_says_what_it_takes():
-    plan = plan_of(Geometric(checkpoints=3, steps=1), [1, 90, 95, 100], 3)
+    plan = plan_of(GeometricConfig(checkpoints=3, steps=1), [1, 90, 95, 100], 3)
     assert taught(plan) == [1, 90, 100]
     assert plan.warnings == ()
-    plan = plan_of(Geometric(checkpoints=4, steps=1), [1, 90, 95, 100], 4)
+    plan = plan_of(GeometricConfig(checkpoints=4, steps=1), [1, 90, 95, 100], 4)
     assert taught(plan) == [1, 90, 95, 100]
     assert "4 equal ratios" in plan.warnings[0]
 
@@ -262,9 +272,9 @@ def test_geometric_over_an_uneven_trajectory_says_what_it_takes():
 def test_geometric_needs_one_length():
     for lengths in ({}, {"steps": 5, "total": 20}):
         with pytest.raises(ValueError, match="steps: give either"):
-            Geometric(checkpoints=2, **lengths)
+            GeometricConfig(checkpoints=2, **lengths)
     with pytest.raises(ValueError, match="total: 2 student steps are too few for 3"):
-        Geometric(checkpoints=3, total=2)
+        GeometricConfig(checkpoints=3, total=2)
 
 
 # ------------------------------------------------------------------------------------------------------------ all
@@ -273,13 +283,13 @@ def test_geometric_needs_one_length():
 @pytest.mark.parametrize(
     "schedule",
     [
-        OneShot(),
-        Equal(checkpoints=1, steps=1),
-        Matched(refresh=1),
-        Explicit(ranges=(Range(start=0, checkpoint=1),)),
-        Geometric(checkpoints=1, steps=1),
-        Transition(steps=1),
-        Adaptive(checkpoints=1),
+        OneShotConfig(),
+        EqualConfig(checkpoints=1, steps=1),
+        MatchedConfig(refresh=1),
+        ExplicitConfig(ranges=(RangeConfig(start=0, checkpoint=1),)),
+        GeometricConfig(checkpoints=1, steps=1),
+        TransitionConfig(steps=1),
+        AdaptiveConfig(checkpoints=1),
     ],
 )
 @pytest.mark.parametrize(("available", "holds"), [([], "no checkpoint"), (None, "no checkpoint"), ([0], "only step 0")])
@@ -289,13 +299,13 @@ def test_an_empty_trajectory(schedule, available, holds):
 
 
 def test_steps_outside_the_run_are_no_question():
-    plan = build_plan(OneShot(), available=[5], steps=3)
+    plan = build_plan(OneShotConfig(), available=[5], steps=3)
     for step in (-1, 3):
         with pytest.raises(AssertionError, match="of a plan for 3 steps"):
             plan.checkpoint_at(step)
 
 
 def test_a_plan_is_a_value():
-    plans = [build_plan(Matched(refresh=2), available=[2, 4], steps=4) for _ in range(2)]
+    plans = [build_plan(MatchedConfig(refresh=2), available=[2, 4], steps=4) for _ in range(2)]
     assert plans[0] == plans[1]
     assert hash(plans[0]) == hash(plans[1])

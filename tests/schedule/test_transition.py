@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapd.config import Transition
+from megapd.config import TransitionConfig
 from megapd.errors import UserError
 from megapd.schedule.policies import build_plan
 from megapd.schedule.transition import Found, all_metrics, find_transition
@@ -25,7 +25,7 @@ def metrics(values, key="eval/loss"):
 
 
 def find(values, key="eval/loss", **changes) -> Found:
-    return find_transition(Transition(**{"steps": 1, **changes}), metrics(values, key))
+    return find_transition(TransitionConfig(**{"steps": 1, **changes}), metrics(values, key))
 
 
 def sigmoid(steps, middle, width, top=0.7, bottom=0.01, power=0.02):
@@ -143,7 +143,7 @@ def test_a_teacher_that_stops_in_the_drop():
 def test_no_metrics():
     for there in ({}, {"eval/loss": None}, {"eval/loss": math.nan}, {"eval/accuracy": 0.5}, {"eval/loss": "0.3"}):
         with pytest.raises(UserError, match=r"0 of its checkpoints carry a value of eval/loss .* evaluation\.every"):
-            find_transition(Transition(steps=1), dict.fromkeys(range(1, 9), there))
+            find_transition(TransitionConfig(steps=1), dict.fromkeys(range(1, 9), there))
 
 
 def test_flat():
@@ -162,15 +162,15 @@ def test_a_stale_value_counts_once():
     assert found.picks == (2000,)
     # Where the training loss is finer, it is taken.
     both = {s: {"eval/loss": stale[s], "train/loss": smooth[s]} for s in smooth}
-    assert find_transition(Transition(steps=1), both).curve.key == "train/loss"
+    assert find_transition(TransitionConfig(steps=1), both).curve.key == "train/loss"
     both = {s: {"eval/loss": smooth[s], "train/loss": smooth[s]} for s in smooth}
-    assert find_transition(Transition(steps=1), both).curve.key == "eval/loss"
+    assert find_transition(TransitionConfig(steps=1), both).curve.key == "eval/loss"
 
 
 def test_checkpoints_without_a_value_are_left_aside():
     values = metrics(WIKIPEDIA | {5000: math.inf})
     values |= {6000: {}, 130_000: {}}
-    found = find_transition(Transition(steps=1), values)
+    found = find_transition(TransitionConfig(steps=1), values)
     assert found.picks == (8000,)
     assert found.final == 130_000
 
@@ -196,15 +196,15 @@ def test_a_curriculum_metric_goes_before_the_loss_where_it_peaks():
         s: {"eval/loss": v, "curriculum/m_robust_3": w}
         for (s, v), w in zip(WIKIPEDIA.items(), [0.1, 0.3, 0.2, 0.1, 0], strict=True)
     }
-    assert find_transition(Transition(steps=1), both).picks == (4000,)
-    assert find_transition(Transition(steps=1, metric="loss"), both).picks == (8000,)
+    assert find_transition(TransitionConfig(steps=1), both).picks == (4000,)
+    assert find_transition(TransitionConfig(steps=1, metric="loss"), both).picks == (8000,)
     for flat in ([0.2, 0.21, 0.2, 0.19, 0.2], [0.01, 0.02, 0.03, 0.04, 0.05]):  # no peak; one still to come
         values = {s: {"eval/loss": v, "curriculum/m_robust_3": w} for (s, v), w in zip(WIKIPEDIA.items(), flat, strict=True)}
-        assert find_transition(Transition(steps=1), values).picks == (8000,)
+        assert find_transition(TransitionConfig(steps=1), values).picks == (8000,)
         with pytest.raises(UserError, match=r"curriculum/m_robust_3 (has no peak|peaks at step 120000)"):
-            find_transition(Transition(steps=1, metric="m_robust_3"), values)
+            find_transition(TransitionConfig(steps=1, metric="m_robust_3"), values)
     with pytest.raises(UserError, match="curriculum/degree_1"):
-        find_transition(Transition(steps=1, metric="degree_1"), both)
+        find_transition(TransitionConfig(steps=1, metric="degree_1"), both)
 
 
 # ------------------------------------------------------------------------------------------------------------ the schedule
@@ -212,18 +212,20 @@ def test_a_curriculum_metric_goes_before_the_loss_where_it_peaks():
 
 def test_two_shot_around_the_transition():
     values = metrics(WIKIPEDIA)
-    plan = build_plan(Transition(steps=30), available=[0, *WIKIPEDIA], steps=100, metrics_of=values.__getitem__)
+    plan = build_plan(TransitionConfig(steps=30), available=[0, *WIKIPEDIA], steps=100, metrics_of=values.__getitem__)
     assert plan.policy == "transition"
     assert plan.rotations() == [(0, 8000), (30, 120_000)]
     assert plan.warnings == ()
-    plan = build_plan(Transition(steps=30, checkpoints=3), available=[0, *WIKIPEDIA], steps=40, metrics_of=values.__getitem__)
+    plan = build_plan(
+        TransitionConfig(steps=30, checkpoints=3), available=[0, *WIKIPEDIA], steps=40, metrics_of=values.__getitem__
+    )
     assert plan.rotations() == [(0, 8000), (30, 16_000)]
     assert "step 120000, begins at 60" in plan.warnings[0]
 
 
 def test_a_trajectory_that_stores_no_metrics():
     with pytest.raises(UserError, match=r"^schedule\.policy: transition reads the metrics .* explicit"):
-        build_plan(Transition(steps=30), available=[1, 2, 3], steps=100)
+        build_plan(TransitionConfig(steps=30), available=[1, 2, 3], steps=100)
 
 
 def test_step_0_is_not_read():

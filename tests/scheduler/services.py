@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 from starlette.testclient import TestClient
 
-from megapd.config import Scheduler
+from megapd.config import SchedulerConfig
 from megapd.scheduler.app import build_app
 from megapd.scheduler.service.hub import Service
 from megapd.scheduler.store import tokens as journal
@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 _SERVE = """
 import sys
 from megapd.scheduler.server import serve
-from megapd.config import Scheduler
-settings = Scheduler(database=sys.argv[1], port=int(sys.argv[2]), lease_seconds=float(sys.argv[3]))
+from megapd.config import SchedulerConfig
+settings = SchedulerConfig(database=sys.argv[1], port=int(sys.argv[2]), lease_seconds=float(sys.argv[3]))
 serve(settings, ready=lambda port: print(port, flush=True))
 """
 
@@ -38,7 +38,7 @@ serve(settings, ready=lambda port: print(port, flush=True))
 @contextlib.contextmanager
 def client(folder: Path, **settings) -> Iterator[TestClient]:
     """A client of a service in this process, without tokens; `.service` is it."""
-    given = Scheduler(database=f"sqlite:///{folder}/scheduler.db", **settings)
+    given = SchedulerConfig(database=f"sqlite:///{folder}/scheduler.db", **settings)
     with contextlib.closing(Store(given.database)) as store:
         service = Service(store, given)
         with TestClient(build_app(service), base_url="http://127.0.0.1", raise_server_exceptions=False) as found:

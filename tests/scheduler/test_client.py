@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from megapd.config import Adaptive, Equal, OneShot, Scheduler
+from megapd.config import AdaptiveConfig, EqualConfig, OneShotConfig, SchedulerConfig
 from megapd.errors import UserError
 from megapd.schedule.changes import ChangeLog
 from megapd.schedule.live import LivePlan, resolved
@@ -21,8 +21,8 @@ from tests.scheduler import services
 
 THERE = tuple(range(10, 110, 10))
 STEPS, AHEAD = 1000, 2
-EQUAL = Equal(checkpoints=4, steps=200)
-ADAPTIVE = Adaptive(teachers=(10, 20, 40), window=1, min_dwell=1, max_dwell=20, lead=4, metric="accuracy")
+EQUAL = EqualConfig(checkpoints=4, steps=200)
+ADAPTIVE = AdaptiveConfig(teachers=(10, 20, 40), window=1, min_dwell=1, max_dwell=20, lead=4, metric="accuracy")
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ class Run:
         if schedule is not None:
             self.plan = LivePlan(resolved(1, 0, schedule, resolve(schedule)), STEPS, self.changes.changes)
         registration = Registration(name, STEPS, trajectory, None, {"model": "mlp"}, schedule)
-        api = Api(Scheduler(url=url, token=token), timeout_seconds=2.0)
+        api = Api(SchedulerConfig(url=url, token=token), timeout_seconds=2.0)
         self.source = ServiceSource(api, registration, self.changes, resolve, weights or (lambda step: None), ahead=AHEAD)
         self.step = step
         self.started = self.source.start(self.plan, step, self.folder / "metrics.jsonl")
@@ -198,7 +198,7 @@ def test_mistakes_are_told_before_a_run_begins(service, tmp_path):
     with closing(tmp_path, service.url):
         pass
     with pytest.raises(UserError, match=r"another first schedule.*choose another name"):
-        Run(tmp_path, service.url, OneShot())
+        Run(tmp_path, service.url, OneShotConfig())
     with contextlib.closing(Store(service.database)) as store:
         services.token(store, "admin")
         read = services.token(store, "read")["Authorization"].split()[1]

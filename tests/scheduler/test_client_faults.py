@@ -9,7 +9,7 @@ import time
 import httpx
 import pytest
 
-from megapd.config import Scheduler
+from megapd.config import SchedulerConfig
 from megapd.errors import UserError
 from megapd.schedule.changes import ChangeLog
 from megapd.schedule.live import LivePlan, Version, resolved
@@ -39,7 +39,7 @@ class Line(Api):
     """To a service in this process; `before(method, path, body)` may raise, or answer in its place."""
 
     def __init__(self, http) -> None:
-        super().__init__(Scheduler(url="http://127.0.0.1:1"))
+        super().__init__(SchedulerConfig(url="http://127.0.0.1:1"))
         self.http, self.before = http, lambda method, path, body: None
 
     def answer(self, method, path, body=None):
@@ -214,7 +214,7 @@ def test_garbage_counts_as_no_answer(http, tmp_path, caplog, garbage):
 
 
 def test_redirects_are_told_and_not_followed():
-    api = Api(Scheduler(url="http://127.0.0.1:1"))
+    api = Api(SchedulerConfig(url="http://127.0.0.1:1"))
     api._client = httpx.Client(
         base_url=api.url, transport=httpx.MockTransport(lambda _: httpx.Response(308, headers={"location": "https://elsewhere"}))
     )
@@ -224,7 +224,7 @@ def test_redirects_are_told_and_not_followed():
 
 def test_a_url_that_is_none_names_the_setting():
     with pytest.raises(UserError, match=r"scheduler\.url: http://host:port"):
-        Api(Scheduler(url="http://host:port"))
+        Api(SchedulerConfig(url="http://host:port"))
 
 
 def test_a_revoked_token_costs_the_run_no_time_and_no_report(http, tmp_path, caplog):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapd.config import Scheduler
+from megapd.config import SchedulerConfig
 from megapd.errors import UserError
 from megapd.scheduler.registry.files import (
     LocalRegistry,
@@ -187,7 +187,7 @@ def test_the_service_s_registry_is_the_same(tmp_path):
     with contextlib.closing(services.Process(database)) as process:
         path = tmp_path / "token"
         path.write_text(given)
-        remote = RemoteRegistry(Scheduler(url=process.url, token=path))
+        remote = RemoteRegistry(SchedulerConfig(url=process.url, token=path))
         first = import_trajectory(remote, source, name="t")
         assert first.added == (10, 20, 30, 40, 50)
         assert import_trajectory(remote, source, name="t").known == first.added
@@ -198,7 +198,7 @@ def test_the_service_s_registry_is_the_same(tmp_path):
         with pytest.raises(UserError, match="none called"):
             remote.find_trajectory("unknown")
         with pytest.raises(UserError, match="bearer token"):
-            RemoteRegistry(Scheduler(url=process.url)).find_trajectory("t")
+            RemoteRegistry(SchedulerConfig(url=process.url)).find_trajectory("t")
     with contextlib.closing(Store(database)) as store:
         assert LocalRegistry(store).checkpoints(first.digest) == shown
         assert import_trajectory(LocalRegistry(store), source, name="t").digest == first.digest
@@ -284,7 +284,7 @@ def test_kinds_of_loss_are_not_mixed():
 def test_the_verbs_import_probe_and_verify(tmp_path, capsys):
     from megapd.commands.scheduler import create_token, list_tokens, revoke_token
     from megapd.commands.trajectory import import_checkpoints, verify_checkpoints
-    from megapd.config import Config, Scheduler
+    from megapd.config import Config, SchedulerConfig
     from megapd.models.build import build_model
     from megapd.tasks import build_task
     from megapd_kernels import LossOptions
@@ -297,7 +297,7 @@ def test_the_verbs_import_probe_and_verify(tmp_path, capsys):
         description = {"model": config.model.model_dump(mode="json"), "shapes": shapes, "name": "teacher"}
         tensors = dict(model.named_parameters())
         write(tmp_path / "t", step, tensors, config=description, vocabulary=task.vocabulary_digest)
-    scheduler = Scheduler(database=f"sqlite:///{tmp_path}/s.db")
+    scheduler = SchedulerConfig(database=f"sqlite:///{tmp_path}/s.db")
     given = config.model_copy(update={"scheduler": scheduler})
     assert import_checkpoints(given, str(tmp_path / "t"), name="t", probe_samples=100) == 0
     assert "2 checkpoints added" in capsys.readouterr().out

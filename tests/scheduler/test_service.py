@@ -14,7 +14,7 @@ import time
 import httpx
 import pytest
 
-from megapd.config import Scheduler
+from megapd.config import SchedulerConfig
 from megapd.errors import UserError
 from megapd.scheduler.server import serve
 from megapd.scheduler.service.access import is_loopback
@@ -34,7 +34,7 @@ def client(tmp_path):
 
 
 @contextlib.contextmanager
-def serving(settings: Scheduler):
+def serving(settings: SchedulerConfig):
     """`serve` on a thread, on a port of its own."""
     ports: list[int] = []
     ready, stop = threading.Event(), threading.Event()
@@ -304,7 +304,7 @@ def read_events(response: httpx.Response, count: int) -> list[dict]:
 
 
 def test_events_arrive_as_they_happen_and_go_on_where_they_stopped(tmp_path):
-    settings = Scheduler(database=f"sqlite:///{tmp_path}/s.db", port=0, streams=2)
+    settings = SchedulerConfig(database=f"sqlite:///{tmp_path}/s.db", port=0, streams=2)
     with serving(settings) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20.0) as client:
         client.put("/v1/runs/a", json={"steps": 1})
         with client.stream("GET", "/v1/stream", params={"after": 0}) as response:
@@ -331,7 +331,7 @@ def test_events_arrive_as_they_happen_and_go_on_where_they_stopped(tmp_path):
 
 
 def test_events_that_another_process_wrote_arrive(tmp_path):
-    settings = Scheduler(database=f"sqlite:///{tmp_path}/s.db", port=0)
+    settings = SchedulerConfig(database=f"sqlite:///{tmp_path}/s.db", port=0)
     with serving(settings) as port, contextlib.closing(Store(settings.database)) as store:
         threading.Timer(0.5, lambda: store.write(lambda c: catalogue.add_trajectory(c, "t", "/t", ""))).start()
         with httpx.stream("GET", f"http://127.0.0.1:{port}/v1/stream", params={"after": 0}, timeout=20.0) as response:
@@ -339,7 +339,7 @@ def test_events_that_another_process_wrote_arrive(tmp_path):
 
 
 def test_an_open_stream_does_not_keep_the_service_from_ending(tmp_path):
-    settings = Scheduler(database=f"sqlite:///{tmp_path}/s.db", port=0)
+    settings = SchedulerConfig(database=f"sqlite:///{tmp_path}/s.db", port=0)
     with contextlib.ExitStack() as stack:
         with serving(settings) as port:
             response = stack.enter_context(httpx.stream("GET", f"http://127.0.0.1:{port}/v1/stream", timeout=20.0))
@@ -355,9 +355,9 @@ def test_other_machines_need_tls_and_tokens(tmp_path):
     database = f"sqlite:///{tmp_path}/s.db"
     pair = make_authority(tmp_path / "tls").server
     with pytest.raises(UserError, match=r"scheduler\.certificate"):
-        serve(Scheduler(database=database, host="0.0.0.0", port=0))
+        serve(SchedulerConfig(database=database, host="0.0.0.0", port=0))
     with pytest.raises(UserError, match="megapd scheduler token"):
-        serve(Scheduler(database=database, host="0.0.0.0", port=0, certificate=pair.certificate, key=pair.key))
+        serve(SchedulerConfig(database=database, host="0.0.0.0", port=0, certificate=pair.certificate, key=pair.key))
 
 
 def test_tls(tmp_path):
@@ -366,7 +366,7 @@ def test_tls(tmp_path):
     with contextlib.closing(Store(database)) as store:
         given = services.token(store, "read")
     pair = authority.server
-    settings = Scheduler(database=database, host="0.0.0.0", port=0, certificate=pair.certificate, key=pair.key)
+    settings = SchedulerConfig(database=database, host="0.0.0.0", port=0, certificate=pair.certificate, key=pair.key)
     with serving(settings) as port:
         url = f"https://127.0.0.1:{port}/v1/runs"
         trust = ssl.create_default_context(cafile=str(authority.root))
@@ -384,18 +384,18 @@ def test_mistakes_of_the_settings_are_told(tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(UserError, match=r"scheduler\.port"):
-            serve(Scheduler(database=database, port=taken.getsockname()[1]))
+            serve(SchedulerConfig(database=database, port=taken.getsockname()[1]))
     (tmp_path / "bad.pem").write_text("no certificate")
     bad = tmp_path / "bad.pem"
     with pytest.raises(UserError, match=r"scheduler\.certificate"):
-        serve(Scheduler(database=database, port=0, certificate=bad, key=bad))
+        serve(SchedulerConfig(database=database, port=0, certificate=bad, key=bad))
     for wrong in ({"database": "mysql://x"}, {"certificate": bad}, {"url": "ftp://x"}, {"lease_seconds": 0.0}):
         with pytest.raises(ValueError, match=next(iter(wrong)) if "certificate" not in wrong else "key"):
-            Scheduler(**wrong)
+            SchedulerConfig(**wrong)
 
 
 def test_a_second_service_of_a_store_is_refused(tmp_path):
-    settings = Scheduler(database=f"sqlite:///{tmp_path}/s.db", port=0)
+    settings = SchedulerConfig(database=f"sqlite:///{tmp_path}/s.db", port=0)
     with serving(settings), pytest.raises(UserError, match="another scheduler"):
         serve(settings)
 

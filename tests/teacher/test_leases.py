@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megapd.cli import main
-from megapd.config import Scheduler, TeacherServer, load
+from megapd.config import SchedulerConfig, TeacherServerConfig, load
 from megapd.errors import UserError
 from megapd.scheduler.client.endpoints import LeasedEndpoints
 from megapd.scheduler.client.lease import ReplicaLease, advertised
@@ -70,7 +70,7 @@ class Service:
         self.process, self.name = process, f"test-{next(_numbers)}"
         self.http = process.http()  # one for all: to make a client takes a tenth of a second of the beats' time
         self.began = max([event["id"] for event in self.ask("GET", "/v1/events?limit=1000")], default=-1)
-        self.settings = Scheduler(url=self.process.url)
+        self.settings = SchedulerConfig(url=self.process.url)
         self.override = f"--scheduler.url={self.process.url}"
 
     def ask(self, method, path, body=None):
@@ -315,12 +315,12 @@ def test_the_address_that_students_are_told():
         ({"host": "0.0.0.0", "advertise": "node-3.cluster"}, "grpc://node-3.cluster:5"),
         ({"host": "::1"} | tls, "grpc+tls://[::1]:5"),
     ):
-        assert advertised(TeacherServer(**settings), 5) == expected
+        assert advertised(TeacherServerConfig(**settings), 5) == expected
     for host in ("0.0.0.0", "::"):
         with pytest.raises(UserError, match=r"teacher\.server\.advertise: .*this machine"):
-            advertised(TeacherServer(host=host), 5)
+            advertised(TeacherServerConfig(host=host), 5)
     with pytest.raises(UserError, match=r"teacher\.server\.advertise: 'host:1' is no host"):
-        advertised(TeacherServer(advertise="host:1"), 5)
+        advertised(TeacherServerConfig(advertise="host:1"), 5)
     with pytest.raises(UserError, match=r"teacher\.server\.advertise"):
         load(None, ["--teacher.trajectory=x", "--schedule.policy=one_shot", "--teacher.server.advertise=grpc://host"])
 

@@ -3,12 +3,12 @@ import math
 
 import pytest
 
-from megapd.config import LearningRate
+from megapd.config import LearningRateConfig
 from megapd.training.learning_rate import learning_rate
 
 
 def curve(steps, **settings):
-    return [learning_rate(LearningRate(**settings), 2.0, step, steps) for step in range(steps)]
+    return [learning_rate(LearningRateConfig(**settings), 2.0, step, steps) for step in range(steps)]
 
 
 def test_constant_with_warmup():

@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 from pydantic import TypeAdapter, ValidationError
 
-from megapd.config import Adaptive, Follow, Schedule
+from megapd.config import AdaptiveConfig, FollowConfig, ScheduleConfig
 from megapd.errors import UserError
 from megapd.schedule.changes import ChangeLog
 from megapd.schedule.live import Change, LivePlan, Version, resolved
@@ -61,7 +61,7 @@ NAMES = {"train": {**{name: name for name in TOLD}, "accuracy": "train_accuracy"
 NAMES["eval"] = {"accuracy": "accuracy", "loss": "heldout_loss"}
 
 
-_SCHEDULE: TypeAdapter[Schedule] = TypeAdapter(Schedule)
+_SCHEDULE: TypeAdapter[ScheduleConfig] = TypeAdapter(ScheduleConfig)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Registration:
     trajectory: str | None
     group: str | None
     facts: Mapping[str, Any]
-    schedule: Schedule | None
+    schedule: ScheduleConfig | None
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class ServiceSource:
         api: Api,
         run: Registration,
         changes: ChangeLog,
-        resolve: Callable[[Schedule], Plan],
+        resolve: Callable[[ScheduleConfig], Plan],
         weights: Callable[[int], str | None],
         *,
         ahead: int,
@@ -118,7 +118,7 @@ class ServiceSource:
         self._decisions: deque[DecisionAnswer] = deque()
         self._version = self._decided = 0  # heard of up to here
         self._latest = -1  # student step at which the last decision begins
-        self._metrics = {1: run.schedule.metric} if isinstance(run.schedule, Adaptive) else {}  # that a version decides on
+        self._metrics = {1: run.schedule.metric} if isinstance(run.schedule, AdaptiveConfig) else {}  # that a version decides on
         self.registered: dict[int, str] = {}  # teacher step -> digest of its weights, as registered when the run began
         self._silent = False  # the service was said to be away
         self._complaints: set[str] = set()
@@ -256,13 +256,13 @@ class ServiceSource:
             return None
         try:
             schedule = _SCHEDULE.validate_python(told.document)
-            if isinstance(schedule, Follow) and not isinstance(self._run.schedule, Follow):
+            if isinstance(schedule, FollowConfig) and not isinstance(self._run.schedule, FollowConfig):
                 raise UserError("schedule.policy: follow needs a run that began with it, whose teacher may still be training")
             version = resolved(told.version, begin, schedule, self._resolve(schedule))
         except (ValueError, OSError) as error:  # a policy of a newer megapd, what the trajectory lacks, a file system's trouble
             log.error("version %d of the schedule cannot be taken up: %s", told.version, error)
             return None
-        if isinstance(schedule, Adaptive):
+        if isinstance(schedule, AdaptiveConfig):
             self._metrics[told.version] = schedule.metric
         return version
 

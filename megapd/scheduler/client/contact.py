@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from megapd.config import Scheduler
+from megapd.config import SchedulerConfig
 from megapd.errors import UserError
 from megapd.scheduler.client.http import Api, Away, Refusal
 
@@ -22,7 +22,7 @@ CALL_SECONDS = 5.0  # for one answer: with the default lease, two beats may hang
 class _Contact:
     """The service as one client sees it. Tells the user once that it went away, once that it is back."""
 
-    def __init__(self, settings: Scheduler, without: str) -> None:
+    def __init__(self, settings: SchedulerConfig, without: str) -> None:
         """without: what happens meanwhile. UserError where token or certificate cannot be read."""
         self.api = Api(settings, timeout_seconds=CALL_SECONDS)
         self._without, self._trouble = without, ""

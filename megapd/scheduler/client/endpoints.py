@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.flight as flight
 
-from megapd.config import Scheduler
+from megapd.config import SchedulerConfig
 from megapd.scheduler.client.contact import _Contact, _mistake
 from megapd.scheduler.client.http import Refusal
 
@@ -34,7 +34,7 @@ class LeasedEndpoints:
     Of a run that the scheduler does not know (only training registers one): all that hold a lease in its group.
     """
 
-    def __init__(self, settings: Scheduler, run: str) -> None:
+    def __init__(self, settings: SchedulerConfig, run: str) -> None:
         """UserError where scheduler.token or scheduler.root_certificate cannot be read; connects to nothing yet."""
         self._watch = _Watch(settings, run)
         self._ended = weakref.finalize(self, self._watch.closed.set)  # the thread of one that nobody closed ends with it
@@ -54,7 +54,7 @@ class LeasedEndpoints:
 class _Watch:
     """What LeasedEndpoints knows, and the thread that asks; apart, so that the thread does not keep its owner alive."""
 
-    def __init__(self, settings: Scheduler, run: str) -> None:
+    def __init__(self, settings: SchedulerConfig, run: str) -> None:
         self.closed = threading.Event()
         self._contact = _Contact(settings, "the teacher's replicas stay those known last")
         self._run_name, self._group = run, settings.group or run

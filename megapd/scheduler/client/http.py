@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import httpx
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from megapd.config import Scheduler
+from megapd.config import SchedulerConfig
 from megapd.errors import UserError
 
 TIMEOUT_SECONDS = 30.0
@@ -33,7 +33,9 @@ class Refusal(UserError):
 class Api:
     """Thread-safe. Every call may be repeated: a repeat changes nothing there."""
 
-    def __init__(self, settings: Scheduler, *, retry_seconds: float = 0.0, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+    def __init__(
+        self, settings: SchedulerConfig, *, retry_seconds: float = 0.0, timeout_seconds: float = TIMEOUT_SECONDS
+    ) -> None:
         """retry_seconds: how long a call is repeated while the service is away, 0: tried once. Raises UserError where token or
         certificate cannot be read."""
         assert settings.url is not None
@@ -101,7 +103,7 @@ def _detail(response: httpx.Response) -> str:
     return str(_problem(response).get("detail") or response.text)[:500]
 
 
-def _authority(settings: Scheduler) -> ssl.SSLContext:
+def _authority(settings: SchedulerConfig) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=str(settings.root_certificate))
     except (OSError, ssl.SSLError) as error:
@@ -109,7 +111,7 @@ def _authority(settings: Scheduler) -> ssl.SSLContext:
         raise UserError(f"scheduler.root_certificate: {settings.root_certificate}: {reason}; name a PEM file") from error
 
 
-def _token(settings: Scheduler) -> str:
+def _token(settings: SchedulerConfig) -> str:
     assert settings.token is not None
     try:
         token = settings.token.read_text().strip()

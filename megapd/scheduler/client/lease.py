@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.flight as flight
 
-from megapd.config import Scheduler, TeacherServer
+from megapd.config import SchedulerConfig, TeacherServerConfig
 from megapd.errors import UserError
 from megapd.scheduler.client.contact import _Contact, _mistake
 from megapd.scheduler.client.http import Away, Refusal
@@ -33,7 +33,7 @@ SAY_SECONDS = 2.0  # that a replica which ends waits for its word to be heard; w
 # ---------------------------------------------------------------------------------------------------------------- replicas
 
 
-def advertised(options: TeacherServer, port: int) -> str:
+def advertised(options: TeacherServerConfig, port: int) -> str:
     """The endpoint that a replica listening on `port` registers. UserError if students could not reach it."""
     host = options.host if options.advertise is None else options.advertise
     try:
@@ -62,7 +62,7 @@ class ReplicaLease:
 
     def __init__(
         self,
-        settings: Scheduler,
+        settings: SchedulerConfig,
         group: str,
         endpoint: str,
         facts: dict[str, Any],

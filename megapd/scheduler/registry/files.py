@@ -21,7 +21,7 @@ from urllib.parse import quote
 import torch
 from safetensors import safe_open
 
-from megapd.config import Scheduler
+from megapd.config import SchedulerConfig
 from megapd.errors import UserError
 from megapd.files import sha256_file
 from megapd.scheduler.client.http import Api, told
@@ -121,7 +121,7 @@ class LocalRegistry:
 class RemoteRegistry:
     """The service's API. Calls are repeated for a minute while it is away."""
 
-    def __init__(self, settings: Scheduler) -> None:
+    def __init__(self, settings: SchedulerConfig) -> None:
         self._api = Api(settings, retry_seconds=RETRY_SECONDS)
 
     def add_trajectory(self, run: str, location: str, vocabulary: str, name: str | None) -> str:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from fastapi import Response
 from sqlalchemy import Connection
 
-from megapd.config import Scheduler
+from megapd.config import SchedulerConfig
 from megapd.scheduler.service.access import Tokens, is_loopback
 from megapd.scheduler.service.figures import Figures
 from megapd.scheduler.service.leases import Leases
@@ -35,7 +35,7 @@ DAY = 86400.0
 class Service:
     """What the routes share: the store from an event loop, the leases, and word of commits."""
 
-    def __init__(self, store: Store, settings: Scheduler) -> None:
+    def __init__(self, store: Store, settings: SchedulerConfig) -> None:
         self.store, self.settings = store, settings
         self.leases = Leases(store, settings.lease_seconds)
         self.figures = Figures()

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection
 
-from megapd.config import Adaptive
+from megapd.config import AdaptiveConfig
 from megapd.schedule.policies import candidates
 from megapd.scheduler.store import trajectories as catalogue
 from megapd.scheduler.store.database import Refused
@@ -80,7 +80,7 @@ def _around(
     teaching = next((teacher for start, teacher in reversed(taken) if start <= step), plan.checkpoint_at(0))
     coming = [decision for decision in taken if decision[0] > step]
     if not coming:
-        assert isinstance(schedule, Adaptive)
+        assert isinstance(schedule, AdaptiveConfig)
         available = catalogue.steps_of(connection, run["trajectory"])
         following = [teacher for teacher in candidates(schedule, available) if teacher > teaching]
         coming = [(effective, following[0])] if following else []

@@ -17,7 +17,7 @@ from typing import Any, TypedDict
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Connection, bindparam, func, insert, select, update
 
-from megapd.config import Adaptive, Follow, Schedule
+from megapd.config import AdaptiveConfig, FollowConfig, ScheduleConfig
 from megapd.errors import UserError
 from megapd.schedule.adaptive import decide
 from megapd.schedule.plan import Decision, Plan, Report
@@ -27,7 +27,7 @@ from megapd.scheduler.store.database import Conflict, NotFound, Refused
 from megapd.scheduler.store.events import emit
 from megapd.scheduler.store.tables import canonical, decisions, replicas, reports, runs, schedules
 
-_SCHEDULE: TypeAdapter[Schedule] = TypeAdapter(Schedule)
+_SCHEDULE: TypeAdapter[ScheduleConfig] = TypeAdapter(ScheduleConfig)
 
 
 # What every run asks for again and again: built once, which takes four times as long as to execute it.
@@ -153,7 +153,7 @@ def set_schedule(
     return find_schedule(connection, run), True
 
 
-def parse_schedule(document: Any) -> Schedule:
+def parse_schedule(document: Any) -> ScheduleConfig:
     """Refused, naming the setting, for what is no schedule."""
     try:
         return _SCHEDULE.validate_python(document)
@@ -211,7 +211,7 @@ def _schedule(row: Any) -> dict[str, Any]:
     return {**row._mapping, "document": json.loads(row.document)}
 
 
-def resolve(connection: Connection, run: dict[str, Any], schedule: Schedule) -> Plan:
+def resolve(connection: Connection, run: dict[str, Any], schedule: ScheduleConfig) -> Plan:
     """The schedule over the run's registered checkpoints. Refused where it asks for what is not there, or nothing is
     registered."""
     if run["trajectory"] is None:
@@ -227,17 +227,17 @@ def resolve(connection: Connection, run: dict[str, Any], schedule: Schedule) -> 
         raise Refused(str(error)) from error
 
 
-def _check_schedule(connection: Connection, run: dict[str, Any], schedule: Schedule, effective: int, accept: bool) -> None:
+def _check_schedule(connection: Connection, run: dict[str, Any], schedule: ScheduleConfig, effective: int, accept: bool) -> None:
     if run["trajectory"] is None:
-        if isinstance(schedule, Adaptive) and not schedule.teachers:
+        if isinstance(schedule, AdaptiveConfig) and not schedule.teachers:
             raise Refused("schedule.checkpoints: no trajectory is registered to choose them from; name them in schedule.teachers")
         return  # the run resolves it over the folder that it has itself
     plan = resolve(connection, run, schedule)
     if accept:
         return
-    last = 0 if isinstance(schedule, Follow) else effective
+    last = 0 if isinstance(schedule, FollowConfig) else effective
     taught = {plan.checkpoint_at(last), *(teacher for start, teacher in plan.rotations() if start >= last)}
-    if isinstance(schedule, Adaptive):
+    if isinstance(schedule, AdaptiveConfig):
         taught = set(candidates(schedule, tuple(catalogue.steps_of(connection, run["trajectory"]))))
     catalogue.refuse_flagged(connection, run["trajectory"], taught, "schedule")
 
@@ -332,7 +332,7 @@ def add_report(
 def _decide(connection: Connection, run: dict[str, Any], step: int, now: int) -> Stored | None:
     versions = [v for v in list_schedules(connection, run["name"]) if begins(v) <= step]
     settings = parse_schedule(versions[-1]["document"]) if versions else None
-    if not isinstance(settings, Adaptive):
+    if not isinstance(settings, AdaptiveConfig):
         return None
     available = catalogue.steps_of(connection, run["trajectory"]) if run["trajectory"] else list(settings.teachers)
     last = list_decisions(connection, run["name"], run["decisions"] - 2, 1)

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 
-from megapd.config import Teacher as TeacherConfig
+from megapd.config import TeacherConfig
 from megapd.errors import UserError
 from megapd.signals.signal import SignalDamaged
 from megapd.teacher.wire.calls import parse_json

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import pyarrow as pa
 import pyarrow.flight as flight
 
-from megapd.config import Teacher as TeacherConfig
+from megapd.config import TeacherConfig
 from megapd.errors import TeacherLost
 from megapd.signals.signal import SignalDamaged, SignalMismatch
 from megapd.teacher.client.connections import Connections, HandshakeFailed, client_context

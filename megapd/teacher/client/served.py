@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megapd.batch import Batch
-from megapd.config import Teacher as TeacherConfig
+from megapd.config import TeacherConfig
 from megapd.errors import TeacherLost
 from megapd.schedule.plan import Plan
 from megapd.signals.arrow import decode

@@ -7,7 +7,7 @@ import threading
 import time
 from pathlib import Path
 
-from megapd.config import Teacher as TeacherConfig
+from megapd.config import TeacherConfig
 from megapd.errors import TeacherLost, UserError
 from megapd.teacher.client.replicas import Endpoints, Remote, Replicas
 from megapd.teacher.wire.calls import decode_catalogue

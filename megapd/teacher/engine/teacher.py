@@ -83,7 +83,7 @@ class Demands:
 
 @dataclass(frozen=True)
 class TeacherOptions:
-    """How a teacher is held; see config.Teacher.
+    """How a teacher is held; see TeacherConfig.
 
     chunk_bytes   most bytes of logits alive at once; None: the kernels' default
     wait_seconds  how long `rotate` waits for a checkpoint that is still to be written; None: it must be there

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pyarrow as pa
 
-from megapd.config import TeacherServer
+from megapd.config import TeacherServerConfig
 from megapd.errors import UserError
 from megapd.signals.signal import SignalDamaged
 from megapd.teacher.wire.calls import parse_json
@@ -46,7 +46,7 @@ Answer = Callable[[pa.RecordBatch, Callable[[], bool]], pa.RecordBatch | int]
 class DataPort:
     """Listens from its construction on; `close` ends it. port: the one it has."""
 
-    def __init__(self, options: TeacherServer, answer: Answer, token: bytes | None, refused: Callable[[str], None]) -> None:
+    def __init__(self, options: TeacherServerConfig, answer: Answer, token: bytes | None, refused: Callable[[str], None]) -> None:
         """token: what clients must show. refused: told the kind of each refusal before a question. UserError where it cannot
         listen, or TLS cannot be set up."""
         self._answer, self._token, self._refused = answer, token, refused
@@ -193,7 +193,7 @@ def _read(question: pa.Buffer) -> pa.RecordBatch:
         raise Refused("invalid", f"request: no record batch: {error}") from error
 
 
-def _context(options: TeacherServer) -> ssl.SSLContext | None:
+def _context(options: TeacherServerConfig) -> ssl.SSLContext | None:
     if options.certificate is None or options.key is None:
         return None
     try:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import pyarrow as pa
 import pyarrow.flight as flight
 
-from megapd.config import Config, TeacherServer
+from megapd.config import Config, TeacherServerConfig
 from megapd.errors import UserError
 from megapd.scheduler.client.lease import ReplicaLease, advertised
 from megapd.teacher.server.data_port import DataPort
@@ -100,7 +100,7 @@ def _drained(stop: threading.Event, lease: ReplicaLease) -> threading.Event:
     return told
 
 
-def _listen(options: TeacherServer, dispatcher: Dispatcher, token: bytes | None, cls: type[TeacherFlight]) -> TeacherFlight:
+def _listen(options: TeacherServerConfig, dispatcher: Dispatcher, token: bytes | None, cls: type[TeacherFlight]) -> TeacherFlight:
     tls = client_authority = None
     if options.certificate is not None and options.key is not None:
         certificate = read_secret(options.certificate, "teacher.server.certificate")
