@@ -20,6 +20,7 @@ import pytest
 
 from megapd.commands import teacher as command
 from megapd.config import load
+from megapd.processes import supervisor
 from tests.teacher.chaos import (
     COMMON,
     REFRESH,
@@ -354,7 +355,7 @@ def test_no_rank_outlives_its_supervisor(monkeypatch, tmp_path):
     launcher, pid = "import time; time.sleep(300)", tmp_path / "pid"
     runner = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', sys.argv[1]]);"
     runner += "open(sys.argv[2], 'w').write(str(p.pid)); p.wait()"
-    monkeypatch.setattr(command, "local_command", lambda *_: [sys.executable, "-c", runner, launcher, str(pid)])
+    monkeypatch.setattr(supervisor, "local_command", lambda *_: [sys.executable, "-c", runner, launcher, str(pid)])
     config = load(None, [*COMMON, *MODELS["gpt"], "--teacher.trajectory=none", "--teacher.server.ranks=2"])
 
     def stop():
