@@ -41,7 +41,7 @@ from megapd.config import load
 from megapd.schedule.plan import Plan
 from megapd.signals.arrow import decode, encode
 from megapd.signals.spec import SignalSpec
-from megapd.teacher.cache.cache import SignalCache
+from megapd.teacher.cache import SignalCache
 from megapd.teacher.client.served import FixedEndpoints, ServedStream
 
 SIZES = Sizes(classes=8192, width=768, length=128)

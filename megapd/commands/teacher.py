@@ -13,7 +13,7 @@ from megapd.errors import UserError
 from megapd.processes.supervisor import Supervisor
 from megapd.schedule.resolve import resolve_plan
 from megapd.scheduler.client.lease import advertised
-from megapd.teacher.engine.replica import Replica
+from megapd.teacher.engine import Replica
 from megapd.teacher.setup import open_trajectory, teacher_options
 from megapd.world import join_world
 

@@ -15,7 +15,7 @@ from megapd.errors import UserError
 from megapd.models.heads import LossHead
 from megapd.models.mlp import MLP
 from megapd.models.transformer import MaskedTransform, Transformer
-from megapd.signals.signal import Signal
+from megapd.signals import Signal
 from megapd_kernels import LossOptions
 
 INIT_STD = 0.02  # GPT-2's and BERT's

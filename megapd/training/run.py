@@ -16,7 +16,7 @@ from megapd.schedule.plan import LivePlan, Plan
 from megapd.schedule.record import ScheduleRecord
 from megapd.schedule.resolve import resolve_plan
 from megapd.tasks import Task, build_task
-from megapd.teacher.cache.cache import SignalCache
+from megapd.teacher.cache import SignalCache
 from megapd.teacher.setup import open_stream, open_trajectory
 from megapd.teacher.stream import Stream
 from megapd.training.changes import open_changes

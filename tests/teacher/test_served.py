@@ -16,8 +16,7 @@ import torch
 from megapd.errors import TeacherLost, UserError
 from megapd.signals.spec import SignalSpec
 from megapd.teacher.client.served import FixedEndpoints, RemoteTrajectory
-from megapd.teacher.engine.replica import Replica
-from megapd.teacher.engine.teacher import Teacher, TeacherOptions
+from megapd.teacher.engine import Replica, Teacher, TeacherOptions
 from megapd.teacher.server.dispatch import PATIENCE_SECONDS, Dispatcher, Job
 from megapd.teacher.server.metrics import Metrics
 from megapd.teacher.wire.refusals import Refused

@@ -215,7 +215,7 @@ class ServedStream:
                 raise SignalDamaged(f"signal: {error}") from error
 
         signal = self._replicas.ask(f"step {asked.step}", do, lambda: asked.deadline)
-        if self.spec.kind == "hidden":
+        if self.spec.definition.with_head:
             signal = replace(signal, head=self._head(checkpoint, asked))
         return self._to_device(signal)
 

@@ -202,9 +202,9 @@ def check_request(request: Request, checkpoint: Checkpoint) -> None:
     if classes is None:
         return
     spec = request.spec
-    if spec.kind == "topk" and spec.k > classes:
+    if spec.definition.distinct and spec.k > classes:
         raise Refused("invalid", f"request: teacher.k {spec.k}, but the teacher has {classes} classes")
-    size = 0 if spec.kind == "hidden" else request.batch.labelled * spec.bytes_per_position(classes, 0)
+    size = 0 if spec.definition.with_head else request.batch.labelled * spec.bytes_per_position(classes, 0)
     if size > MAX_ANSWER_BYTES:
         raise Refused("invalid", f"request: its answer takes {size:.0f} bytes, {MAX_ANSWER_BYTES} at most; lower the micro-batch")
 
