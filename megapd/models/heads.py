@@ -56,7 +56,7 @@ class LossHead(nn.Module):
         elif signal.kind in ("topk", "sampled"):
             options = dataclasses.replace(options, teacher_temperature=1.0)  # their probabilities have the temperature already
         return linear_distillation_loss(
-            hidden, self.weight, self.bias, labels=labels, denominator=denominator, options=options, **teacher
+            hidden, self.weight, bias=self.bias, labels=labels, denominator=denominator, options=options, **teacher
         )
 
     def logits(self, hidden: Tensor) -> Tensor:

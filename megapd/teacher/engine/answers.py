@@ -42,7 +42,7 @@ def answer(
         return Answer(hidden)
     if spec.kind == "topk":
         top = topk_logits(
-            hidden, head.weight, head.bias, spec.k, temperature=spec.temperature, chunk_bytes=chunk_bytes, shard=shard
+            hidden, head.weight, spec.k, bias=head.bias, temperature=spec.temperature, chunk_bytes=chunk_bytes, shard=shard
         )
         return Answer(top.ids, top.logprobs, top.log_rest)
     if spec.kind == "dense":
