@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapd.config import FollowConfig
 from megapd.errors import Diverged
 from megapd.schedule.live import Change, LivePlan
 from megapd.schedule.plan import AdaptivePlan
@@ -20,7 +19,8 @@ from megapd.training.learning_rate import learning_rate
 from megapd.training.meter import Meter
 from megapd.training.run import Run, checkpoint_config
 from megapd.training.stop import StopRequest
-from megapd.trajectory import CheckpointTimeout, write_checkpoint
+from megapd.trajectory import CheckpointTimeout
+from megapd.trajectory.writer import write_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def patience(run: Run, step: int) -> float | None:
     """Seconds to wait for the teacher of `step` to be written; None: all of the schedule's are there."""
     if isinstance(run.plan, LivePlan):
         return run.plan.version_at(step).timeout
-    return run.config.schedule.timeout_seconds if isinstance(run.config.schedule, FollowConfig) else None
+    return None if run.config.schedule is None else run.config.schedule.waits
 
 
 def announce_rotation(run: Run, step: int) -> None:
