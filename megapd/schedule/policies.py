@@ -39,7 +39,7 @@ from megapd.config import (
 )
 from megapd.errors import UserError
 from megapd.registry import imported
-from megapd.schedule.plan import AdaptivePlan, Plan
+from megapd.schedule.plan import Plan
 from megapd.schedule.transition import Metrics, all_metrics, find_transition, nearest_increasing
 
 MetricsOf = Callable[[int], Mapping[str, Any]]  # teacher step -> what its checkpoint's meta.json holds as metrics
@@ -53,9 +53,9 @@ def build_plan(
     """Resolve a schedule over the teacher steps `available` for a run of `steps` student steps.
 
     A schedule that waits needs nothing to be available yet, and takes None; what is given to it is checked. `metrics_of` is
-    called for one that needs metrics alone, once for each checkpoint; None: the trajectory stores none. One that grows gives an
-    AdaptivePlan, still without decisions. Raises UserError, naming the setting, where it asks for what the trajectory does not
-    hold.
+    called for one that needs metrics alone, once for each checkpoint; None: the trajectory stores none. One that grows gives its
+    first checkpoint for the whole run, decisions tell the rest. Raises UserError, naming the setting, where it asks for what the
+    trajectory does not hold.
     """
     assert steps >= 1
     there = tuple(sorted(set(available or ())))
@@ -72,8 +72,6 @@ def build_plan(
         metrics.append(all_metrics(there, metrics_of))
     resolved: Resolved = imported(schedule.builder)(schedule, there, steps, *metrics)
     pieces, warnings = resolved
-    if schedule.grows is not None:
-        return AdaptivePlan(candidates(schedule.grows, there), steps)
     assert schedule.waits is not None or all(teacher in there for _, teacher in pieces), f"{schedule.policy} names others"
     merged: list[tuple[int, int]] = []
     for start, teacher in pieces:

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from sqlalchemy import Connection, func, select
 
 from megapd.errors import UserError
-from megapd.schedule.live import in_force, pieces
+from megapd.schedule.plan import in_force, pieces
 from megapd.schedule.policies import candidates
 from megapd.scheduler import api
 from megapd.scheduler.service.access import Needs
