@@ -159,8 +159,7 @@ def parse_schedule(document: Any) -> ScheduleConfig:
         return _SCHEDULE.validate_python(document)
     except ValidationError as error:
         first = error.errors()[0]
-        parts = ["policy"] if first["type"].startswith("union_tag") else map(str, first["loc"][1:])
-        where = ".".join(["schedule", *parts])
+        where = ".".join(["schedule", *map(str, first["loc"])])
         raise Refused(f"{where}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
