@@ -52,7 +52,7 @@ def dry_run(config: Config) -> str:
         if trajectory.steps:
             checkpoint = trajectory.checkpoint(trajectory.steps[-1])
             spec = signal_spec(config, task, plan, checkpoint)
-            lines.append(f"               {describe_signal(config, task, spec, checkpoint_shape(checkpoint))}")
+            lines.append(f"               {describe_signal(task, spec, checkpoint_shape(checkpoint))}")
             if config.teacher.carrier == "colocated":
                 teacher_bytes = sum(file.stat().st_size for file in checkpoint.path.glob("*.safetensors"))
         elif config.schedule is not None and config.schedule.waits is not None:

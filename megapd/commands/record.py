@@ -18,8 +18,7 @@ from megapd.models.from_checkpoint import checkpoint_shape
 from megapd.schedule.plan import Plan
 from megapd.schedule.resolve import resolve_plan
 from megapd.tasks import Task, build_task
-from megapd.teacher.cache.cache import SignalCache
-from megapd.teacher.cache.cached import CachedStream
+from megapd.teacher.cache import CachedStream, SignalCache
 from megapd.teacher.locate import open_trajectory
 from megapd.teacher.setup import open_source, rank_agreement
 from megapd.teacher.stream import Stream

@@ -13,7 +13,7 @@ from megapd.config import ModelConfig
 from megapd.models.body import Body, Parts
 from megapd.models.heads import LossHead
 from megapd.registry import imported
-from megapd.signals.signal import Signal
+from megapd.signals import Signal
 from megapd_kernels import LossOptions
 
 

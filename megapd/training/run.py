@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from megapd.config import Config, dump, flatten
+from megapd.config import RETIRED_SETTINGS, Config, dump, flatten
 from megapd.errors import UserError
 from megapd.files import write_atomic
 from megapd.models import Learner, build_model, parameter_count
@@ -16,7 +16,7 @@ from megapd.schedule.plan import LivePlan, Plan
 from megapd.schedule.record import ScheduleRecord
 from megapd.schedule.resolve import resolve_plan
 from megapd.tasks import Task, build_task
-from megapd.teacher.cache.cache import SignalCache
+from megapd.teacher.cache import SignalCache
 from megapd.teacher.locate import open_trajectory
 from megapd.teacher.setup import open_stream
 from megapd.teacher.stream import Stream
@@ -44,7 +44,7 @@ FREE_SECTIONS = (
 
 
 # Streams are interchangeable, and schedule.json holds a resumed run to the digests of its teachers, wherever they lie.
-FREE_TEACHER = "trajectory sharding resident carrier cache endpoints data_port token root_certificate certificate key depth"
+FREE_TEACHER = "trajectory sharding resident carrier cache endpoints token root_certificate certificate key depth"
 
 
 FREE_TEACHER += " call_seconds deadline_seconds on_failure server."
@@ -186,7 +186,7 @@ def _check_folder(config: Config, store: CheckpointStore) -> bool:
     if not config.checkpoint.resume:
         raise UserError(f"{config.folder} holds a run already: set checkpoint.resume true to continue it, or choose another name")
     before, now = flatten(yaml.safe_load(saved.read_text())), flatten(config.model_dump(mode="json"))
-    for key in sorted(before.keys() | now.keys()):
+    for key in sorted((before.keys() | now.keys()) - set(RETIRED_SETTINGS)):
         if before.get(key) != now.get(key) and not key.startswith(FREE_SECTIONS):
             raise UserError(
                 f"{key} was {before.get(key)!r} when {config.folder} began and is {now.get(key)!r} now; "

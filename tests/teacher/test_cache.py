@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from megapd.schedule.plan import Plan
-from megapd.signals.signal import as_sent
-from megapd.signals.spec import SignalSpec
-from megapd.teacher.cache.cached import CachedStream
+from megapd.signals import SignalSpec, as_sent
+from megapd.teacher.cache import CachedStream
 from megapd.teacher.cache.parts import Index
 from tests.teacher.caching import (
     CLASSES,

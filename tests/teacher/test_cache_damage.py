@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megapd.signals.signal import as_sent
-from megapd.teacher.cache.cached import CachedStream
+from megapd.signals import as_sent
+from megapd.teacher.cache import CachedStream
 from megapd.teacher.cache.parts import read_records
 from tests.teacher.caching import (
     CLASSES,

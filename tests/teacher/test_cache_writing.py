@@ -10,9 +10,9 @@ import pytest
 from megapd.commands.record import record
 from megapd.config import load
 from megapd.errors import UserError
-from megapd.signals.signal import as_sent
+from megapd.signals import as_sent
 from megapd.tasks import build_task
-from megapd.teacher.cache.cached import CachedStream
+from megapd.teacher.cache import CachedStream
 from megapd.teacher.cache.parts import read_records
 from tests.teacher.caching import (
     CLASSES,

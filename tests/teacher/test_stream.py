@@ -10,10 +10,9 @@ import torch
 from megapd.config import load
 from megapd.errors import UserError
 from megapd.schedule.plan import Plan
-from megapd.signals.signal import Signal, SignalMismatch
-from megapd.signals.spec import SignalSpec, negotiate
+from megapd.signals import Signal, SignalMismatch, SignalSpec, negotiate
 from megapd.tasks import build_task
-from megapd.teacher.engine.teacher import Demands, Teacher, TeacherOptions
+from megapd.teacher.engine import Demands, Teacher, TeacherOptions
 from megapd.teacher.stream import ColocatedStream
 from megapd.training.run import build_student, checkpoint_config
 from megapd.trajectory import CheckpointTimeout, Trajectory

@@ -33,10 +33,20 @@ from numpy.typing import NDArray
 
 from megapd.batch import DIGEST_BYTES, Batch
 from megapd.files import TEMPORARY_INFIX, fsync_folder, write_atomic
-from megapd.signals.arrow import decode, encode, valid_rows
-from megapd.signals.heads import decode_head, encode_head
-from megapd.signals.signal import Head, Signal, SignalDamaged, SignalMismatch, as_sent, pack
-from megapd.signals.spec import SignalSpec
+from megapd.signals import (
+    Head,
+    Signal,
+    SignalDamaged,
+    SignalMismatch,
+    SignalSpec,
+    as_sent,
+    decode,
+    decode_head,
+    encode,
+    encode_head,
+    pack,
+    valid_rows,
+)
 from megapd.teacher.cache.parts import Index, Rows, check_part, concatenate, read_records, samples_of, write_whole
 
 log = logging.getLogger(__name__)
@@ -102,9 +112,9 @@ class SignalCache:
     def lookup(self, teacher: str, spec: SignalSpec, batch: Batch, head: Head | None = None) -> Signal | None:
         """The signal of `batch` by checkpoint `teacher`, on the host, every row's checksum verified; None unless all samples are
         there. head: of hidden states, where it is known; else the recorded one, without which there is no signal either."""
-        if spec.kind == "hidden" and head is None:
+        if spec.definition.with_head and head is None:
             head = self.head(teacher, spec)
-        headless = spec.kind == "hidden" and head is None
+        headless = spec.definition.with_head and head is None
         while True:
             with self._lock:
                 index = self._index(teacher, spec)

@@ -10,8 +10,7 @@ import torch
 from megapd.batch import Batch
 from megapd.errors import UserError
 from megapd.schedule.plan import Plan
-from megapd.signals.signal import Head, Signal, as_sent
-from megapd.signals.spec import SignalSpec
+from megapd.signals import Head, Signal, SignalSpec, as_sent
 from megapd.teacher.cache.cache import SignalCache
 from megapd.teacher.stream import Stream
 from megapd.trajectory import Checkpoint, Checkpoints

@@ -1,0 +1,6 @@
+"""The teacher itself: a checkpoint's weights in memory, rotated in place, that answer batches with signals."""
+
+from megapd.teacher.engine.replica import Replica
+from megapd.teacher.engine.teacher import Demands, Teacher, TeacherOptions
+
+__all__ = ["Demands", "Replica", "Teacher", "TeacherOptions"]

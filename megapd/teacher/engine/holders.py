@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from megapd.batch import Batch
 from megapd.errors import UserError
 from megapd.models.sharding import allocate, plan_for, shard, vocabulary_shard
-from megapd.signals.signal import Head
+from megapd.signals import Head
 from megapd.slices import Flat, Part
 from megapd.world import World, init_deepspeed
 from megapd_kernels import VocabularyShard

@@ -18,8 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapd.batch import Batch
-from megapd.signals.signal import Head, Signal
-from megapd.signals.spec import SignalSpec
+from megapd.signals import Head, Signal, SignalSpec
 from megapd.teacher.engine.teacher import Teacher, TeacherOptions
 from megapd.trajectory import Checkpoints
 from megapd.world import World

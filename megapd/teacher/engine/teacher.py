@@ -24,9 +24,7 @@ from torch import Tensor
 from megapd.batch import Batch
 from megapd.errors import UserError
 from megapd.models.from_checkpoint import build_teacher, canary, check_architecture, checkpoint_shape, read_parts
-from megapd.signals.signal import Head, Signal, pack
-from megapd.signals.spec import DTYPES, SignalSpec
-from megapd.teacher.engine.answers import Answer, answer
+from megapd.signals import DTYPES, Answer, Head, Signal, SignalSpec, TeacherOutput, pack
 from megapd.teacher.engine.holders import HOLDERS, Holder, WholeHolder, stage
 from megapd.trajectory import Checkpoint, Checkpoints, check_files
 from megapd.world import World
@@ -196,7 +194,7 @@ class Teacher:
         """
         assert self.held is not None, "rotate() comes before signal()"
         found = self._answer_each(batch, spec) if self._one_batch and not common else self._answer(batch, spec)
-        head = self.head() if spec.kind == "hidden" else None
+        head = self.head() if spec.definition.with_head else None
         signal = Signal(spec, self.held.digest, batch.digest, found.values, head, found.logprobs, found.log_rest)
         return signal if self.world.device.type == "cpu" else pack(signal)
 
@@ -233,10 +231,10 @@ class Teacher:
 
     def _answer(self, batch: Batch, spec: SignalSpec) -> Answer:
         hidden = self._holder.hidden(batch)
-        if spec.kind == "hidden":
-            return Answer(hidden)
+        if spec.definition.with_head:
+            return Answer(hidden)  # without the head, which ranks may have to gather
         with self._holder.head() as (head, shard):
-            return answer(spec, batch, hidden, head, shard, self.options.chunk_bytes)
+            return spec.answer(batch, TeacherOutput(hidden, head, shard, self.options.chunk_bytes))
 
     def _answer_each(self, batch: Batch, spec: SignalSpec) -> Answer:
         """Each rank's batch in turn, run by all of them."""
