@@ -18,7 +18,8 @@ from megapd.training.learning_rate import learning_rate
 from megapd.training.meter import Meter
 from megapd.training.run import Run, checkpoint_config
 from megapd.training.stop import StopRequest
-from megapd.trajectory import CheckpointTimeout, write_checkpoint
+from megapd.trajectory import CheckpointTimeout
+from megapd.trajectory.writer import write_checkpoint
 
 log = logging.getLogger(__name__)
 

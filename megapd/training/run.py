@@ -10,14 +10,15 @@ import yaml
 from megapd.config import RETIRED_SETTINGS, Config, dump, flatten
 from megapd.errors import UserError
 from megapd.files import write_atomic
-from megapd.models import Learner, build_model, flops_per_token, parameter_count
+from megapd.models import Learner, build_model, parameter_count
 from megapd.schedule.changes import ChangeSource
 from megapd.schedule.plan import LivePlan, Plan
 from megapd.schedule.record import ScheduleRecord
 from megapd.schedule.resolve import resolve_plan
 from megapd.tasks import Task, build_task
 from megapd.teacher.cache import SignalCache
-from megapd.teacher.setup import open_stream, open_trajectory
+from megapd.teacher.locate import open_trajectory
+from megapd.teacher.setup import open_stream
 from megapd.teacher.stream import Stream
 from megapd.training.changes import open_changes
 from megapd.training.checkpoint import CheckpointStore
@@ -155,8 +156,7 @@ def start(config: Config) -> Run:
             raise UserError(f"runs_dir: cannot write to {config.folder}: {error}") from error
     summary = {"parameters": parameter_count(learner)[0], "ranks": world.size}
     telemetry = Telemetry(config, world.rank == 0, state["step"], summary)
-    flops = flops_per_token(
-        config.model,
+    flops = config.model.flops_per_token(
         classes=task.classes,
         length=task.length,
         labelled_share=task.labelled_per_sample / task.length,
