@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megapd.config import Config, FollowConfig
-from megapd.models.from_checkpoint import Shape, checkpoint_shape
+from megapd.models import Shape, checkpoint_shape
 from megapd.schedule.plan import Plan
 from megapd.signals import SIGNAL_KINDS, Encoding, SignalSpec, negotiate
 from megapd.tasks import Task

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megapd.errors import UserError
-from megapd.models.from_checkpoint import canary, checkpoint_shape
+from megapd.models import canary, checkpoint_shape
 from megapd.schedule.plan import Plan
 from megapd.signals import Head, SignalSpec, TeacherOutput
 from megapd.tasks import build_task

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from megapd.errors import UserError
-from megapd.models.from_checkpoint import checkpoint_shape
+from megapd.models import checkpoint_shape
 from megapd.signals import DTYPES
 from megapd.trajectory import Checkpoint
 from megapd.world import World

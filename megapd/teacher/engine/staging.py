@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megapd.errors import UserError
-from megapd.models.from_checkpoint import canary, read_parts
+from megapd.models import canary, read_parts
 from megapd.teacher.engine.holders import Holder
 from megapd.teacher.engine.options import Demands, TeacherOptions
 from megapd.trajectory import Checkpoint, Checkpoints, check_files

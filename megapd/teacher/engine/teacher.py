@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megapd.batch import Batch
 from megapd.errors import UserError
-from megapd.models.from_checkpoint import build_teacher, canary, check_architecture, read_parts
+from megapd.models import build_teacher, canary, check_architecture, read_parts
 from megapd.signals import Answer, Head, Signal, SignalSpec, TeacherOutput, pack
 from megapd.teacher.engine.holders import HOLDERS, Holder, WholeHolder
 from megapd.teacher.engine.options import Demands, TeacherOptions

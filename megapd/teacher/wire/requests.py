@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from megapd.batch import DIGEST_BYTES, Batch
-from megapd.models.from_checkpoint import HUGGING_FACE, checkpoint_shape
+from megapd.models import HUGGING_FACE, checkpoint_shape
 from megapd.signals.spec import SignalSpec
 from megapd.teacher.wire.calls import parse_json, parse_teacher
 from megapd.teacher.wire.refusals import MAX_ANSWER_BYTES, Refused
