@@ -55,7 +55,7 @@ class LossHead(nn.Module):
         elif "temperature" in signal.spec.definition.uses:  # its probabilities have the temperature already
             options = dataclasses.replace(options, teacher_temperature=1.0)
         return linear_distillation_loss(
-            hidden, self.weight, self.bias, labels=labels, denominator=denominator, options=options, **targets
+            hidden, self.weight, bias=self.bias, labels=labels, denominator=denominator, options=options, **targets
         )
 
     def logits(self, hidden: Tensor) -> Tensor:

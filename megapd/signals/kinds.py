@@ -73,7 +73,7 @@ class TopK(SignalKind):
     def answer(self, spec: SignalSpec, batch: Batch, output: TeacherOutput) -> Answer:
         hidden, head, shard, chunk_bytes = output
         top = topk_logits(
-            hidden, head.weight, head.bias, spec.k, temperature=spec.temperature, chunk_bytes=chunk_bytes, shard=shard
+            hidden, head.weight, spec.k, bias=head.bias, temperature=spec.temperature, chunk_bytes=chunk_bytes, shard=shard
         )
         return Answer(top.ids, top.logprobs, top.log_rest)
 

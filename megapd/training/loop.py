@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapd.config import FollowConfig
 from megapd.errors import Diverged
-from megapd.schedule.live import Change, LivePlan
-from megapd.schedule.plan import AdaptivePlan
+from megapd.schedule.plan import Change
 from megapd.training.evaluation import held_out
 from megapd.training.fallback import take_signals
 from megapd.training.feed import BatchFeed
@@ -94,7 +92,7 @@ def train(run: Run) -> bool:
 
 def take_change(run: Run, change: Change | None) -> None:
     """What rank 0 has heard of, taken in by all ranks at the same step, long before the step at which it begins."""
-    assert isinstance(run.plan, AdaptivePlan | LivePlan)
+    assert run.plan is not None
     run.plan.take(run.world.gather(change)[0])
     run.state["decisions"] = run.plan.known
 
@@ -130,9 +128,7 @@ def teacher_came(run: Run, step: int, stop: StopRequest) -> bool:
 
 def patience(run: Run, step: int) -> float | None:
     """Seconds to wait for the teacher of `step` to be written; None: all of the schedule's are there."""
-    if isinstance(run.plan, LivePlan):
-        return run.plan.version_at(step).timeout
-    return run.config.schedule.timeout_seconds if isinstance(run.config.schedule, FollowConfig) else None
+    return None if run.plan is None else run.plan.version_at(step).timeout
 
 
 def announce_rotation(run: Run, step: int) -> None:

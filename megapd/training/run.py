@@ -7,19 +7,19 @@ from typing import Any
 
 import yaml
 
-from megapd.config import Config, dump, flatten
+from megapd.config import RETIRED_SETTINGS, Config, dump, flatten
 from megapd.errors import UserError
 from megapd.files import write_atomic
 from megapd.models import Learner, build_model, flops_per_token, parameter_count
 from megapd.schedule.changes import ChangeSource
-from megapd.schedule.plan import AdaptivePlan, Plan
+from megapd.schedule.plan import LivePlan, Plan
 from megapd.schedule.record import ScheduleRecord
 from megapd.schedule.resolve import resolve_plan
 from megapd.tasks import Task, build_task
 from megapd.teacher.cache import SignalCache
 from megapd.teacher.setup import open_stream, open_trajectory
 from megapd.teacher.stream import Stream
-from megapd.training.changes import _join_scheduler, _resume_changes, _resume_decisions
+from megapd.training.changes import open_changes
 from megapd.training.checkpoint import CheckpointStore
 from megapd.training.engine import Engine, start_world
 from megapd.training.telemetry import Telemetry
@@ -43,7 +43,7 @@ FREE_SECTIONS = (
 
 
 # Streams are interchangeable, and schedule.json holds a resumed run to the digests of its teachers, wherever they lie.
-FREE_TEACHER = "trajectory sharding resident carrier cache endpoints data_port token root_certificate certificate key depth"
+FREE_TEACHER = "trajectory sharding resident carrier cache endpoints token root_certificate certificate key depth"
 
 
 FREE_TEACHER += " call_seconds deadline_seconds on_failure server."
@@ -67,7 +67,7 @@ class Run:
     world: World
     task: Task
     engine: Engine
-    plan: Plan | None
+    plan: LivePlan | None
     stream: Stream | None
     record: ScheduleRecord | None
     store: CheckpointStore
@@ -136,17 +136,12 @@ def start(config: Config) -> Run:
     restored = store.restore(engine) if resumed else None
     saved = -1 if restored is None else int(restored["step"])
     state |= {key: value for key, value in (restored or {}).items() if key in state}
-    stream, record, changes = None, None, None
-    registered: dict[int, str] = {}
-    if config.scheduler.url is not None:
-        plan, changes, registered = _join_scheduler(config, plan, trajectory, world, state)
-    else:
-        plan = _resume_changes(config, plan, world, state)
-        if isinstance(plan, AdaptivePlan):
-            changes = _resume_decisions(config, plan, world, state["decisions"])
+    stream, record = None, None
+    opened = open_changes(config, plan, trajectory, world, step=state["step"], known=state["decisions"])
+    plan, changes = opened.plan, opened.source
     if plan is not None and trajectory is not None:
         path, writes = config.folder / "schedule.json", world.rank == 0
-        record = ScheduleRecord(path, plan, resumed=resumed, writes=writes, registered=registered)
+        record = ScheduleRecord(path, plan, resumed=resumed, writes=writes, registered=opened.registered)
         if state["step"] < config.training.steps:
             stream = _open_stream(config, task, trajectory, plan, world, record, state["step"])
     fallback = None
@@ -191,7 +186,7 @@ def _check_folder(config: Config, store: CheckpointStore) -> bool:
     if not config.checkpoint.resume:
         raise UserError(f"{config.folder} holds a run already: set checkpoint.resume true to continue it, or choose another name")
     before, now = flatten(yaml.safe_load(saved.read_text())), flatten(config.model_dump(mode="json"))
-    for key in sorted(before.keys() | now.keys()):
+    for key in sorted((before.keys() | now.keys()) - set(RETIRED_SETTINGS)):
         if before.get(key) != now.get(key) and not key.startswith(FREE_SECTIONS):
             raise UserError(
                 f"{key} was {before.get(key)!r} when {config.folder} began and is {now.get(key)!r} now; "
