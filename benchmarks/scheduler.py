@@ -2,10 +2,10 @@
 
     python benchmarks/scheduler.py [--runs 200] [--replicas 4] [--heartbeat-seconds 5] [--seconds 20] [--decisions 1000000]
 
-Every run looks its assignment up once a second, every replica sends a heartbeat each --heartbeat-seconds (a third of the default
-lease: 360 requests a second in all; with 1: 1,000), all over connections that stay open, each at a moment of its own. The service is a process of its own and has one core's worth of Python; the load is
-another. Then the same with `--decisions` in the history. p50 and p99 are of whole requests as the client sees them, from the
-moment at which they were due.
+Every run looks its assignment up once a second, every replica sends a heartbeat each --heartbeat-seconds (5, a third of the
+default lease: 360 requests a second in all; 1: 1,000), all over connections that stay open, each at a moment of its own. The
+service is a process of its own and has one core's worth of Python; the load is another. Then the same with `--decisions` in the
+history. p50 and p99 are of whole requests as the client sees them, from the moment at which they were due.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import psutil
 from common import write_result
 from sqlalchemy import insert, update
 
-from megapd.scheduler.store import Store, runs
+from megapd.scheduler.store import Store, runs, tokens
 from megapd.scheduler.store.tables import decisions as decisions_table
 from megapd.scheduler.store.tables import runs as runs_table
 
