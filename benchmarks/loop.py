@@ -54,7 +54,7 @@ def bare(config: Config) -> list[float]:
     optimizer = torch.optim.AdamW(
         parameter_groups(learner, config.optimizer.weight_decay), lr=config.optimizer.lr, betas=config.optimizer.betas
     )
-    tiling = tile(config, world.size)
+    tiling = tile(config.training, world.size)
     engine, *_ = deepspeed.initialize(
         model=learner, optimizer=optimizer, config=deepspeed_config(config, tiling), dist_init_required=False
     )

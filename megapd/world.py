@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from megapd.errors import UserError
 
@@ -57,7 +58,7 @@ def join_world() -> World:
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
         # A lone rank needs no port that another run on the machine could hold.
-        store = dist.HashStore() if alone else None
+        store = HashStore() if alone else None
         dist.init_process_group(
             "nccl" if cuda else "gloo",
             store=store,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megapd.config import Config, load
 from megapd.tasks import build_task
-from megapd.training.run import build_student, checkpoint_config
+from megapd.training import build_student, checkpoint_config
 from megapd.trajectory import Trajectory, write_checkpoint
 
 STEPS = (10, 20, 30)

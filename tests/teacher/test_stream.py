@@ -15,7 +15,7 @@ from megapd.signals.spec import SignalSpec, negotiate
 from megapd.tasks import build_task
 from megapd.teacher.engine.teacher import Demands, Teacher, TeacherOptions
 from megapd.teacher.stream import ColocatedStream
-from megapd.training.run import build_student, checkpoint_config
+from megapd.training import build_student, checkpoint_config
 from megapd.trajectory import CheckpointTimeout, Trajectory, write_checkpoint
 from megapd.world import join_world
 
