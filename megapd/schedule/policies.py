@@ -50,8 +50,9 @@ def build_plan(
     """Resolve a schedule over the teacher steps `available` for a run of `steps` student steps.
 
     `follow` needs nothing to be available yet, and takes None; what is given to it is checked. `metrics_of` is called by
-    `transition` alone, once for each checkpoint; None: the trajectory stores no metrics. `adaptive` gives an AdaptivePlan, still
-    without decisions. Raises UserError, naming the setting, where the schedule asks for what the trajectory does not hold.
+    `transition` alone, once for each checkpoint; None: the trajectory stores no metrics. `adaptive` gives the first of its
+    candidates for the whole run, decisions tell the rest. Raises UserError, naming the setting, where the schedule asks for what
+    the trajectory does not hold.
     """
     assert steps >= 1
     there = tuple(sorted(set(available or ())))
@@ -72,9 +73,7 @@ def build_plan(
         elif isinstance(schedule, TransitionConfig):
             pieces, warnings = _transition(schedule, there, steps, metrics_of)
         elif isinstance(schedule, AdaptiveConfig):
-            from megapd.schedule.plan import AdaptivePlan  # which is itself a Plan
-
-            return AdaptivePlan(candidates(schedule, there), steps)
+            pieces, warnings = [(0, candidates(schedule, there)[0])], []
         else:
             pieces, warnings = _explicit(schedule, there, steps)
     merged: list[tuple[int, int]] = []

@@ -10,18 +10,17 @@ from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
 from megapd.batch import Batch
-from megapd.config import Config, FollowConfig, TeacherConfig
+from megapd.config import Config, TeacherConfig
 from megapd.errors import TeacherLost
 from megapd.schedule.changes import ChangeSource
-from megapd.schedule.live import Change, LivePlan
-from megapd.schedule.plan import AdaptivePlan, Plan
+from megapd.schedule.plan import Change, LivePlan, Plan
 from megapd.schedule.record import ScheduleRecord
 from megapd.signals.signal import Signal
 from megapd.tasks import Task
 from megapd.teacher.cache.cache import SignalCache
 from megapd.teacher.setup import open_stream
 from megapd.teacher.stream import Stream
-from megapd.training.changes import _join_scheduler, _resume_changes, _resume_decisions
+from megapd.training.changes import open_changes
 from megapd.trajectory import Checkpoint, Checkpoints, CheckpointTimeout
 from megapd.world import World
 
@@ -40,13 +39,14 @@ class Taken(NamedTuple):
 class NoTeacher:
     """Learning from labels alone: what Teaching offers, where nothing teaches or no step is left to be taught.
 
-    changes: on rank 0, what metrics are reported to: the scheduler, which may know of runs that no teacher has.
+    ahead: steps before its own that a step's signals are asked for.
     state: what a checkpoint of the run carries of it, equal on all ranks.
     """
 
     ahead = 0
 
     def __init__(self, changes: ChangeSource | None) -> None:
+        """changes: on rank 0, what metrics are reported to; of a run that nothing teaches the scheduler, where there is one."""
         self._changes = changes
         self.state: dict[str, int] = {"steps_from_cache": 0, "steps_from_labels": 0, "decisions": 0}
 
@@ -100,27 +100,21 @@ class Teaching(NoTeacher):
     def __init__(
         self,
         settings: TeacherConfig,
-        plan: Plan,
+        plan: LivePlan,
         stream: Stream,
         changes: ChangeSource | None,
         record: ScheduleRecord,
         world: World,
-        *,
-        ahead: int,
-        timeout_seconds: float | None,
     ) -> None:
-        """ahead: steps before its own that a step's signals are asked for. timeout_seconds: how long the first schedule waits for
-        a checkpoint that is still to be written; None: all of them are there."""
         super().__init__(changes)
-        self.plan, self.stream, self.ahead = plan, stream, ahead
-        self._settings, self._record, self._world, self._timeout_seconds = settings, record, world, timeout_seconds
+        self.plan, self.stream, self.ahead = plan, stream, settings.depth
+        self._settings, self._record, self._world = settings, record, world
         self._recorded: SignalCache | None = None
         if settings.on_failure == "cache":
             assert settings.cache is not None
             self._recorded = SignalCache(settings.cache)
 
     def take(self, change: Change | None) -> None:
-        assert isinstance(self.plan, AdaptivePlan | LivePlan)
         self.plan.take(self._world.gather(change)[0])
         self.state["decisions"] = self.plan.known
 
@@ -129,7 +123,7 @@ class Teaching(NoTeacher):
 
         Raises CheckpointTimeout, on all ranks, when the schedule's time is over.
         """
-        seconds = self.plan.version_at(step).timeout if isinstance(self.plan, LivePlan) else self._timeout_seconds
+        seconds = self.plan.version_at(step).timeout
         if seconds is None:
             return True
         deadline = time.monotonic() + seconds
@@ -247,28 +241,18 @@ def open_teaching(
     resumed: whether the run's folder holds a run. Raises UserError where the record and the schedule differ.
     """
     with ExitStack() as opened:
-        registered: Mapping[int, str] = {}
-        changes: ChangeSource | None = None
-        known = {"step": step, "decisions": 0, **state}
-        if config.scheduler.url is not None:
-            plan, changes, registered = _join_scheduler(config, plan, trajectory, world, known)
-        else:
-            plan = _resume_changes(config, plan, world, known)
-            if isinstance(plan, AdaptivePlan):
-                changes = _resume_decisions(config, plan, world, known["decisions"])
-        if changes is not None:
-            opened.callback(changes.close)
-        teaching = NoTeacher(changes)
-        if config.teacher is not None and plan is not None and trajectory is not None:
+        changes = open_changes(config, plan, trajectory, world, step=step, known=state.get("decisions", 0))
+        if changes.source is not None:
+            opened.callback(changes.source.close)
+        teaching = NoTeacher(changes.source)
+        if config.teacher is not None and changes.plan is not None and trajectory is not None:
             path, writes = config.folder / "schedule.json", world.rank == 0
-            record = ScheduleRecord(path, plan, resumed=resumed, writes=writes, registered=registered)
+            record = ScheduleRecord(path, changes.plan, resumed=resumed, writes=writes, registered=changes.registered)
             if step < config.training.steps:
-                stream = open_stream(config, task, trajectory, plan, world, step)
+                stream = open_stream(config, task, trajectory, changes.plan, world, step)
                 opened.callback(stream.close)
                 record.confirm(stream.teacher(step))
-                ahead = max(config.training.prefetch, config.teacher.depth)
-                timeout = config.schedule.timeout_seconds if isinstance(config.schedule, FollowConfig) else None
-                teaching = Teaching(config.teacher, plan, stream, changes, record, world, ahead=ahead, timeout_seconds=timeout)
+                teaching = Teaching(config.teacher, changes.plan, stream, changes.source, record, world)
         teaching.state |= {key: value for key, value in state.items() if key in teaching.state}
         opened.pop_all()
     return teaching

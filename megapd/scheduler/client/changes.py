@@ -24,8 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from megapd.config import AdaptiveConfig, FollowConfig, ScheduleConfig
 from megapd.errors import UserError
 from megapd.schedule.changes import ChangeLog
-from megapd.schedule.live import Change, LivePlan, Version, resolved
-from megapd.schedule.plan import Decision, Plan
+from megapd.schedule.plan import Change, Decision, LivePlan, Plan, Version, resolved
 from megapd.scheduler.client import answers
 from megapd.scheduler.client.answers import DecisionAnswer, VersionAnswer
 from megapd.scheduler.client.http import Api, Away, Refusal

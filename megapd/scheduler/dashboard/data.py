@@ -15,7 +15,7 @@ from sqlalchemy import Connection, func, select
 
 from megapd.config import AdaptiveConfig
 from megapd.errors import UserError
-from megapd.schedule.live import in_force, pieces
+from megapd.schedule.plan import in_force, pieces
 from megapd.schedule.policies import candidates
 from megapd.scheduler import api
 from megapd.scheduler.service.access import Needs
