@@ -21,7 +21,8 @@ from megapd.config import Config, load
 from megapd.tasks import build_task
 from megapd.teacher.stream import ColocatedStream
 from megapd.training import Callback, Run, Teaching, build_student, checkpoint_config, train
-from megapd.trajectory import Checkpoint, write_checkpoint
+from megapd.trajectory import Checkpoint
+from megapd.trajectory.writer import write_checkpoint
 
 WARM_UP = 3  # steps left out of each round: allocator and thread start-up
 

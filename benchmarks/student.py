@@ -24,7 +24,8 @@ from megapd.tasks import build_task
 from megapd.tasks.blocks import FORMAT, META, MODEL
 from megapd.teacher.stream import Stream
 from megapd.training import Callback, Run, Teaching, build_student, checkpoint_config, train
-from megapd.trajectory import Checkpoint, write_checkpoint
+from megapd.trajectory import Checkpoint
+from megapd.trajectory.writer import write_checkpoint
 
 WARM_UP = 3  # steps left out of each run: allocator and thread start-up
 COLOCATED_STEPS = 8  # of a run whose steps are several times as long

@@ -88,7 +88,7 @@ def plan(arguments: argparse.Namespace) -> int:
     from megapd.analysis.plots import plot_plan
     from megapd.analysis.timeline import describe_plan
     from megapd.schedule.resolve import resolve_plan
-    from megapd.teacher.setup import open_trajectory
+    from megapd.teacher.locate import open_trajectory
 
     config = _load(arguments)
     if config.teacher is None:

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from megapd.batch import Batch
-from megapd.config import AdaptiveConfig, Config
+from megapd.config import Config
 from megapd.errors import UserError
 from megapd.models.from_checkpoint import checkpoint_shape
 from megapd.schedule.plan import Plan
@@ -20,7 +20,8 @@ from megapd.schedule.resolve import resolve_plan
 from megapd.tasks import Task, build_task
 from megapd.teacher.cache.cache import SignalCache
 from megapd.teacher.cache.cached import CachedStream
-from megapd.teacher.setup import open_source, open_trajectory, rank_agreement
+from megapd.teacher.locate import open_trajectory
+from megapd.teacher.setup import open_source, rank_agreement
 from megapd.teacher.stream import Stream
 from megapd.tiling import tile
 from megapd.trajectory import Checkpoints
@@ -149,8 +150,9 @@ def record_signals(config: Config) -> RecordSummary | None:
     world = join_world()
     task, trajectory = build_task(config), open_trajectory(config)
     plan = resolve_plan(config, trajectory)
-    if isinstance(config.schedule, AdaptiveConfig):
-        raise UserError("schedule.policy: adaptive decides while a student trains, so its signals cannot be recorded ahead of it")
+    if config.schedule is not None and config.schedule.grows:
+        why = "decides while a student trains, so its signals cannot be recorded ahead of it"
+        raise UserError(f"schedule.policy: {config.schedule.policy} {why}")
     stream = open_source(config, task, trajectory, plan, world, 0)
     mine = record(
         config,

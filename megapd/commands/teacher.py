@@ -14,7 +14,8 @@ from megapd.processes.supervisor import _Supervisor
 from megapd.schedule.resolve import resolve_plan
 from megapd.scheduler.client.lease import advertised
 from megapd.teacher.engine.replica import Replica
-from megapd.teacher.setup import open_trajectory, teacher_options
+from megapd.teacher.locate import open_trajectory
+from megapd.teacher.setup import teacher_options
 from megapd.world import join_world
 
 log = logging.getLogger(__name__)

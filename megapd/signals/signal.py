@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from megapd.batch import Batch
+from megapd.errors import RunFailed
 from megapd.signals.spec import DTYPES, Encoding, Kind, SignalSpec
 
 
-class SignalMismatch(RuntimeError):
+class SignalMismatch(RunFailed):
     """A signal of another teacher, or for other tokens, than the step asks for."""
 
 

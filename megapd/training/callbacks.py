@@ -9,7 +9,7 @@ from megapd.config import Config, EvaluationConfig, TrajectoryWriterConfig
 from megapd.evaluation import held_out
 from megapd.tasks import Task
 from megapd.training.run import Callback, Run, StepResult, due
-from megapd.trajectory import write_checkpoint
+from megapd.trajectory.writer import write_checkpoint
 
 
 class Evaluation(Callback):

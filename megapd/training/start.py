@@ -17,7 +17,7 @@ from megapd.models import Learner, build_model
 from megapd.registry import callbacks as registered
 from megapd.schedule.resolve import resolve_plan
 from megapd.tasks import Task, build_task
-from megapd.teacher.setup import open_trajectory
+from megapd.teacher.locate import open_trajectory
 from megapd.training.callbacks import Checkpointer, Evaluation, TrajectoryWriter
 from megapd.training.checkpoint import CheckpointStore
 from megapd.training.engine import Engine, start_world

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from megapd.config import TelemetryConfig
-from megapd.models import flops_per_token
 from megapd.training.run import Callback, Run, StepResult, due
 from megapd.training.trackers import METRICS, Tracker, open_trackers, recorded
 from megapd.trajectory import Checkpoint
@@ -29,8 +28,8 @@ class Meter(Callback):
         self._steps, self._step = run.steps, run.start
         self._tokens = run.config.training.global_batch * run.task.length
         labelled_share = run.task.labelled_per_sample / run.task.length
-        self._flops = flops_per_token(
-            run.config.model, classes=run.task.classes, length=run.task.length, labelled_share=labelled_share
+        self._flops = run.config.model.flops_per_token(
+            classes=run.task.classes, length=run.task.length, labelled_share=labelled_share
         )
         peak = _peak_tflops(self._settings, run.world.device)
         self._peak_flops = None if peak is None else peak * 1e12 * run.world.size
