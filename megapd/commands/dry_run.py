@@ -15,7 +15,7 @@ from megapd.tasks import Task, build_task
 from megapd.teacher.locate import open_trajectory
 from megapd.teacher.setup import describe_signal, signal_spec
 from megapd.tiling import tile
-from megapd.training.run import build_student
+from megapd.training import build_student
 from megapd_kernels import default_chunk_bytes
 
 GIB = 2**30
@@ -25,7 +25,7 @@ def dry_run(config: Config) -> str:
     """The resolved tree, parameter counts, tokens a step, the schedule and the memory a rank is expected to need."""
     task = build_task(config)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    tiling = tile(config, ranks)
+    tiling = tile(config.training, ranks)
     learner = build_student(config, task)
     total, without_embeddings = parameter_count(learner)
     tokens = config.training.global_batch * task.length

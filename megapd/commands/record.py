@@ -86,7 +86,7 @@ def record(
     """
     # As training tiles them: every rank has as many, since a sharded teacher answers all ranks at once, and what training reads
     # together lies together.
-    rows = tile(config, ranks).rows(rank)
+    rows = tile(config.training, ranks).rows(rank)
     began = time.perf_counter()
     found, recorded, positions, size = _state(cache)
     cached = CachedStream(cache, plan, stream.spec, trajectory, stream, record=True, classes=classes, agree=agree)

@@ -52,6 +52,7 @@ class TrainingConfig(Section):
     max_nonfinite: int = Field(10, ge=1, description="stop after this many non-finite steps in a row")
     prefetch: int = Field(2, ge=1, description="steps whose batches are built ahead")
     deepspeed: Path | None = Field(None, description="JSON merged under what megapd sets; default configs/deepspeed")
+    callbacks: tuple[str, ...] = Field((), description="names of callbacks that installed packages register")
 
     @model_validator(mode="after")
     def _divides(self) -> TrainingConfig:
@@ -94,4 +95,5 @@ class TelemetryConfig(Section):
     wandb: Literal["auto", "offline", "disabled"] = Field("auto", description="auto: online when logged in, else offline")
     project: str = "megapd"
     progress: bool = True
+    trackers: tuple[str, ...] = Field(("wandb", "progress"), description="where metrics go beside metrics.jsonl")
     peak_tflops: float | None = Field(None, gt=0.0, description="a device's peak, for the MFU; default: known by its name")

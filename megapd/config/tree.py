@@ -119,7 +119,7 @@ class _File(YamlConfigSettingsSource):
 _yaml_file: Path | None = None  # set by `load` alone, for the one construction it makes
 
 
-def load(path: str | Path | None, overrides: list[str] | None = None) -> Config:
+def load(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
     """Build a Config from a YAML file (or none), MEGAPD_* variables and `--section.key=value` overrides.
 
     Raises UserError, one line that names the setting, for whatever the tree refuses.
