@@ -8,8 +8,7 @@ import torch
 
 from megapd.analysis.timeline import describe_plan
 from megapd.config import Config, dump
-from megapd.models import parameter_count
-from megapd.models.from_checkpoint import checkpoint_shape
+from megapd.models import checkpoint_shape, parameter_count
 from megapd.schedule.resolve import resolve_plan
 from megapd.tasks import Task, build_task
 from megapd.teacher.locate import open_trajectory

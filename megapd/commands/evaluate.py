@@ -12,7 +12,7 @@ from megapd.config import Config
 from megapd.errors import UserError
 from megapd.evaluation import held_out
 from megapd.files import write_atomic
-from megapd.models.weights import copy_weights
+from megapd.models import copy_weights
 from megapd.signals.spec import DTYPES
 from megapd.tasks import build_task
 from megapd.tiling import tile

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from megapd.batch import Batch
 from megapd.config import Config
 from megapd.errors import UserError
-from megapd.models.from_checkpoint import checkpoint_shape
+from megapd.models import checkpoint_shape
 from megapd.schedule.plan import Plan
 from megapd.schedule.resolve import resolve_plan
 from megapd.tasks import Task, build_task

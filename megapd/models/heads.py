@@ -60,4 +60,5 @@ class LossHead(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, D] -> logits [N, V] in its dtype."""
-        return self(hidden, mode="logits")
+        logits: Tensor = self(hidden, mode="logits")
+        return logits

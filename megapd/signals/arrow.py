@@ -178,8 +178,9 @@ def _valid(record: pa.RecordBatch, spec: SignalSpec, counts: NDArray[np.int64], 
     """Whether each row's checksum is the one it holds, bool [B]."""
     teachers = digests_of(record, "teacher").view(np.uint8).reshape(-1, TEACHER_DIGEST_BYTES)
     samples = digests_of(record, "sample").view(np.uint8).reshape(-1, DIGEST_BYTES)
-    found = _checksums(spec, teachers, samples, counts, [_numpy(*leaf) for leaf in leaves.values()])
-    return np.equal(record.column("checksum").to_numpy(), found)
+    stored: NDArray[np.uint64] = record.column("checksum").to_numpy()
+    valid: NDArray[np.bool_] = stored == _checksums(spec, teachers, samples, counts, [_numpy(*leaf) for leaf in leaves.values()])
+    return valid
 
 
 def _checksums(

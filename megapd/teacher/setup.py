@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 
 from megapd.config import Config
-from megapd.models.from_checkpoint import Shape, checkpoint_shape
+from megapd.models import Shape, checkpoint_shape
 from megapd.schedule.plan import Plan
 from megapd.signals import SIGNAL_KINDS, Encoding, SignalSpec, negotiate
 from megapd.tasks import Task

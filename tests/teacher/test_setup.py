@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megapd.errors import UserError
-from megapd.models.from_checkpoint import canary, checkpoint_shape
+from megapd.models import canary, checkpoint_shape
 from megapd.schedule.plan import Plan
 from megapd.signals import Head, SignalSpec, TeacherOutput
 from megapd.tasks import build_task
@@ -101,7 +101,7 @@ def test_no_more_checkpoints_are_staged_than_are_needed(trajectory):
     teacher = Teacher(trajectory, join_world(), TeacherOptions())
     teacher.rotate(10)
     waiting = [teacher.prepare(step) for step in range(100, 120)]
-    assert len(teacher._ahead) <= 5
+    assert len(teacher._staging._ahead) <= 5
     teacher.close()
     assert all(future.done() or future.cancel() or future.exception(10) for future in waiting)
 

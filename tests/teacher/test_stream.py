@@ -155,7 +155,7 @@ def test_the_wait_for_a_checkpoint_counts_from_when_it_is_needed(trajectory, tas
 def test_a_wait_that_is_given_up_ends_at_once(trajectory, task):
     teacher = make_teacher(trajectory, task, wait_seconds=60.0)
     teacher.prepare(25)
-    waiting = teacher._ahead[25]
+    waiting = teacher._staging._ahead[25]
     teacher.close()
     with pytest.raises(CancelledError):
         waiting.result(timeout=5)

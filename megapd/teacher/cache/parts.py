@@ -55,9 +55,12 @@ class Index:
             parts[there], rows[there] = self._parts[places[there]], self._rows[places[there]]
         return parts, rows
 
-    def drop(self, part: int) -> None:
-        keep = self._parts != part
-        self._digests, self._parts, self._rows = self._digests[keep], self._parts[keep], self._rows[keep]
+    def drop(self, name: str) -> None:
+        """No row of this part is found from now on, nor is it to be opened again."""
+        self.seen.add(name)
+        if name in self.names:
+            keep = self._parts != self.names.index(name)
+            self._digests, self._parts, self._rows = self._digests[keep], self._parts[keep], self._rows[keep]
 
 
 def read_records(path: Path) -> tuple[pa.Schema, list[pa.RecordBatch]]:

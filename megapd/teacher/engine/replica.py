@@ -19,7 +19,8 @@ from torch import Tensor
 
 from megapd.batch import Batch
 from megapd.signals import Head, Signal, SignalSpec
-from megapd.teacher.engine.teacher import Teacher, TeacherOptions
+from megapd.teacher.engine.options import TeacherOptions
+from megapd.teacher.engine.teacher import Teacher
 from megapd.trajectory import Checkpoints
 from megapd.world import World
 

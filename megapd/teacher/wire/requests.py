@@ -27,9 +27,8 @@ import torch
 from numpy.typing import NDArray
 
 from megapd.batch import DIGEST_BYTES, Batch
-from megapd.models.from_checkpoint import HUGGING_FACE, checkpoint_shape
-from megapd.signals.signal import SignalDamaged
-from megapd.signals.spec import SignalSpec
+from megapd.models import HUGGING_FACE, checkpoint_shape
+from megapd.signals import SignalDamaged, SignalSpec
 from megapd.teacher.wire.calls import parse_json, parse_teacher
 from megapd.teacher.wire.messages import read_record
 from megapd.teacher.wire.refusals import MAX_ANSWER_BYTES, Refused
