@@ -22,9 +22,9 @@ from megapd.batch import Batch
 from megapd.config import TeacherConfig
 from megapd.errors import TeacherLost
 from megapd.schedule.plan import Plan
+from megapd.signals import Head, Signal, SignalDamaged
 from megapd.signals.arrow import decode
 from megapd.signals.heads import decode_head
-from megapd.signals.signal import Head, Signal, SignalDamaged
 from megapd.signals.spec import SignalSpec
 from megapd.teacher.client.announce import Announcer
 from megapd.teacher.client.replicas import Endpoints, FixedEndpoints, Remote, Replicas
