@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from megapd.errors import UserError
 
 TIMEOUT = timedelta(minutes=10)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,20 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def on_first(self, function: Callable[[], T]) -> T:
+        """What `function` returns on rank 0, which alone calls it, on every rank. Raises UserError on all ranks where it does."""
+        value: T | None = None
+        failure: str | None = None
+        if self.rank == 0:
+            try:
+                value = function()
+            except UserError as error:
+                failure = str(error)
+        (failure, value), *_ = self.gather((failure, value))
+        if failure is not None:
+            raise UserError(failure)
+        return cast(T, value)
+
     def barrier(self) -> None:
         dist.barrier(group=self.control)
 
@@ -57,7 +73,7 @@ def join_world() -> World:
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
         # A lone rank needs no port that another run on the machine could hold.
-        store = dist.HashStore() if alone else None
+        store = dist.HashStore() if alone else None  # type: ignore[attr-defined]
         dist.init_process_group(
             "nccl" if cuda else "gloo",
             store=store,

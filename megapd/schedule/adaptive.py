@@ -1,13 +1,5 @@
 """Schedules that grow by decisions: when the student saturates, the next checkpoint follows.
 
-    rank 0     EmbeddedDecider.report(step, metrics) -> the decision is on the disk, with its evidence, before it is returned
-    all ranks  World.gather of it -> AdaptivePlan.take
-    each       AdaptivePlan.checkpoint_at(s): a function of the recorded decisions alone
-
-A decision takes effect at a named student step that lies so far ahead that no rank has asked for that step's signals yet.
-A resumed run reads the record: decisions made before it was stopped, also those made after the checkpoint it resumes from, hold
-as they were made, and a report for a step that is on record changes nothing.
-
 `decide` is the rule of the paper's authors for parity (arXiv 2410.05464), stated for any metric: advance when the metric gained
 less than 0.01 over the mean of the last 5 reports, and more than 0.01 since the last advance (else the student is still on its
 first plateau, from which the present checkpoint may yet take it), or after max_dwell steps.
@@ -15,18 +7,14 @@ first plateau, from which the present checkpoint may yet take it), or after max_
 
 from __future__ import annotations
 
-import logging
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from megapd.config import AdaptiveConfig
 from megapd.errors import UserError
-from megapd.schedule.decision_log import DecisionStore
 from megapd.schedule.plan import Decision, Report
-
-log = logging.getLogger(__name__)
 
 
 def decide(
@@ -75,39 +63,6 @@ def decide(
     if settings.max_dwell is not None and taught >= settings.max_dwell:
         return decision("max_dwell")
     return None
-
-
-# ----------------------------------------------------------------------------------------------------------- the decider
-
-
-class EmbeddedDecider:
-    """Decides in the run's own process, on a store of its own; on rank 0."""
-
-    def __init__(self, settings: AdaptiveConfig, candidates: Sequence[int], store: DecisionStore) -> None:
-        self._settings, self._candidates, self._store = settings, tuple(candidates), store
-
-    def report(self, step: int, metrics: Mapping[str, Any]) -> Decision | None:
-        """After `step` student steps; the decision that the report led to, None if none. Reporting a step again changes nothing.
-
-        metrics: those of a line of metrics.jsonl; a line without settings.metric, or with one not finite, reports nothing.
-        """
-        value = metrics.get(self._settings.metric)
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            return None
-        if not self._store.add_report(Report(step, float(value))):
-            # On record. A crash may have come between the last report and its decision, which is made now as it was to be then.
-            reports, decisions = self._store.reports, self._store.decisions
-            if step != reports[-1].step or (decisions and decisions[-1].step >= step):
-                return None
-        made = decide(self._settings, self._candidates, self._store.reports, self._store.decisions, step)
-        return None if made is None else self._store.add_decision(made)
-
-    def sync(self) -> None:
-        """What was reported lasts."""
-        self._store.sync()
-
-    def close(self) -> None:
-        self._store.close()
 
 
 def reported_kind(settings: AdaptiveConfig) -> str:

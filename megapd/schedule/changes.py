@@ -1,10 +1,11 @@
-"""Carried out of megapd/schedule/live.py."""
+"""The journal of a run's changes, changes.json in its folder, and where changes come from."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,17 +13,13 @@ from typing import Any, Protocol
 from megapd.config import AdaptiveConfig
 from megapd.errors import UserError
 from megapd.files import write_atomic
-from megapd.schedule.adaptive import EmbeddedDecider, reported_kind
-from megapd.schedule.live import Change, Version
-from megapd.schedule.plan import Decision
+from megapd.schedule import reports as reports_module
+from megapd.schedule.adaptive import decide, reported_kind
+from megapd.schedule.plan import Change, Decision, Report, Version
+from megapd.schedule.reports import ReportLog, subject
 
 FORMAT = "megapd-changes/1"
-
-
 FILE = "changes.json"  # in the run's folder
-
-
-# ------------------------------------------------------------------------------------------------------------ the record
 
 
 class ChangeLog:
@@ -37,7 +34,10 @@ class ChangeLog:
                 tree = json.loads(path.read_text())
                 if tree["format"] != FORMAT:
                     raise ValueError(f"its format is {tree['format']!r}, this megapd reads {FORMAT!r}")
-                self._changes = [_parse(entry) for entry in tree["changes"]]
+                for entry in tree["changes"]:
+                    change = _parse(entry)
+                    self._check_order(change)
+                    self._changes.append(change)
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path}: damaged ({error}); restore it from a copy, or start a run of another name") from error
 
@@ -45,11 +45,34 @@ class ChangeLog:
     def changes(self) -> tuple[Change, ...]:
         return tuple(self._changes)
 
-    def append(self, change: Change) -> None:
-        """Returns when it is on the disk."""
-        entries = [{"kind": type(entry).__name__.lower(), **asdict(entry)} for entry in (*self._changes, change)]
-        write_atomic(self._path, json.dumps({"format": FORMAT, "changes": entries}, indent=1))
-        self._changes.append(change)
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        return tuple(change for change in self._changes if isinstance(change, Decision))
+
+    def append(self, *changes: Change) -> None:
+        """Returns when they are on the disk, all or none. ValueError if a decision is not the next."""
+        before = list(self._changes)
+        try:
+            for change in changes:
+                self._check_order(change)
+                self._changes.append(change)
+            entries = [{"kind": type(entry).__name__.lower(), **asdict(entry)} for entry in self._changes]
+            write_atomic(self._path, json.dumps({"format": FORMAT, "changes": entries}, indent=1))
+        except BaseException:
+            self._changes = before
+            raise
+
+    def _check_order(self, change: Change) -> None:
+        if not isinstance(change, Decision):
+            return
+        before = self.decisions
+        if change.sequence != len(before):
+            raise ValueError(f"{change} does not follow the {len(before)} on record")
+        if before and change.effective <= before[-1].effective:
+            raise ValueError(
+                f"{change} takes effect at student step {change.effective}, not after the one before it, at "
+                f"{before[-1].effective}"
+            )
 
 
 def _parse(entry: Mapping[str, Any]) -> Change:
@@ -83,22 +106,55 @@ class ChangeSource(Protocol):
 
 
 class EmbeddedSource:
-    """Decisions of an adaptive schedule, made in the run's own process."""
+    """Decisions of an adaptive schedule, made in the run's own process.
 
-    def __init__(self, settings: AdaptiveConfig, decider: EmbeddedDecider) -> None:
-        self._kind, self._decider = reported_kind(settings), decider
+    Decisions on record hold as they were made, also those made after the checkpoint that a resumed run goes on from, and a report
+    for a step that is on record changes nothing: a killed run decides as an undisturbed one.
+    """
+
+    def __init__(self, settings: AdaptiveConfig, candidates: Sequence[int], reports: ReportLog, changes: ChangeLog) -> None:
+        """candidates: increasing teacher steps. reports: closed with this."""
+        self._settings, self._candidates, self._reports, self._changes = settings, tuple(candidates), reports, changes
         self._made: deque[Decision] = deque()
 
     def report(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        made = self._decider.report(step, values) if kind == self._kind else None
+        """A line without settings.metric, or with one not finite, reports nothing."""
+        value = values.get(self._settings.metric)
+        if kind != reported_kind(self._settings) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            return
+        decisions = self._changes.decisions
+        new = self._reports.append(Report(step, float(value)))
+        if not new and (step != self._reports.reports[-1].step or (decisions and decisions[-1].step >= step)):
+            return
+        # Not new: a crash may have come between the last report and its decision, which is made now as it was to be then.
+        made = decide(self._settings, self._candidates, self._reports.reports, decisions, step)
         if made is not None:
+            self._reports.sync()  # a decision is on the disk after the reports that it rests on
+            self._changes.append(made)
             self._made.append(made)
 
     def next(self, step: int) -> Decision | None:
         return self._made.popleft() if self._made else None
 
     def sync(self) -> None:
-        self._decider.sync()
+        self._reports.sync()
 
     def close(self) -> None:
-        self._decider.close()
+        self._reports.close()
+
+
+def open_embedded(folder: Path, settings: AdaptiveConfig, candidates: Sequence[int], changes: ChangeLog) -> EmbeddedSource:
+    """The decisions of the run in `folder`, which is locked until the source is closed. What a run begun before kept in
+    decisions.jsonl is put on record. Raises UserError; see ReportLog."""
+    reports = ReportLog(folder / reports_module.FILE, subject(settings, candidates))
+
+    def keep(decisions: Sequence[Decision]) -> None:
+        if not changes.changes:  # else a crash came after this and before the former file went
+            changes.append(*decisions)
+
+    try:
+        reports.take_former(keep)
+    except BaseException:
+        reports.close()
+        raise
+    return EmbeddedSource(settings, candidates, reports, changes)

@@ -1,12 +1,26 @@
-"""Plan, and plans that grow: step -> checkpoint."""
+"""Plans: from a student step to the checkpoint that teaches it. A Plan is fixed; a LivePlan changes while the run goes on.
+
+    rank 0     ChangeSource.next(step) -> a Change, on the disk with the student step that it begins at
+    all ranks  World.gather of it -> LivePlan.take
+    each       LivePlan.checkpoint_at(s): a function of the recorded changes alone
+
+A change is a new version of the schedule, or a decision of an adaptive one. It begins so far ahead that no rank has asked for
+that step's signals yet. A resumed run takes in what is on record, in the form in which it was resolved then, so that a trajectory
+that grew meanwhile changes nothing.
+"""
 
 from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
+
+from megapd.config import ScheduleConfig
+
+Rotations = tuple[tuple[int, int], ...]  # (student step, teacher step), the first at 0
 
 
 @dataclass(frozen=True)
@@ -18,6 +32,8 @@ class Plan:
     starts      increasing student steps, the first 0: where a checkpoint begins to teach
     teachers    teacher step of each, the same length; neighbours differ
     warnings    what a user may not have meant, one line each
+
+    Of an adaptive schedule it is the first checkpoint for the whole run: what follows is decided as the run goes.
     """
 
     policy: str
@@ -48,8 +64,11 @@ class Plan:
         return (self.starts[place], self.teachers[place]) if place < len(self.starts) else None
 
     def fixed(self) -> list[tuple[int, int]]:
-        """The rotations that a resumed run must find again; of a plan that grows by decisions, the first alone."""
+        """The rotations that a resumed run must find again: those of the run's own configuration."""
         return self.rotations()
+
+
+# ---------------------------------------------------------------------------------------------------------------- changes
 
 
 @dataclass(frozen=True)
@@ -62,7 +81,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Decision:
-    """Another checkpoint teaches from a named student step on.
+    """Another checkpoint of an adaptive schedule teaches from a named student step on.
 
     sequence    0 for a run's first decision, then one more each
     step        student steps done at the report that it rests on
@@ -79,28 +98,100 @@ class Decision:
     reason: str
     evidence: Mapping[str, Any]
 
+    def __str__(self) -> str:
+        return f"decision {self.sequence}"
 
-# ------------------------------------------------------------------------------------------------------------- the plan
+    @property
+    def begin(self) -> int:
+        return self.effective
 
 
-class GrowingPlan(Plan):
-    """A plan that changes while the run goes on: what AdaptivePlan and live.LivePlan have in common.
+@dataclass(frozen=True)
+class Version:
+    """A version of a run's schedule, resolved over the trajectory as it was when the run took it up.
 
-    `starts`, `teachers`, `rotations` and `next_after` say what is known so far. checkpoint_at of a step that was asked for never
-    changes: subclasses refuse what would change it. May be asked from several threads.
+    version     from 1 on, as the service counts
+    start       student step that it begins at; in force is the highest version that has begun
+    policy      of the schedule
+    rotations   of the whole run, wherever it begins; of an adaptive schedule the first alone, decisions tell the rest
+    timeout     seconds to wait for a checkpoint that is still to be written, of follow; None: all are there
     """
 
-    def __init__(self, steps: int) -> None:
+    version: int
+    start: int
+    policy: str
+    rotations: Rotations
+    timeout: float | None = None
+
+    def __str__(self) -> str:
+        return f"version {self.version}"
+
+    @property
+    def begin(self) -> int:
+        return self.start
+
+    @property
+    def grows(self) -> bool:
+        """Whether decisions extend it."""
+        return self.policy == "adaptive"
+
+
+Change = Version | Decision
+
+
+def resolved(version: int, start: int, schedule: ScheduleConfig, plan: Plan) -> Version:
+    """plan: what the schedule resolved to."""
+    return Version(version, start, schedule.policy, tuple(plan.fixed()), schedule.waits)
+
+
+def in_force(begins: Sequence[int], steps: int) -> Iterator[tuple[int, int, int]]:
+    """(place, start, end) of the versions that begin at `begins`, in order: one is in force at the student steps [start, end), as
+    the highest of those that have begun."""
+    for place, begin in enumerate(begins):
+        end = min([*begins[place + 1 :], steps])
+        if begin < end:
+            yield place, begin, end
+
+
+def pieces(rotations: Sequence[tuple[int, int]], start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """(start, end, teacher step) of rotations, the first at 0, within the student steps [start, end)."""
+    teaching = next(teacher for begun, teacher in reversed(rotations) if begun <= start)
+    inside = [(start, teaching), *(rotation for rotation in rotations if start < rotation[0] < end)]
+    for (begun, teacher), (after, _) in pairwise([*inside, (end, 0)]):
+        yield begun, after, teacher
+
+
+# ----------------------------------------------------------------------------------------------------------- the live plan
+
+
+class LivePlan(Plan):
+    """A plan that versions and decisions change. May be asked from several threads.
+
+    `starts`, `teachers`, `rotations` and `next_after` say what is known so far. checkpoint_at of a step that was asked for never
+    changes: `take` refuses what would change it.
+    """
+
+    def __init__(self, first: Version, steps: int, changes: Sequence[Change] = ()) -> None:
+        """first: of the run's own configuration; changes: those on record, in order."""
         # No field of Plan is set: this class computes each.
+        assert first.start == 0
         assert steps >= 1
         self._steps = steps
-        self._points: tuple[tuple[int, int], ...] = ()  # the rotations that the run reaches; neighbours differ
         self._asked = -1  # the latest step that checkpoint_at was asked for
         self._guard = threading.Lock()
+        self._versions: list[Version] = [first]
+        self._decisions: list[Decision] = []
+        self._points = self._resolve()  # the rotations that the run reaches; neighbours differ
+        for change in changes:
+            self.take(change)
 
+    policy = "live"
     warnings = ()
     __eq__ = object.__eq__  # two plans may yet grow apart
     __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return f"LivePlan(versions={[v.version for v in self._versions]}, steps={self._steps}, rotations={self.rotations()})"
 
     @property
     def steps(self) -> int:
@@ -129,48 +220,68 @@ class GrowingPlan(Plan):
         place = bisect_right(points, student_step, key=lambda point: point[0])
         return points[place] if place < len(points) else None
 
-
-class AdaptivePlan(GrowingPlan):
-    """A plan that decisions extend: with k of them, k + 1 rotations."""
-
-    def __init__(self, candidates: Sequence[int], steps: int, decisions: Sequence[Decision] = ()) -> None:
-        assert candidates
-        super().__init__(steps)
-        self._candidates = tuple(candidates)
-        self._points = ((0, self._candidates[0]),)
-        self._known = 0  # decisions taken in
-        self._latest = 0  # student step at which the last of them takes effect
-        for decision in decisions:
-            self.take(decision)
-
-    policy = "adaptive"
-
-    def __repr__(self) -> str:
-        return f"AdaptivePlan(candidates={self._candidates}, steps={self._steps}, rotations={self.rotations()})"
-
-    @property
-    def candidates(self) -> tuple[int, ...]:
-        return self._candidates
+    def fixed(self) -> list[tuple[int, int]]:
+        return list(self._versions[0].rotations)
 
     @property
     def known(self) -> int:
-        """Decisions taken in: what a checkpoint of the run names."""
-        return self._known
+        """Changes taken in: what a checkpoint of the run names."""
+        return len(self._versions) - 1 + len(self._decisions)
 
-    def fixed(self) -> list[tuple[int, int]]:
-        return [self._points[0]]
+    @property
+    def version(self) -> int:
+        """The newest."""
+        return self._versions[-1].version
 
-    def take(self, decision: Decision) -> None:
-        """On every rank, at the same step. RuntimeError if its effect would lie behind what was asked for."""
+    @property
+    def decided(self) -> int:
+        """Decisions taken in."""
+        return len(self._decisions)
+
+    @property
+    def latest(self) -> int:
+        """Student step at which the last decision begins, -1: there is none."""
+        return self._decisions[-1].effective if self._decisions else -1
+
+    def version_at(self, student_step: int) -> Version:
+        """The version in force."""
+        begun = [version for version in self._versions if version.start <= student_step]
+        return max(begun, key=lambda version: version.version)
+
+    def grows_after(self, student_step: int) -> bool:
+        """Whether a version that decisions extend is in force somewhere from `student_step` on."""
+        versions = in_force([version.start for version in self._versions], self._steps)
+        return any(self._versions[place].grows and end > student_step for place, _, end in versions)
+
+    def take(self, change: Change) -> None:
+        """On every rank, at the same step. RuntimeError where it would begin behind what was asked for, or out of order."""
         with self._guard:
-            if decision.sequence != self._known:
-                raise RuntimeError(f"decision {decision.sequence} came after {self._known} others; the run's ranks do not agree")
-            settled = max(self._asked, self._latest)
-            if decision.effective <= settled:
+            if change.begin <= self._asked:
+                fix = "; raise schedule.lead" if isinstance(change, Decision) else ""
                 raise RuntimeError(
-                    f"decision {decision.sequence} takes effect at student step {decision.effective}, but step {settled} has "
-                    f"been asked for; raise schedule.lead"
+                    f"{change} begins at student step {change.begin}, but step {self._asked} has been asked for{fix}"
                 )
-            self._known, self._latest = self._known + 1, decision.effective
-            if decision.effective < self._steps and decision.checkpoint != self._points[-1][1]:
-                self._points += ((decision.effective, decision.checkpoint),)
+            if isinstance(change, Version):
+                if change.version <= self.version:
+                    raise RuntimeError(f"{change} came after version {self.version}")
+                self._versions.append(change)
+            else:
+                if change.sequence != self.decided:
+                    raise RuntimeError(f"{change} came after {self.decided} others; the run's ranks do not agree")
+                if change.effective <= self.latest:
+                    raise RuntimeError(
+                        f"{change} begins at student step {change.effective}, not after the one before it, at {self.latest}"
+                    )
+                self._decisions.append(change)
+            self._points = self._resolve()
+
+    def _resolve(self) -> Rotations:
+        points: list[tuple[int, int]] = []
+        decided = [(decision.effective, decision.checkpoint) for decision in self._decisions]
+        for place, start, end in in_force([version.start for version in self._versions], self._steps):
+            version = self._versions[place]
+            rotations = [version.rotations[0], *decided] if version.grows else version.rotations
+            for begun, _, teacher in pieces(rotations, start, end):
+                if not points or points[-1][1] != teacher:
+                    points.append((begun, teacher))
+        return tuple(points)

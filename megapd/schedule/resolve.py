@@ -1,17 +1,12 @@
-"""a configured schedule over a trajectory; the one file here that knows trajectories."""
+"""A configured schedule over a trajectory; the one file here that knows trajectories."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from megapd.config import Config, ScheduleConfig
 from megapd.schedule.plan import Plan
 from megapd.schedule.policies import build_plan
 from megapd.trajectory import Checkpoints
 from megapd.trajectory.hugging_face import HuggingFaceTrajectory
-
-if TYPE_CHECKING:
-    pass
 
 
 def resolve_plan(config: Config, trajectory: Checkpoints, schedule: ScheduleConfig | None = None) -> Plan:

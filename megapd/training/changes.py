@@ -1,19 +1,17 @@
-"""what changes the schedule of a run."""
+"""What governs a run's teacher: its plan, with what is on record, and where changes come from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from megapd.config import AdaptiveConfig, Config, ScheduleConfig
+from megapd.config import Config, ScheduleConfig
 from megapd.errors import UserError
-from megapd.schedule import changes as changes_module
-from megapd.schedule import live
-from megapd.schedule.adaptive import EmbeddedDecider, check_lead
-from megapd.schedule.changes import ChangeLog, ChangeSource, EmbeddedSource
-from megapd.schedule.decision_log import FILE, DecisionLog, recorded_decisions, subject
-from megapd.schedule.live import Change, LivePlan
-from megapd.schedule.plan import AdaptivePlan, Plan
+from megapd.schedule.adaptive import check_lead
+from megapd.schedule.changes import FILE, ChangeLog, ChangeSource, open_embedded
+from megapd.schedule.plan import Change, Decision, LivePlan, Plan, resolved
+from megapd.schedule.policies import candidates
+from megapd.schedule.reports import has_reports
 from megapd.schedule.resolve import resolve_plan
 from megapd.scheduler.client.changes import Registration, ServiceSource
 from megapd.scheduler.client.http import Api
@@ -24,18 +22,74 @@ from megapd.world import World
 SERVICE_SECONDS = 5.0  # longest wait for an answer of the scheduler
 
 
-def _join_scheduler(
-    config: Config, plan: Plan | None, trajectory: Checkpoints | None, world: World, state: dict[str, Any]
-) -> tuple[LivePlan | None, ChangeSource | None, dict[int, str]]:
-    """(the plan with all changes on record and those that the service tells now, where they come from: on rank 0, the digests
-    that are registered of the teacher's steps)."""
-    ahead = 0
+@dataclass(frozen=True)
+class Changes:
+    """How the teacher of each step is known.
+
+    plan        with all changes on record, the same on every rank; None where nothing teaches
+    source      on rank 0, what metrics are reported to and changes come from: the service, or an adaptive schedule's own rule
+    registered  teacher step -> digest that the scheduler has of it, as far as it has one
+    """
+
+    plan: LivePlan | None
+    source: ChangeSource | None
+    registered: Mapping[int, str]
+
+
+def open_changes(
+    config: Config, plan: Plan | None, trajectory: Checkpoints | None, world: World, *, step: int, known: int
+) -> Changes:
+    """What is on record of a run, and what the service tells now. A collective; raises UserError on all ranks together.
+
+    plan    what the run's own schedule resolved to over `trajectory`; both None where nothing teaches
+    step    student steps done before
+    known   changes that the run's checkpoint knew
+    """
+    ahead, grown = 0, None
     if plan is not None:
         assert config.schedule is not None
         assert config.teacher is not None
         ahead = max(config.training.prefetch, config.teacher.depth)
-        if isinstance(config.schedule, AdaptiveConfig):
-            check_lead(config.schedule, ahead)
+        if config.schedule.grows:
+            check_lead(config.schedule.grows, ahead)
+        grown = LivePlan(resolved(1, 0, config.schedule, plan), config.training.steps)
+    source: ChangeSource | None = None
+
+    def open_record() -> tuple[Sequence[Change], Mapping[int, str]]:
+        # On rank 0 alone: it writes there too, and no other rank may see some of that.
+        nonlocal source
+        registered: Mapping[int, str] = {}
+        log = ChangeLog(config.folder / FILE)
+        if config.scheduler.url is not None:
+            source, registered = _join_service(config, grown, trajectory, log, world.size, ahead, step, known)
+        elif grown is not None:
+            source = _resume_alone(config, grown, trajectory, log, step, known)
+        return log.changes, registered
+
+    changes, registered = world.on_first(open_record)
+    if grown is not None:
+        for change in changes[grown.known :]:
+            grown.take(change)
+    return Changes(grown, source, registered)
+
+
+def _join_service(
+    config: Config,
+    plan: LivePlan | None,
+    trajectory: Checkpoints | None,
+    log: ChangeLog,
+    ranks: int,
+    ahead: int,
+    step: int,
+    known: int,
+) -> tuple[ServiceSource, Mapping[int, str]]:
+    """(the service's changes, the digests that are registered); what it told by now is in the log and the plan."""
+    if has_reports(config.folder):
+        raise UserError(
+            f"scheduler.url: {config.folder} holds reports that this run decided on by itself, which the scheduler lacks; leave "
+            f"scheduler.url out, or start a run of another name"
+        )
+    _take_known(plan, log, known)
 
     def resolve(schedule: ScheduleConfig) -> Plan:
         assert trajectory is not None
@@ -49,85 +103,51 @@ def _join_scheduler(
             return None
         return trajectory.checkpoint(step).digest
 
-    source, grown, found, registered, failure = None, None, [], {}, None
-    known: Sequence[Change] = ()
-    if world.rank == 0:  # the one that reads the record: it writes there too, and no other rank may see some of that
-        facts = {"task": config.task.kind, "model": config.model.kind, "ranks": world.size}
-        settings = config.scheduler
-        name = settings.trajectory if plan is not None else None
-        run = Registration(config.name, config.training.steps, name, settings.group, facts, config.schedule)
-        try:
-            log = ChangeLog(config.folder / changes_module.FILE)
-            known = log.changes
-            _check_known(known, state)
-            grown = _grown(config, plan, known)
-            source = ServiceSource(Api(settings, timeout_seconds=SERVICE_SECONDS), run, log, resolve, weights, ahead=ahead)
-            found = source.start(grown, state["step"], config.folder / "metrics.jsonl")
-            registered = source.registered
-        except UserError as error:
-            failure = str(error)
-    (failure, known, found, registered), *_ = world.gather((failure, known, found, registered))
-    if failure is not None:
-        if source is not None:
-            source.close()
-        raise UserError(failure)
-    if world.rank > 0:
-        grown = _grown(config, plan, [*known, *found])
-    return grown, source, registered
+    settings = config.scheduler
+    facts = {"task": config.task.kind, "model": config.model.kind, "ranks": ranks}
+    name = settings.trajectory if plan is not None else None
+    run = Registration(config.name, config.training.steps, name, settings.group, facts, config.schedule)
+    source = ServiceSource(Api(settings, timeout_seconds=SERVICE_SECONDS), run, log, resolve, weights, ahead=ahead)
+    try:
+        source.start(plan, step, config.folder / "metrics.jsonl")
+    except BaseException:
+        source.close()
+        raise
+    return source, source.registered
 
 
-def _resume_changes(config: Config, plan: Plan | None, world: World, state: dict[str, Any]) -> Plan | None:
-    """The plan with what the scheduler changed before, where scheduler.url is not set any more."""
-    if plan is None:
-        return None
-    known: Sequence[Change] = ()
-    failure, embedded = None, isinstance(plan, AdaptivePlan)
-    if world.rank == 0:
-        try:
-            known = ChangeLog(config.folder / changes_module.FILE).changes
-            if known or not embedded:
-                _check_known(known, state)
-        except UserError as error:
-            failure = str(error)
-    (failure, known), *_ = world.gather((failure, known))
-    if failure is not None:
-        raise UserError(failure)
-    if not known:
-        return plan
-    grown = _grown(config, plan, known)
-    assert grown is not None
-    if "adaptive" in grown.policies(state["step"]):
+def _resume_alone(
+    config: Config, plan: LivePlan, trajectory: Checkpoints | None, log: ChangeLog, step: int, known: int
+) -> ChangeSource | None:
+    """What changes the plan where no service does: an adaptive schedule's own decisions, or nothing any more."""
+    grows = None if config.schedule is None else config.schedule.grows
+    if grows:
+        # Decisions without reports are the service's.
+        own = has_reports(config.folder) and all(isinstance(change, Decision) for change in log.changes)
+        if own or not log.changes:
+            assert trajectory is not None
+            source = open_embedded(config.folder, grows, candidates(grows, trajectory.steps), log)
+            try:
+                _take_known(plan, log, known)
+            except BaseException:
+                source.close()
+                raise
+            return source
+    _take_known(plan, log, known)
+    if plan.grows_after(step):
         raise UserError(
-            f"scheduler.url: the scheduler decides for this run ({changes_module.FILE} in its folder), and nothing else can go "
+            f"scheduler.url: the scheduler decides for this run ({FILE} in its folder), and nothing else can go "
             f"on with that; name the scheduler again, or start a run of another name"
         )
-    return grown
+    return None
 
 
-def _grown(config: Config, plan: Plan | None, changes: Sequence[Change]) -> LivePlan | None:
-    if plan is None:
-        return None
-    assert config.schedule is not None
-    return LivePlan(live.resolved(1, 0, config.schedule, plan), config.training.steps, changes)
-
-
-def _check_known(changes: Sequence[Change], state: dict[str, Any]) -> None:
-    if len(changes) < state["decisions"]:
+def _take_known(plan: LivePlan | None, log: ChangeLog, known: int) -> None:
+    if len(log.changes) < known:
         raise UserError(
-            f"schedule: this run's checkpoint knew {state['decisions']} changes, but {len(changes)} are on record; restore "
-            f"{changes_module.FILE} in the run's folder, or start a run of another name"
+            f"schedule: this run's checkpoint knew {known} changes, but {len(log.changes)} are on record; restore "
+            f"{FILE} in the run's folder, or start a run of another name"
         )
-
-
-def _resume_decisions(config: Config, plan: AdaptivePlan, world: World, known: int) -> ChangeSource | None:
-    """Extend the plan by the decisions on record, `known` to the run's checkpoint; on rank 0 what decides from here on."""
-    assert isinstance(config.schedule, AdaptiveConfig)
-    assert config.teacher is not None
-    check_lead(config.schedule, max(config.training.prefetch, config.teacher.depth))
-    about = subject(config.schedule, plan.candidates)
-    decisions = DecisionLog(config.folder / FILE, about, writes=world.rank == 0)
-    for decision in recorded_decisions(decisions, known):
-        plan.take(decision)
-    if world.rank > 0:
-        return None
-    return EmbeddedSource(config.schedule, EmbeddedDecider(config.schedule, plan.candidates, decisions))
+    if plan is not None:
+        for change in log.changes:
+            plan.take(change)

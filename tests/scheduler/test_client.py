@@ -11,7 +11,7 @@ import pytest
 from megapd.config import AdaptiveConfig, EqualConfig, OneShotConfig, SchedulerConfig
 from megapd.errors import UserError
 from megapd.schedule.changes import ChangeLog
-from megapd.schedule.live import LivePlan, resolved
+from megapd.schedule.plan import LivePlan, resolved
 from megapd.schedule.policies import build_plan
 from megapd.scheduler.client import changes as client
 from megapd.scheduler.client.changes import Registration, ServiceSource

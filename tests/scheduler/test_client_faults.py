@@ -12,7 +12,7 @@ import pytest
 from megapd.config import SchedulerConfig
 from megapd.errors import UserError
 from megapd.schedule.changes import ChangeLog
-from megapd.schedule.live import LivePlan, Version, resolved
+from megapd.schedule.plan import LivePlan, Version, resolved
 from megapd.schedule.policies import build_plan
 from megapd.scheduler.client import changes as client
 from megapd.scheduler.client.changes import Registration, ServiceSource

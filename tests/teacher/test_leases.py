@@ -21,7 +21,7 @@ from megapd.errors import UserError
 from megapd.scheduler.client.endpoints import LeasedEndpoints
 from megapd.scheduler.client.lease import ReplicaLease, advertised
 from megapd.teacher.client.served import ServedStream
-from megapd.teacher.setup import open_endpoints, open_trajectory
+from megapd.teacher.locate import open_endpoints, open_trajectory
 from tests.forked import environment
 from tests.scheduler.services import Process
 from tests.teacher.calls import act
@@ -142,7 +142,7 @@ def lease_of(service, endpoint, group=None, **settings):
 
 
 def told(caplog, text):
-    return sum(text in record.getMessage() for record in caplog.records if record.name == "megapd.scheduler.client.lease")
+    return sum(text in record.getMessage() for record in caplog.records if record.name.startswith("megapd.scheduler.client."))
 
 
 def polling():

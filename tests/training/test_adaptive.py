@@ -1,6 +1,8 @@
 """A student whose schedule decides as it learns: every rotation is on record, and a killed run decides as an undisturbed one."""
 
+import fcntl
 import json
+import shutil
 
 import pytest
 
@@ -27,8 +29,9 @@ def arguments(folder, name, trajectory):
 
 
 def decisions(run):
-    lines = [json.loads(line) for line in (run / "decisions.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == "decision"]
+    changes = json.loads((run / "changes.json").read_text())["changes"]
+    assert {change["kind"] for change in changes} <= {"decision"}
+    return changes
 
 
 def test_rotations_are_those_that_were_decided(trajectory, tmp_path):
@@ -46,6 +49,42 @@ def test_rotations_are_those_that_were_decided(trajectory, tmp_path):
 def test_a_lead_shorter_than_what_is_asked_ahead_is_refused(trajectory, tmp_path, capsys):
     assert main([*arguments(tmp_path, "student", trajectory), "--training.prefetch=5"]) == 2
     assert "schedule.lead" in capsys.readouterr().err
+
+
+def test_a_run_begun_before_reports_and_decisions_had_files_of_their_own(trajectory, tmp_path):
+    """Its decisions.jsonl is read once; it ends as if it had begun today."""
+    given, run = [*arguments(tmp_path, "student", trajectory), "--checkpoint.keep=10"], tmp_path / "student"
+    assert main(given) == 0
+    wanted = runs.metrics(run), decisions(run), (run / "reports.jsonl").read_text()
+    subject, *lines = (run / "reports.jsonl").read_text().splitlines(keepends=True)
+    of_step = {decision["step"]: json.dumps(decision) + "\n" for decision in decisions(run)}
+    before = [subject.replace("megapd-reports", "megapd-decisions")]
+    for line in lines[:12]:  # killed at step 120, beyond the checkpoint of step 100
+        before += [line, of_step.get(json.loads(line)["step"], "")]
+    (run / "decisions.jsonl").write_text("".join(before))
+    for path in (run / "reports.jsonl", run / "changes.json"):
+        path.unlink()
+    for step in range(125, STEPS + 1, 25):
+        shutil.rmtree(run / "checkpoints" / f"step_{step}")
+    assert main(given) == 0
+    assert (runs.metrics(run), decisions(run), (run / "reports.jsonl").read_text()) == wanted
+    assert not (run / "decisions.jsonl").exists()
+
+
+def test_a_run_that_decides_by_itself_cannot_have_the_scheduler_decide(trajectory, tmp_path, capsys):
+    given = arguments(tmp_path, "student", trajectory)
+    assert main(given) == 0
+    assert main([*given, "--scheduler.url=http://127.0.0.1:9"]) == 2
+    assert "leave scheduler.url out" in capsys.readouterr().err
+
+
+def test_a_second_process_of_the_run_is_refused(trajectory, tmp_path, capsys):
+    given = arguments(tmp_path, "student", trajectory)
+    (tmp_path / "student").mkdir()
+    with (tmp_path / "student" / "reports.jsonl").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert main(given) == 2
+    assert "another process is training this run" in capsys.readouterr().err
 
 
 @pytest.mark.full

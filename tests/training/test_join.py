@@ -10,20 +10,20 @@ from dataclasses import dataclass, field
 import pytest
 
 from megapd.cli import main
-from megapd.config import Config
+from megapd.config import Config, SchedulerConfig, load
 from megapd.errors import UserError
 from megapd.schedule.changes import FILE, ChangeLog
-from megapd.schedule.live import Version
-from megapd.schedule.plan import Plan
+from megapd.schedule.plan import Plan, Version
 from megapd.schedule.record import ScheduleRecord
+from megapd.training import Callback, train
 from megapd.training import changes as changes_module
-from megapd.training import loop
+from megapd.training.changes import open_changes
 from megapd.trajectory import Checkpoint
+from megapd.world import World as AllRanks
 from tests.scheduler import services
 from tests.training import runs as training
 
 PINNED = Version(2, 53, "one_shot", ((0, 20),))
-STATE = {"step": 40, "decisions": 0}
 
 
 @dataclass
@@ -39,6 +39,8 @@ class World:
             self.given.append(copy.deepcopy(value))
             return [value, None]
         return [self.given.pop(0), value]
+
+    on_first = AllRanks.on_first
 
 
 @pytest.fixture
@@ -59,32 +61,41 @@ def test_a_rank_that_is_late_does_not_find_what_rank_0_wrote_meanwhile(config, m
         def start(self, plan, step, metrics):
             self.log.append(PINNED)
             plan.take(PINNED)
-            return [PINNED]
 
     monkeypatch.setattr(changes_module, "ServiceSource", Source)
     first = World(0)
     plans = []
     for world in (first, World(1, first.given)):
-        plan, _, registered = changes_module._join_scheduler(config, PLAN, None, world, STATE)
-        plans.append(plan.rotations())
-        assert registered == {10: "abc"}
+        opened = open_changes(config, PLAN, None, world, step=40, known=0)
+        plans.append(opened.plan.rotations())
+        assert opened.registered == {10: "abc"}
+        assert (opened.source is None) == (world.rank > 0)
     assert plans == [[(0, 10), (53, 20)]] * 2
 
 
+def resumed(config, world, *, step=60, known):
+    """The plan of a run that names no scheduler any more."""
+    opened = open_changes(config, PLAN, None, world, step=step, known=known)
+    assert opened.source is None
+    return opened.plan
+
+
 def test_what_the_scheduler_changed_lasts_without_its_url(config):
-    assert changes_module._resume_changes(config, PLAN, World(0), STATE) is PLAN
+    config = config.model_copy(update={"scheduler": SchedulerConfig()})
+    plan = resumed(config, World(0), step=40, known=0)
+    assert (plan.rotations(), plan.known) == (PLAN.rotations(), 0)
     with pytest.raises(UserError, match=r"knew 1 changes, but 0 are on record; restore changes\.json"):
-        changes_module._resume_changes(config, PLAN, World(0), {"step": 60, "decisions": 1})
+        resumed(config, World(0), known=1)
     log = ChangeLog(config.folder / FILE)
     log.append(PINNED)
     first = World(0)
     for world in (first, World(1, first.given)):
-        plan = changes_module._resume_changes(config, PLAN, world, {"step": 60, "decisions": 1})
+        plan = resumed(config, world, known=1)
         assert plan.rotations() == [(0, 10), (53, 20)]
         assert plan.known == 1
     log.append(Version(3, 80, "adaptive", ((0, 20),)))
     with pytest.raises(UserError, match=r"scheduler\.url: the scheduler decides for this run"):
-        changes_module._resume_changes(config, PLAN, World(0), {"step": 60, "decisions": 2})
+        resumed(config, World(0), known=2)
 
 
 def test_a_teacher_is_held_to_the_registered_one_when_it_begins(tmp_path):
@@ -98,25 +109,22 @@ def test_a_killed_run_goes_on_without_the_service_that_changed_it(tmp_path, monk
     trajectory = training.teacher(tmp_path, steps=30, every=5)
     given = training.student(tmp_path, "student", trajectory, "--telemetry.every=1", "--checkpoint.every=4")
     monkeypatch.setattr("megapd.scheduler.client.changes.POLL_SECONDS", 0.01)
-    tell = loop.tell
     with contextlib.closing(services.Process(f"sqlite:///{tmp_path}/s.db")) as service, service.http() as http:
 
-        def told(run, kind, step, values):
-            tell(run, kind, step, values)
-            if step == 8:
-                body = {"expected": 1, "effective": None, "document": {"policy": "one_shot", "checkpoint": 30}}
-                training.until(lambda: http.put("/v1/runs/student/schedule", json=body).status_code == 201)
-            if run.plan.known:
-                training.until(lambda: http.get("/v1/runs/student/schedule").json()["applied"] is not None)
-            if step >= 16 and run.plan.known:
-                raise KeyboardInterrupt
-            time.sleep(0.05)
+        class Changed(Callback):
+            def after_step(self, run, result):
+                if result.step == 8:
+                    body = {"expected": 1, "effective": None, "document": {"policy": "one_shot", "checkpoint": 30}}
+                    training.until(lambda: http.put("/v1/runs/student/schedule", json=body).status_code == 201)
+                if run.teaching.plan.known:
+                    training.until(lambda: http.get("/v1/runs/student/schedule").json()["applied"] is not None)
+                if result.step >= 16 and run.teaching.plan.known:
+                    raise KeyboardInterrupt
+                time.sleep(0.05)
 
-        monkeypatch.setattr(loop, "tell", told)
         with pytest.raises(KeyboardInterrupt):
-            main([*given, f"--scheduler.url={service.url}"])
+            train(load(None, [*given[1:], f"--scheduler.url={service.url}"]), [Changed()])
         applied = http.get("/v1/runs/student/schedule").json()["applied"]
-    monkeypatch.setattr(loop, "tell", tell)
     assert main(given) == 0
     rotations = [
         (line["step"], line["teacher_step"]) for line in training.metrics(tmp_path / "student") if line["kind"] == "rotation"

@@ -13,9 +13,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy import Connection, func, select
 
-from megapd.config import AdaptiveConfig
 from megapd.errors import UserError
-from megapd.schedule.live import in_force, pieces
+from megapd.schedule.plan import in_force, pieces
 from megapd.schedule.policies import candidates
 from megapd.scheduler import api
 from megapd.scheduler.routes import READ, Serving
@@ -87,9 +86,9 @@ def timeline(connection: Connection, run: str) -> dict[str, Any]:
         segments += [{"start": a, "end": b, "checkpoint": teacher, **shown} for a, b, teacher in parts]
     if segments and segments[-1]["policy"] == "adaptive":
         schedule = runs.parse_schedule(runs.find_schedule(connection, run, segments[-1]["version"])["document"])
-        assert isinstance(schedule, AdaptiveConfig)
+        assert schedule.grows is not None
         steps = catalogue.steps_of(connection, found["trajectory"])
-        told["expected"] = [step for step in candidates(schedule, steps) if step > segments[-1]["checkpoint"]]
+        told["expected"] = [step for step in candidates(schedule.grows, steps) if step > segments[-1]["checkpoint"]]
     now = bisect_right([segment["start"] for segment in segments], max(found["step"], 0))
     kept = segments[max(now - SEGMENTS, 0) : now + SEGMENTS]
     return {**told, "segments": kept, "omitted": len(segments) - len(kept) + forgotten}

@@ -17,7 +17,7 @@ from typing import Any, TypedDict
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Connection, bindparam, func, insert, select, update
 
-from megapd.config import AdaptiveConfig, FollowConfig, ScheduleConfig
+from megapd.config import ScheduleConfig
 from megapd.errors import UserError
 from megapd.schedule.adaptive import decide
 from megapd.schedule.plan import Decision, Plan, Report
@@ -157,8 +157,7 @@ def parse_schedule(document: Any) -> ScheduleConfig:
         return _SCHEDULE.validate_python(document)
     except ValidationError as error:
         first = error.errors()[0]
-        parts = ["policy"] if first["type"].startswith("union_tag") else map(str, first["loc"][1:])
-        where = ".".join(["schedule", *parts])
+        where = ".".join(["schedule", *map(str, first["loc"])])
         raise Refused(f"{where}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
@@ -227,16 +226,16 @@ def resolve(connection: Connection, run: dict[str, Any], schedule: ScheduleConfi
 
 def _check_schedule(connection: Connection, run: dict[str, Any], schedule: ScheduleConfig, effective: int, accept: bool) -> None:
     if run["trajectory"] is None:
-        if isinstance(schedule, AdaptiveConfig) and not schedule.teachers:
+        if schedule.grows is not None and not schedule.grows.teachers:
             raise Refused("schedule.checkpoints: no trajectory is registered to choose them from; name them in schedule.teachers")
         return  # the run resolves it over the folder that it has itself
     plan = resolve(connection, run, schedule)
     if accept:
         return
-    last = 0 if isinstance(schedule, FollowConfig) else effective
+    last = effective if schedule.waits is None else 0
     taught = {plan.checkpoint_at(last), *(teacher for start, teacher in plan.rotations() if start >= last)}
-    if isinstance(schedule, AdaptiveConfig):
-        taught = set(candidates(schedule, tuple(catalogue.steps_of(connection, run["trajectory"]))))
+    if schedule.grows is not None:
+        taught = set(candidates(schedule.grows, tuple(catalogue.steps_of(connection, run["trajectory"]))))
     catalogue.refuse_flagged(connection, run["trajectory"], taught, "schedule")
 
 
@@ -329,8 +328,8 @@ def add_report(
 
 def _decide(connection: Connection, run: dict[str, Any], step: int, now: int) -> Stored | None:
     versions = [v for v in list_schedules(connection, run["name"]) if begins(v) <= step]
-    settings = parse_schedule(versions[-1]["document"]) if versions else None
-    if not isinstance(settings, AdaptiveConfig):
+    settings = parse_schedule(versions[-1]["document"]).grows if versions else None
+    if settings is None:
         return None
     available = catalogue.steps_of(connection, run["trajectory"]) if run["trajectory"] else list(settings.teachers)
     last = list_decisions(connection, run["name"], run["decisions"] - 2, 1)

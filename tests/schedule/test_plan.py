@@ -1,17 +1,11 @@
 """Schedules that change while a run goes on, as a function of the changes on record."""
 
-import dataclasses
-import json
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapd.config import AdaptiveConfig, EqualConfig, FollowConfig, OneShotConfig
-from megapd.errors import UserError
-from megapd.schedule.changes import ChangeLog
-from megapd.schedule.live import LivePlan, Version, in_force, resolved
-from megapd.schedule.plan import Decision
+from megapd.config import AdaptiveConfig, EqualConfig, FollowConfig
+from megapd.schedule.plan import Decision, LivePlan, Version, in_force, resolved
 from megapd.schedule.policies import build_plan
 
 THERE = tuple(range(10, 110, 10))
@@ -76,6 +70,22 @@ def test_what_was_asked_for_cannot_change():
         plan.take(decision(1, 40, 60))
 
 
+def test_decisions_lead_far_enough_and_follow_each_other():
+    plan = LivePlan(version(1, 0, (0, 100), policy="adaptive"), STEPS)
+    assert plan.checkpoint_at(24) == 100
+    with pytest.raises(RuntimeError, match=r"begins at student step 24, but step 24 has been asked for; raise schedule\.lead"):
+        plan.take(decision(0, 24, 200))
+    plan.take(decision(0, 25, 200))
+    assert (plan.checkpoint_at(24), plan.checkpoint_at(25)) == (100, 200)
+    with pytest.raises(RuntimeError, match="decision 2 came after 1 others"):
+        plan.take(decision(2, 50, 200))
+    plan.take(decision(1, 50, 300))
+    with pytest.raises(RuntimeError, match="decision 2 begins at student step 50, not after the one before it, at 50"):
+        plan.take(decision(2, 50, 100))
+    with pytest.raises(AssertionError, match="of a plan for 100 steps"):
+        plan.checkpoint_at(100)
+
+
 @st.composite
 def histories(draw):
     changes, sequence, begun = [], 0, 0
@@ -113,6 +123,25 @@ def test_a_plan_is_what_its_changes_say_for_each_step(changes):
         assert plan.checkpoint_at(step) == wanted[step]
 
 
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(1, 9), st.sampled_from((100, 200, 300))), max_size=6), st.integers(1, 40))
+def test_an_adaptive_plan_is_a_function_of_its_decisions(parts, steps):
+    made, start = [], 0
+    for number, (length, checkpoint) in enumerate(parts):
+        start += length
+        made.append(decision(number, start, checkpoint))
+    plan = LivePlan(version(1, 0, (0, 100), policy="adaptive"), steps, made)
+    wanted = [next((d.checkpoint for d in reversed(made) if d.effective <= s), 100) for s in range(steps)]
+    changes = [(0, 100)] + [(s, wanted[s]) for s in range(1, steps) if wanted[s] != wanted[s - 1]]
+    assert plan.rotations() == changes
+    assert list(zip(plan.starts, plan.teachers, strict=True)) == changes
+    assert plan.fixed() == [(0, 100)]
+    assert plan.known == len(made)
+    for step in range(steps):
+        assert plan.next_after(step) == next((c for c in changes if c[0] > step), None)
+        assert plan.checkpoint_at(step) == wanted[step]
+
+
 def test_in_force():
     assert list(in_force([0, 50, 20], 100)) == [(0, 0, 20), (2, 20, 100)]
     assert list(in_force([0, 120], 100)) == [(0, 0, 100)]
@@ -126,24 +155,3 @@ def test_schedules_are_resolved_as_they_were_taken_up():
     assert resolved(1, 0, follow, build_plan(follow, available=(), steps=STEPS)).timeout == 5.0
     adaptive = AdaptiveConfig(teachers=(20, 40), max_dwell=30)
     assert resolved(1, 0, adaptive, build_plan(adaptive, available=THERE, steps=STEPS)).rotations == ((0, 20),)
-
-
-def test_changes_are_on_record_as_they_were(tmp_path):
-    path = tmp_path / "run" / "changes.json"
-    one_shot = OneShotConfig(checkpoint=50)
-    changes = [
-        resolved(2, 30, one_shot, build_plan(one_shot, available=THERE, steps=STEPS)),
-        decision(0, 40, 20),
-        dataclasses.replace(FIRST, version=3, start=60, timeout=9.5),
-    ]
-    record = ChangeLog(path)
-    assert record.changes == ()
-    for change in changes:
-        record.append(change)
-    assert ChangeLog(path).changes == tuple(changes)
-    path.write_text(path.read_text().replace("megapd-changes/1", "megapd-changes/9"))
-    with pytest.raises(UserError, match="damaged"):
-        ChangeLog(path)
-    path.write_text(json.dumps({"format": "megapd-changes/1", "changes": [{"kind": "other"}]}))
-    with pytest.raises(UserError, match="kind 'other'"):
-        ChangeLog(path)

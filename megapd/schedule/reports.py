@@ -1,0 +1,194 @@
+"""What a run's own decisions rest on: reports.jsonl in its folder, a line a report, locked while the run lives."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megapd.config import AdaptiveConfig
+from megapd.errors import UserError
+from megapd.files import fsync_folder
+from megapd.schedule.plan import Decision, Report
+
+log = logging.getLogger(__name__)
+
+FORMAT = "megapd-reports/1"
+FILE = "reports.jsonl"  # in the run's folder
+FORMER_FORMAT = "megapd-decisions/1"
+FORMER_FILE = "decisions.jsonl"  # where runs kept reports and decisions together
+
+
+class ReportLog:
+    """An append-only JSONL file: the first line says what the decisions are about, the others are {"kind": "report", ...}.
+
+    A report reaches the disk with `sync`. Lines at the end that are damaged, as a crash leaves them, were never acknowledged and
+    are dropped.
+    """
+
+    def __init__(self, path: Path, subject: Mapping[str, Any]) -> None:
+        """subject: what the decisions depend on (candidates, settings), JSON.
+
+        Raises UserError if the file is damaged, another process writes it, or it is about another subject.
+        """
+        self._path, self._subject = path, subject
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = _open_locked(path)
+        try:
+            found = _read(path, FORMAT, subject)
+            self._reports, self._size = found.reports, found.whole
+            os.ftruncate(self._file, self._size)
+            if self._size == 0:
+                self._write({"kind": "subject", "format": FORMAT, **subject})
+            self.sync()
+            fsync_folder(path.parent)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def reports(self) -> Sequence[Report]:
+        return tuple(self._reports)
+
+    def append(self, report: Report) -> bool:
+        """False, and nothing changes, if the record holds one of that step or a later one."""
+        if self._reports and report.step <= self._reports[-1].step:
+            return False
+        self._write({"kind": "report", **asdict(report)})
+        self._reports.append(report)
+        return True
+
+    def sync(self) -> None:
+        """Returns once every report is durable."""
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)  # and with it the lock
+            self._file = -1
+
+    def take_former(self, keep: Callable[[Sequence[Decision]], None]) -> None:
+        """Replace what is here by the reports of the run's decisions.jsonl, if it has one; `keep` puts its decisions on the disk.
+
+        Then the file goes. A crash before that leaves it, to be taken again.
+        """
+        former = self._path.with_name(FORMER_FILE)
+        if not former.exists():
+            return
+        lock = _open_locked(former)
+        try:
+            found = _read(former, FORMER_FORMAT, self._subject)
+            os.ftruncate(self._file, 0)
+            self._reports, self._size = [], 0
+            self._write({"kind": "subject", "format": FORMAT, **self._subject})
+            for report in found.reports:
+                self.append(report)
+            self.sync()
+            keep(found.decisions)
+            former.unlink()
+            fsync_folder(former.parent)
+        finally:
+            os.close(lock)
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        try:
+            if os.write(self._file, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+        except OSError:
+            os.ftruncate(self._file, self._size)  # what came of the line would spoil the next
+            raise
+        self._size += len(line)
+
+
+def subject(settings: AdaptiveConfig, candidates: Sequence[int]) -> dict[str, Any]:
+    """What ReportLog holds a resumed run to."""
+    return {"candidates": list(candidates), "settings": settings.model_dump(mode="json")}
+
+
+def has_reports(folder: Path) -> bool:
+    """Whether a run's folder has reports on record: its own process decides then, and nobody else."""
+    files = (folder / FILE, folder / FORMER_FILE)
+    return any(path.read_bytes().count(b"\n") > 1 for path in files if path.exists())
+
+
+def _open_locked(path: Path) -> int:
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(file)
+        raise UserError(f"{path}: another process is training this run; stop it, or choose another name") from error
+    return file
+
+
+# ---------------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass
+class _Found:
+    """What a file holds; whole: the bytes of its whole lines."""
+
+    reports: list[Report] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+    whole: int = 0
+
+
+def _read(path: Path, form: str, subject: Mapping[str, Any]) -> _Found:
+    """UserError if a damaged line is followed by others, or the file is about another subject."""
+    content = path.read_bytes()
+    found = _Found()
+    *lines, _ = content.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            kind = record.pop("kind")
+            if (number == 1) != (kind == "subject"):
+                raise ValueError(f"a {kind} in its place")
+            if kind == "subject":
+                _check_subject(path, form, record, json.loads(json.dumps(subject)))
+            elif kind == "report":
+                found.reports.append(Report(**record))
+            elif kind == "decision" and form == FORMER_FORMAT:
+                found.decisions.append(Decision(**record))
+            else:
+                raise ValueError(f"kind {kind!r}")
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if any(map(_is_json, lines[number:])):
+                raise UserError(
+                    f"{path}: line {number} is damaged ({error}) and others follow; restore it from a copy, or start "
+                    f"a run of another name"
+                ) from error
+            break
+        found.whole += len(line) + 1
+    if found.whole < len(content):
+        log.warning("%s: dropping %d bytes at its end that were not written whole", path, len(content) - found.whole)
+    return found
+
+
+def _check_subject(path: Path, form: str, record: dict[str, Any], now: Mapping[str, Any]) -> None:
+    given = record.pop("format")
+    if given != form:
+        raise UserError(f"{path}: its format is {given!r}, this megapd reads {form!r}; rename the run")
+    for key in sorted(record.keys() | now.keys()):
+        if record.get(key) != now.get(key):
+            raise UserError(
+                f"schedule: {key} was {record.get(key)} when this run's decisions began ({path}) and is "
+                f"{now.get(key)} now; restore the trajectory or the setting, or start a run of another name"
+            )
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
