@@ -21,6 +21,7 @@ from megapd.scheduler.service import is_loopback
 from megapd.scheduler.store import ROLES, Store
 from megapd.scheduler.store import trajectories as catalogue
 from tests.scheduler import services
+from tests.scheduler.services import serving
 from tests.teacher.certificates import make_authority
 
 WEIGHTS = "a" * 64
@@ -30,33 +31,6 @@ WEIGHTS = "a" * 64
 def client(tmp_path):
     with services.client(tmp_path) as found:
         yield found
-
-
-@contextlib.contextmanager
-def serving(settings: SchedulerConfig):
-    """`serve` on a thread, on a port of its own."""
-    ports: list[int] = []
-    ready, stop = threading.Event(), threading.Event()
-    errors: list[BaseException] = []
-
-    def run():
-        try:
-            serve(settings, stop, ready=lambda port: (ports.append(port), ready.set()))
-        except BaseException as error:
-            errors.append(error)
-            ready.set()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        assert ready.wait(30)
-        if errors:
-            raise errors[0]
-        yield ports[0]
-    finally:
-        stop.set()
-        thread.join(30)
-        assert not thread.is_alive()
 
 
 def fill(client) -> None:
@@ -303,11 +277,11 @@ def read_events(response: httpx.Response, count: int) -> list[dict]:
 
 def test_events_arrive_as_they_happen_and_go_on_where_they_stopped(tmp_path):
     settings = SchedulerConfig(database=f"sqlite:///{tmp_path}/s.db", port=0, streams=2)
-    with serving(settings) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20.0) as client:
+    with serving(settings) as served, served.http() as client:
         client.put("/v1/runs/a", json={"steps": 1})
         with client.stream("GET", "/v1/stream", params={"after": 0}) as response:
             assert response.headers["content-type"].startswith("text/event-stream")
-            threading.Timer(0.3, lambda: httpx.put(f"http://127.0.0.1:{port}/v1/runs/b", json={"steps": 1})).start()
+            threading.Timer(0.3, lambda: httpx.put(f"{served.url}/v1/runs/b", json={"steps": 1})).start()
             first = read_events(response, 2)
         assert [(e["event"], json.loads(e["data"])["run"]) for e in first] == [("run", "a"), ("run", "b")]
         client.put("/v1/runs/c", json={"steps": 1})
@@ -330,17 +304,17 @@ def test_events_arrive_as_they_happen_and_go_on_where_they_stopped(tmp_path):
 
 def test_events_that_another_process_wrote_arrive(tmp_path):
     settings = SchedulerConfig(database=f"sqlite:///{tmp_path}/s.db", port=0)
-    with serving(settings) as port, contextlib.closing(Store(settings.database)) as store:
+    with serving(settings) as served, contextlib.closing(Store(settings.database)) as store:
         threading.Timer(0.5, lambda: store.write(lambda c: catalogue.add_trajectory(c, "t", "/t", ""))).start()
-        with httpx.stream("GET", f"http://127.0.0.1:{port}/v1/stream", params={"after": 0}, timeout=20.0) as response:
+        with httpx.stream("GET", f"{served.url}/v1/stream", params={"after": 0}, timeout=20.0) as response:
             assert read_events(response, 1)[0]["event"] == "trajectory"
 
 
 def test_an_open_stream_does_not_keep_the_service_from_ending(tmp_path):
     settings = SchedulerConfig(database=f"sqlite:///{tmp_path}/s.db", port=0)
     with contextlib.ExitStack() as stack:
-        with serving(settings) as port:
-            response = stack.enter_context(httpx.stream("GET", f"http://127.0.0.1:{port}/v1/stream", timeout=20.0))
+        with serving(settings) as served:
+            response = stack.enter_context(httpx.stream("GET", f"{served.url}/v1/stream", timeout=20.0))
             assert response.status_code == 200
             begun = time.monotonic()
         assert time.monotonic() - begun < 4.0
@@ -366,15 +340,15 @@ def test_tls(tmp_path):
         given = services.token(store, "read")
     pair = authority.server
     settings = SchedulerConfig(database=database, host="0.0.0.0", port=0, certificate=pair.certificate, key=pair.key)
-    with serving(settings) as port:
-        url = f"https://127.0.0.1:{port}/v1/runs"
+    with serving(settings) as served:
+        url = f"{served.url}/v1/runs"
         trust = ssl.create_default_context(cafile=str(authority.root))
         assert httpx.get(url, verify=trust, headers=given).status_code == 200
         assert httpx.get(url, verify=trust).status_code == 401
         with pytest.raises(httpx.TransportError):
             httpx.get(url, headers=given)
         with pytest.raises(httpx.TransportError):
-            httpx.get(f"http://127.0.0.1:{port}/v1/runs", headers=given)
+            httpx.get(url.replace("https:", "http:"), headers=given)
 
 
 def test_mistakes_of_the_settings_are_told(tmp_path):
