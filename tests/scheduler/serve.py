@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from megapd.commands.scheduler import until_signalled
 from megapd.config import SchedulerConfig
+from megapd.interrupts import until_signalled
 from megapd.scheduler.server import serve
 
 if __name__ == "__main__":
