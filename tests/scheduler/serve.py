@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 import megapd.commands.schedule  # noqa: F401 - this verb and the service start without what only data planes need
-from megapd.commands.scheduler import until_signalled
 from megapd.config import SchedulerConfig
+from megapd.interrupts import until_signalled
 from megapd.scheduler.server import serve
 
 if __name__ == "__main__":

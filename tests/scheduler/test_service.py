@@ -16,8 +16,8 @@ import pytest
 
 from megapd.config import SchedulerConfig
 from megapd.errors import UserError
+from megapd.network import is_loopback
 from megapd.scheduler.server import serve
-from megapd.scheduler.service import is_loopback
 from megapd.scheduler.store import ROLES, Store
 from megapd.scheduler.store import trajectories as catalogue
 from tests.scheduler import services
