@@ -20,8 +20,7 @@ from rich.markup import escape
 
 from megapd import __version__
 from megapd.config import Config, FollowConfig, dump, load, parse_overrides
-from megapd.errors import Diverged, TeacherLost, UserError
-from megapd.signals.signal import SignalMismatch
+from megapd.errors import Diverged, SignalMismatch, TeacherLost, UserError
 from megapd.trajectory import CheckpointTimeout
 
 

@@ -15,3 +15,11 @@ class Diverged(RuntimeError):
 
 class TeacherLost(RuntimeError):
     """The signal of a step did not come in time, or every replica refuses to give it."""
+
+
+class SignalMismatch(RuntimeError):
+    """A signal of another teacher, or for other tokens, than the step asks for."""
+
+
+class SignalDamaged(RuntimeError):
+    """A record whose bytes are not those that were written."""

@@ -12,7 +12,7 @@ from megapd.config import Config
 from megapd.errors import UserError
 from megapd.files import write_atomic
 from megapd.models import copy_weights
-from megapd.signals.spec import DTYPES
+from megapd.signals import DTYPES
 from megapd.tasks import build_task
 from megapd.tiling import tile
 from megapd.training.checkpoint import CheckpointStore

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from megapd.config import Config, FollowConfig
 from megapd.models import Shape, checkpoint_shape
+from megapd.registry import signal_kinds
 from megapd.schedule.plan import Plan
-from megapd.signals import SIGNAL_KINDS, Encoding, SignalSpec, negotiate
+from megapd.signals import Encoding, SignalSpec, definition_of, negotiate
 from megapd.tasks import Task
 from megapd.teacher.cache import CachedStream, SignalCache
 from megapd.teacher.engine import Demands, Teacher, TeacherOptions
@@ -73,7 +74,7 @@ def signal_spec(config: Config, task: Task, plan: Plan, checkpoint: Checkpoint) 
         positions = config.training.global_batch * task.labelled_per_sample * plan.steps / len(plan.fixed())
         kind = negotiate(shape.classes, shape.width, config.loss.teacher_temperature, config.loss.divergence, positions)
     precision: Encoding = teacher.precision or config.training.precision
-    definition = SIGNAL_KINDS[kind]
+    definition = definition_of(kind)
     encoding = precision if teacher.encoding == "auto" or teacher.encoding not in definition.encodings else teacher.encoding
     temperature = config.loss.teacher_temperature
     return definition.spec(kind, encoding, classes=shape.classes, k=teacher.k, temperature=temperature, seed=config.seed)
@@ -87,8 +88,9 @@ def describe_signal(task: Task, spec: SignalSpec, shape: Shape) -> str:
         size = asked.bytes_per_position(shape.classes, shape.width)
         return f"{size:,.0f} bytes a labelled position, {size * share:,.4g} a token"
 
-    lossless = [name for name, kind in SIGNAL_KINDS.items() if kind.lossless and spec.encoding in kind.encodings]
-    others = [SignalSpec(name, spec.encoding) for name in lossless if name != spec.kind]
+    kinds = {name: definition_of(name) for name in signal_kinds.names() if name != spec.kind}
+    lossless = [name for name, kind in kinds.items() if kind.lossless and spec.encoding in kind.encodings]
+    others = [SignalSpec(name, spec.encoding) for name in lossless]
     against = "".join(f"; {other.kind} would be {cost(other)}" for other in others)
     head = shape.classes * shape.width * 4 if spec.definition.with_head else 0
     once = f", and a head of up to {head:,} bytes a rotation" if head else ""

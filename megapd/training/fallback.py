@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from megapd.batch import Batch
 from megapd.errors import TeacherLost
-from megapd.signals.signal import Signal
+from megapd.signals import Signal
 from megapd.training.run import Run
 
 log = logging.getLogger(__name__)

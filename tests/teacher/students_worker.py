@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megapd.batch import Batch
 from megapd.config import load
-from megapd.signals.signal import Signal
+from megapd.signals import Signal
 from megapd.teacher.setup import open_trajectory
 from megapd.training.loop import train
 from megapd.training.run import Run, start

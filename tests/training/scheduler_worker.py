@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from megapd.batch import Batch
 from megapd.cli import main
-from megapd.signals.signal import Signal
+from megapd.signals import Signal
 from megapd.training import loop
 from megapd.training.fallback import Taken, take_signals
 from megapd.training.run import Run

@@ -17,8 +17,7 @@ import pyarrow as pa
 import pyarrow.flight as flight
 
 from megapd.config import TeacherConfig
-from megapd.errors import TeacherLost
-from megapd.signals.signal import SignalDamaged, SignalMismatch
+from megapd.errors import SignalDamaged, SignalMismatch, TeacherLost
 from megapd.teacher.client.probe import Reach, client_context, reach
 from megapd.teacher.wire.calls import parse_json
 from megapd.teacher.wire.messages import MESSAGE_BYTES

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.flight as flight
 
 from megapd.errors import UserError
-from megapd.signals.arrow import encode
+from megapd.signals import encode
 from megapd.teacher.server.dispatch import Answer, Dispatcher, Job, Replica
 from megapd.teacher.server.metrics import Metrics
 from megapd.teacher.wire.calls import encode_catalogue, parse_head_question, parse_json, parse_teacher
