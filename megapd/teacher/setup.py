@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megapd.config import Config, FollowConfig
+from megapd.config import Config, FollowConfig, TeacherConfig
 from megapd.models import Shape, checkpoint_shape
 from megapd.registry import signal_kinds
 from megapd.schedule.plan import Plan
@@ -60,9 +60,8 @@ def teacher_options(config: Config, *, served: bool = False) -> TeacherOptions:
     )
 
 
-def demands(config: Config, task: Task) -> Demands:
-    assert config.teacher is not None
-    return Demands(task.vocabulary_digest, config.teacher.same_vocabulary, task.length)
+def demands(teacher: TeacherConfig, task: Task) -> Demands:
+    return Demands(task.vocabulary_digest, teacher.same_vocabulary, task.length)
 
 
 def signal_spec(config: Config, task: Task, plan: Plan, checkpoint: Checkpoint) -> SignalSpec:
@@ -108,7 +107,7 @@ def open_stream(config: Config, task: Task, trajectory: Checkpoints, plan: Plan,
             return source
         try:
             classes = checkpoint_shape(source.teacher(step)).classes
-            agree, cache = rank_agreement(config, world), SignalCache(teacher.cache)
+            agree, cache = rank_agreement(teacher, world), SignalCache(teacher.cache)
             return CachedStream(cache, plan, source.spec, trajectory, source, record=True, classes=classes, agree=agree)
         except BaseException:
             source.close()
@@ -123,7 +122,7 @@ def open_source(config: Config, task: Task, trajectory: Checkpoints, plan: Plan,
     assert config.teacher is not None
     teacher = config.teacher
     if teacher.carrier == "colocated":
-        own = Teacher(trajectory, world, teacher_options(config), demands(config, task))
+        own = Teacher(trajectory, world, teacher_options(config), demands(teacher, task))
         try:
             checkpoint = own.rotate(plan.checkpoint_at(step))
             return ColocatedStream(own, plan, signal_spec(config, task, plan, checkpoint))
@@ -149,13 +148,13 @@ def _checked(config: Config, task: Task, trajectory: Checkpoints, plan: Plan, st
     """The checkpoint that teaches `step`, as soon as it is written; UserError if it cannot teach the task."""
     wanted, wait = plan.checkpoint_at(step), teacher_options(config).wait_seconds
     checkpoint = trajectory.checkpoint(wanted) if wait is None else trajectory.wait_for(wanted, wait)
-    demands(config, task).check(checkpoint)
+    assert config.teacher is not None
+    demands(config.teacher, task).check(checkpoint)
     return checkpoint
 
 
-def rank_agreement(config: Config, world: World) -> Callable[[list[bool]], list[bool]] | None:
+def rank_agreement(teacher: TeacherConfig, world: World) -> Callable[[list[bool]], list[bool]] | None:
     """For CachedStream: which of a step's flags are set on any rank, where ranks answer each other's batches."""
-    assert config.teacher is not None
-    if config.teacher.carrier != "colocated" or config.teacher.sharding == "whole":
+    if teacher.carrier != "colocated" or teacher.sharding == "whole":
         return None
     return lambda flags: [count > 0 for count in world.sum(*map(int, flags))]
