@@ -131,7 +131,7 @@ def order(config: Config, added: Sequence[Callback]) -> list[Callback]:
     names = Counter(callback.name for callback in added)
     twice = [name for name, count in names.items() if count > 1]
     if twice:
-        raise UserError(f"training.callbacks: two are called {twice[0]!r}; a callback's name is the key of its state")
+        raise UserError(f"training.callbacks: two are called {twice[0]!r}; give one another name, the key of its state")
     return [
         Meter(config.telemetry),
         *added,

@@ -11,7 +11,7 @@ import torch
 
 from megapd.config import TelemetryConfig
 from megapd.training.run import Callback, Run, StepResult, due
-from megapd.training.trackers import METRICS, MetricsFile, Tracker, recorded
+from megapd.training.trackers import METRICS, MetricsFile, Tracker, numbers, recorded
 from megapd.trajectory import Checkpoint
 
 # Dense bf16 peaks in TFLOP/s, from the vendors' data sheets.
@@ -95,7 +95,7 @@ class Telemetry(Callback):
         self._opened.close()
 
     def _write(self, run: Run, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        run.latest |= {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
+        run.latest |= numbers(kind, values)
         for tracker in self._trackers:
             tracker.write(kind, step, values)
 

@@ -132,12 +132,16 @@ class Wandb(Tracker):
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if self._page is not None:
-            numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
-            self._page.log({**numbers, "step": step})
+            self._page.log({**numbers(kind, values), "step": step})
 
     def close(self) -> None:
         if self._page is not None:
             self._page.finish()
+
+
+def numbers(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """What is a number in a line of metrics, as kind/name."""
+    return {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
 
 
 def recorded(path: Path, step: int) -> list[dict[str, Any]]:
