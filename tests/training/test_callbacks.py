@@ -3,13 +3,13 @@
 import json
 
 import pytest
-import torch
 
 import megapd
 from megapd.cli import main
 from megapd.errors import UserError
 from megapd.registry import callbacks
 from tests.training import runs
+from tests.training.noise import Noise
 
 
 @pytest.fixture(scope="module")
@@ -92,30 +92,6 @@ def test_metrics_are_there_where_one_asks(tmp_path):
         told = {key: value for key, value in witness.metrics[step].items() if key not in runs.TIMINGS}
         assert line == {"kind": "train", "step": step, **told}
     assert "seconds" not in witness.metrics[3]
-
-
-class Noise(megapd.Callback):
-    """Moves the weights by random numbers of its own before each step, and stops the run once; its numbers are on record."""
-
-    def __init__(self, stop_at=None):
-        self._generator, self._stop_at = torch.Generator().manual_seed(5), stop_at
-
-    def before_step(self, run, step):
-        with torch.no_grad():
-            for parameter in run.engine.learner.parameters():
-                parameter.add_(0.01 * torch.randn(parameter.shape, generator=self._generator))
-
-    def after_step(self, run, result):
-        if result.metrics is not None:
-            result.metrics["noise"] = self._generator.get_state().sum().item()
-        if result.step == self._stop_at:
-            run.stop.request("a callback")
-
-    def state_dict(self):
-        return {"generator": self._generator.get_state()}
-
-    def load_state_dict(self, state):
-        self._generator.set_state(state["generator"])
 
 
 def test_its_state_is_resumed_bitwise(tmp_path, caplog):
