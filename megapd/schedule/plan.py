@@ -139,10 +139,14 @@ class Version:
 Change = Version | Decision
 
 
+def timeout_of(schedule: ScheduleConfig) -> float | None:
+    """Seconds to wait for a checkpoint that is still to be written; None: the schedule waits for none."""
+    return schedule.timeout_seconds if isinstance(schedule, FollowConfig) else None
+
+
 def resolved(version: int, start: int, schedule: ScheduleConfig, plan: Plan) -> Version:
     """plan: what the schedule resolved to."""
-    timeout = schedule.timeout_seconds if isinstance(schedule, FollowConfig) else None
-    return Version(version, start, schedule.policy, tuple(plan.fixed()), timeout)
+    return Version(version, start, schedule.policy, tuple(plan.fixed()), timeout_of(schedule))
 
 
 def in_force(begins: Sequence[int], steps: int) -> Iterator[tuple[int, int, int]]:

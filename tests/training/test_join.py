@@ -55,12 +55,12 @@ PLAN = Plan("one_shot", 100, (0,), (10,))
 
 def test_a_rank_that_is_late_does_not_find_what_rank_0_wrote_meanwhile(config, monkeypatch):
     class Source:
-        def __init__(self, api, run, log, *rest, ahead) -> None:
-            self.log, self.registered = log, {10: "abc"}
+        def __init__(self, api, run, plan, log, *rest, ahead) -> None:
+            self.plan, self.log, self.registered = plan, log, {10: "abc"}
 
-        def start(self, plan, step, metrics):
+        def start(self, step, metrics):
             self.log.append(PINNED)
-            plan.take(PINNED)
+            self.plan.take(PINNED)
 
     monkeypatch.setattr(changes_module, "ServiceSource", Source)
     first = World(0)
