@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from megapd import __version__
-from megapd.config import Config, FollowConfig, dump, load, parse_overrides
+from megapd.config import Config, FollowConfig, load, parse_overrides
 from megapd.errors import Diverged, TeacherLost, UserError
 from megapd.signals.signal import SignalMismatch
 from megapd.trajectory import CheckpointTimeout
@@ -56,17 +56,9 @@ def train(arguments: argparse.Namespace) -> int:
 
         Console(soft_wrap=True).print(escape(dry_run(config)), highlight=False)
         return 0
-    from megapd.training.loop import train as loop
-    from megapd.training.run import start
+    from megapd.commands.train import train_command
 
-    run = start(config)
-    if run.writes:
-        _announce(config, run.start)
-    try:
-        loop(run)
-    finally:
-        run.close()
-    return 0
+    return train_command(config)
 
 
 def teacher(arguments: argparse.Namespace) -> int:
@@ -96,7 +88,7 @@ def plan(arguments: argparse.Namespace) -> int:
     from megapd.analysis.plots import plot_plan
     from megapd.analysis.timeline import describe_plan
     from megapd.schedule.resolve import resolve_plan
-    from megapd.teacher.setup import open_trajectory
+    from megapd.teacher.locate import open_trajectory
 
     config = _load(arguments)
     if config.teacher is None:
@@ -225,15 +217,6 @@ def _is_setting(argument: str) -> bool:
 
 def _load(arguments: argparse.Namespace) -> Config:
     return load(arguments.config, arguments.overrides)
-
-
-def _announce(config: Config, step: int) -> None:
-    console = Console(stderr=True, soft_wrap=True)
-    console.print(escape(dump(config).rstrip()), highlight=False)
-    if step >= config.training.steps:
-        console.print(f"{config.folder} is complete: {step} of {config.training.steps} steps", highlight=False)
-    elif step:
-        console.print(f"resuming {config.folder} at step {step}", highlight=False)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,15 +12,15 @@ import torch
 from tqdm import tqdm
 
 from megapd.batch import Batch
-from megapd.config import AdaptiveConfig, Config
+from megapd.config import Config
 from megapd.errors import UserError
-from megapd.models.from_checkpoint import checkpoint_shape
+from megapd.models import checkpoint_shape
 from megapd.schedule.plan import Plan
 from megapd.schedule.resolve import resolve_plan
 from megapd.tasks import Task, build_task
-from megapd.teacher.cache.cache import SignalCache
-from megapd.teacher.cache.cached import CachedStream
-from megapd.teacher.setup import open_source, open_trajectory, rank_agreement
+from megapd.teacher.cache import CachedStream, SignalCache
+from megapd.teacher.locate import open_trajectory
+from megapd.teacher.setup import open_source, rank_agreement
 from megapd.teacher.stream import Stream
 from megapd.tiling import tile
 from megapd.trajectory import Checkpoints
@@ -86,7 +86,7 @@ def record(
     """
     # As training tiles them: every rank has as many, since a sharded teacher answers all ranks at once, and what training reads
     # together lies together.
-    rows = tile(config, ranks).rows(rank)
+    rows = tile(config.training, ranks).rows(rank)
     began = time.perf_counter()
     found, recorded, positions, size = _state(cache)
     cached = CachedStream(cache, plan, stream.spec, trajectory, stream, record=True, classes=classes, agree=agree)
@@ -149,8 +149,9 @@ def record_signals(config: Config) -> RecordSummary | None:
     world = join_world()
     task, trajectory = build_task(config), open_trajectory(config)
     plan = resolve_plan(config, trajectory)
-    if isinstance(config.schedule, AdaptiveConfig):
-        raise UserError("schedule.policy: adaptive decides while a student trains, so its signals cannot be recorded ahead of it")
+    if config.schedule is not None and config.schedule.grows:
+        why = "decides while a student trains, so its signals cannot be recorded ahead of it"
+        raise UserError(f"schedule.policy: {config.schedule.policy} {why}")
     stream = open_source(config, task, trajectory, plan, world, 0)
     mine = record(
         config,

@@ -1,35 +1,23 @@
 """The configuration: `load` builds a Config from a file, the environment and the command line; its sections by their rooms."""
 
 from megapd.config.base import Section
-from megapd.config.data import (
-    CorpusConfig,
-    HierarchicalParityConfig,
-    MLPConfig,
-    ModelConfig,
-    ParityConfig,
-    SourceConfig,
-    TaskConfig,
-    TextConfig,
-    TokenizerConfig,
-    TransformerConfig,
-)
-from megapd.config.distillation import (
+from megapd.config.corpus import CorpusConfig, SourceConfig, TokenizerConfig
+from megapd.config.distillation import Divergence, LossConfig, TeacherConfig, TeacherServerConfig
+from megapd.config.model import MLPConfig, ModelConfig, TransformerConfig
+from megapd.config.schedule import (
     AdaptiveConfig,
-    Divergence,
     EqualConfig,
     ExplicitConfig,
     FollowConfig,
     GeometricConfig,
-    LossConfig,
     MatchedConfig,
     OneShotConfig,
     RangeConfig,
     ScheduleConfig,
-    TeacherConfig,
-    TeacherServerConfig,
     TransitionConfig,
 )
 from megapd.config.scheduler import SchedulerConfig
+from megapd.config.task import HierarchicalParityConfig, ParityConfig, TaskConfig, TextConfig
 from megapd.config.training import (
     CheckpointConfig,
     EvaluationConfig,
@@ -39,9 +27,10 @@ from megapd.config.training import (
     TrainingConfig,
     TrajectoryWriterConfig,
 )
-from megapd.config.tree import Config, dump, flatten, load, parse_overrides
+from megapd.config.tree import RETIRED_SETTINGS, Config, dump, flatten, load, parse_overrides
 
 __all__ = [
+    "RETIRED_SETTINGS",
     "AdaptiveConfig",
     "CheckpointConfig",
     "Config",

@@ -12,6 +12,9 @@ Shape suffixes: B samples, L tokens a sample, D hidden width, H heads, N labelle
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import cache
 from typing import Literal
 
 import torch
@@ -20,8 +23,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megapd.config import TransformerConfig
+from megapd.errors import UserError
+from megapd.models.body import Body, Parts
 
 LAYER_NORM_EPS = {"gpt": 1e-5, "bert": 1e-12}  # the published models' values
+INIT_STD = 0.02  # GPT-2's and BERT's
 TOKEN_TYPES = 2  # BERT's sentence A and B; packed documents are all of type 0, the second row only keeps the layout
 
 
@@ -41,7 +47,8 @@ class Attention(nn.Module):
         mixed_BHLE = F.scaled_dot_product_attention(
             q_BHLE, k_BHLE, v_BHLE, attn_mask=mask_B1LL, is_causal=self.causal and mask_B1LL is None
         )
-        return self.out(mixed_BHLE.transpose(1, 2).flatten(2))
+        out_BLD: Tensor = self.out(mixed_BHLE.transpose(1, 2).flatten(2))
+        return out_BLD
 
 
 class Block(nn.Module):
@@ -61,23 +68,30 @@ class Block(nn.Module):
     def forward(self, x_BLD: Tensor, mask_B1LL: Tensor | None) -> Tensor:
         # Compiled below __call__: the block's own hooks (ZeRO-3's, if blocks are its leaves) stay outside the graph,
         # and since parameters are inputs of the graph, all blocks share one compilation.
-        return (_compiled_layer if self.compiled else Block.layer)(self, x_BLD, mask_B1LL)
+        return (_compiled_layer() if self.compiled else Block.layer)(self, x_BLD, mask_B1LL)
 
     def layer(self, x_BLD: Tensor, mask_B1LL: Tensor | None) -> Tensor:
         if self.norm_first:
             x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), mask_B1LL)
-            return x_BLD + self._feed_forward(self.ffn_norm(x_BLD))
-        x_BLD = self.attention_norm(x_BLD + self.attention(x_BLD, mask_B1LL))
-        return self.ffn_norm(x_BLD + self._feed_forward(x_BLD))
+            x_BLD = x_BLD + self._feed_forward(self.ffn_norm(x_BLD))
+        else:
+            x_BLD = self.attention_norm(x_BLD + self.attention(x_BLD, mask_B1LL))
+            x_BLD = self.ffn_norm(x_BLD + self._feed_forward(x_BLD))
+        return x_BLD
 
     def _feed_forward(self, x_BLD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BLD), approximate=self.gelu))
+        out_BLD: Tensor = self.down(F.gelu(self.up(x_BLD), approximate=self.gelu))
+        return out_BLD
 
 
-_compiled_layer = torch.compile(Block.layer)  # compiles at its first call, not here
+@cache
+def _compiled_layer() -> Callable[[Block, Tensor, Tensor | None], Tensor]:
+    """One for all blocks of the process, so that they share its compilations; made when the first one is to run, for
+    torch.compile imports dynamo and inductor, which takes seconds."""
+    return torch.compile(Block.layer)
 
 
-class Transformer(nn.Module):
+class Transformer(Body):
     """Embeddings and blocks: token ids to final hidden states.
 
     vocab_size: rows of the token embedding. max_length: learned positions, the longest row it accepts.
@@ -99,7 +113,7 @@ class Transformer(nn.Module):
         """
         length = ids_BL.shape[1]
         assert length <= self.positions.num_embeddings, f"{length} tokens, but {self.positions.num_embeddings} positions"
-        x_BLD = self.tokens(ids_BL) + self.positions(torch.arange(length, device=ids_BL.device))
+        x_BLD: Tensor = self.tokens(ids_BL) + self.positions(torch.arange(length, device=ids_BL.device))
         if self.types is not None:
             # One row that broadcasts: looked up for each token, its gradient would scatter B * L rows into one.
             x_BLD = self.norm(x_BLD + self.types(ids_BL.new_zeros(1)))
@@ -110,7 +124,22 @@ class Transformer(nn.Module):
                 x_BLD = checkpoint(block, x_BLD, mask_B1LL, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BLD = block(x_BLD, mask_B1LL)
-        return self.norm(x_BLD) if self.types is None else x_BLD
+        if self.types is None:
+            x_BLD = self.norm(x_BLD)
+        return x_BLD
+
+    def initialise(self, parameter: nn.Parameter, name: str, owner: nn.Module, generator: torch.Generator) -> None:
+        """GPT: matrices and embeddings normal(0, 0.02), the projections into the residual stream scaled by 1 / sqrt(2 * layers)
+        (Radford et al. 2019, 2.3). BERT: normal(0, 0.02). Biases 0, norms 1 and 0."""
+        path, _, leaf = name.rpartition(".")
+        if isinstance(owner, nn.LayerNorm):
+            parameter.fill_(1.0 if leaf == "weight" else 0.0)
+        elif leaf == "bias":
+            parameter.zero_()
+        else:
+            residual = self.causal and path.endswith(("attention.out", "down"))
+            std = INIT_STD / math.sqrt(2 * len(self.blocks)) if residual else INIT_STD
+            parameter.normal_(0.0, std, generator=generator)
 
 
 class MaskedTransform(nn.Module):
@@ -123,7 +152,23 @@ class MaskedTransform(nn.Module):
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """[N, D] -> [N, D]; given the labelled positions alone, for nothing reads the others."""
-        return self.norm(F.gelu(self.dense(x_ND)))
+        normed_ND: Tensor = self.norm(F.gelu(self.dense(x_ND)))
+        return normed_ND
+
+
+def build(section: TransformerConfig, *, vocab_size: int, classes: int, length: int) -> Parts:
+    """The parts of a GPT or BERT. UserError if `length` exceeds model.max_length, or a tied head would need classes !=
+    vocab_size."""
+    if section.max_length is not None and length > section.max_length:
+        raise UserError(f"model.max_length: {section.max_length} is below the task's {length} tokens a sample; raise it")
+    if section.tied and classes != vocab_size:
+        raise UserError(
+            f"model.tied: the task has {classes} classes but {vocab_size} tokens, so head and embedding cannot share a weight; "
+            "set model.tied=false"
+        )
+    body = Transformer(section, vocab_size, section.max_length or length)
+    transform = None if section.causal else MaskedTransform(section.hidden)
+    return Parts(body, transform, bias=not section.causal, embedding=body.tokens if section.tied else None)
 
 
 def document_mask(segments_BL: Tensor, causal: bool) -> Tensor:

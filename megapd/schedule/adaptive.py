@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
-from megapd.config import AdaptiveConfig, ScheduleConfig
+from megapd.config import AdaptiveConfig
 from megapd.errors import UserError
 from megapd.schedule.plan import Decision, Report
 
@@ -63,11 +63,6 @@ def decide(
     if settings.max_dwell is not None and taught >= settings.max_dwell:
         return decision("max_dwell")
     return None
-
-
-def metric_of(schedule: ScheduleConfig) -> str | None:
-    """What decisions of the schedule rest on; None: it makes none."""
-    return schedule.metric if isinstance(schedule, AdaptiveConfig) else None
 
 
 def reported_kind(settings: AdaptiveConfig) -> str:

@@ -22,7 +22,8 @@ from megapd.errors import UserError
 from megapd.models import build_model
 from megapd.models.pretrained import Pretrained, build_pretrained, check_head, read_pretrained
 from megapd.models.sharding import allocate, plan_for, shard, sum_over_ranks, vocabulary_shard
-from megapd.trajectory import Trajectory, write_checkpoint
+from megapd.trajectory import Trajectory
+from megapd.trajectory.writer import write_checkpoint
 from megapd_kernels import LossOptions, linear_distillation_loss
 
 RANKS = 2
@@ -110,10 +111,10 @@ def compare(model: nn.Module, whole: nn.Module, vocab: int, rank: int) -> dict[s
         for head in (model.head, whole.head)
     ]
     loss = linear_distillation_loss(
-        2.0 * teacher, *parts, **arguments, teacher_weight=parts[0], teacher_bias=parts[1], shard=shard_, options=LossOptions()
+        2.0 * teacher, parts[0], bias=parts[1], **arguments, teacher_weight=parts[0], teacher_bias=parts[1], shard=shard_
     )
     wanted = linear_distillation_loss(
-        2.0 * teacher, *full, **arguments, teacher_weight=full[0], teacher_bias=full[1], options=LossOptions()
+        2.0 * teacher, full[0], bias=full[1], **arguments, teacher_weight=full[0], teacher_bias=full[1]
     )
     errors["loss of the shards"] = error(loss.loss, wanted.loss)
     return errors

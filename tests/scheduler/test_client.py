@@ -17,7 +17,7 @@ from megapd.scheduler.client import changes as client
 from megapd.scheduler.client.changes import ServiceSource
 from megapd.scheduler.client.http import Api
 from megapd.scheduler.client.registration import Registration
-from megapd.scheduler.store.database import Store
+from megapd.scheduler.store import Store
 from tests.scheduler import services
 
 THERE = tuple(range(10, 110, 10))
@@ -207,7 +207,8 @@ def test_mistakes_are_told_before_a_run_begins(service, tmp_path):
         read = services.token(store, "read")["Authorization"].split()[1]
     path = tmp_path / "token"
     path.write_text(read)
-    time.sleep(1.1)  # the service asks its store for tokens that it does not know
+    with service.http() as http:
+        waiting(lambda: http.get("/v1/runs").status_code == 401)  # it asks its store for tokens now and then
     with pytest.raises(UserError, match="bearer token"):
         Run(tmp_path, service.url, name="other")
     with pytest.raises(UserError, match="role"):

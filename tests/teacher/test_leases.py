@@ -21,7 +21,7 @@ from megapd.errors import UserError
 from megapd.scheduler.client.endpoints import LeasedEndpoints
 from megapd.scheduler.client.lease import ReplicaLease, advertised
 from megapd.teacher.client.served import ServedStream
-from megapd.teacher.setup import open_endpoints, open_trajectory
+from megapd.teacher.locate import open_endpoints, open_trajectory
 from tests.forked import environment
 from tests.scheduler.services import Process
 from tests.teacher.calls import act

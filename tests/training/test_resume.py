@@ -6,8 +6,11 @@ import signal
 import threading
 
 import pytest
+import yaml
 
 from megapd.cli import main
+from megapd.config import load
+from megapd.training import Callback, train
 from tests.training import runs
 
 STEPS = 300
@@ -81,22 +84,18 @@ def _until(run, step):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signals_save_and_stop(trajectory, tmp_path, number, monkeypatch):
+def test_signals_save_and_stop(trajectory, tmp_path, number):
     """In process: the signal arrives in mid-step, the run stops at the boundary, the rest equals a run without it."""
     assert main(runs.student(tmp_path, "whole", trajectory, "--schedule.refresh=50", "--training.steps=60")) == 0
-    from megapd.training.engine import Engine
 
-    update = Engine.step
-
-    def interrupted(self, lr):
-        if self.deepspeed.global_steps == 24:
-            signal.raise_signal(number)
-        return update(self, lr)
+    class Interruption(Callback):
+        def before_step(self, run, step):
+            if step == 24:
+                signal.raise_signal(number)
 
     arguments = runs.student(tmp_path, "stopped", trajectory, "--schedule.refresh=50", "--training.steps=60")
-    with monkeypatch.context() as patch:
-        patch.setattr(Engine, "step", interrupted)
-        assert main(arguments) == 0
+    result = train(load(None, arguments[1:]), [Interruption()])
+    assert (result.finished, result.step) == (False, 25)
     assert runs.last_step(tmp_path / "stopped") == 25
     assert signal.getsignal(number) == signal.SIG_DFL
     assert main(arguments) == 0
@@ -168,22 +167,24 @@ def test_all_damaged_is_refused(trajectory, tmp_path, capsys):
     assert runs.metrics(tmp_path / "s") == before
 
 
-def test_a_write_that_dies_leaves_the_last_checkpoint(trajectory, tmp_path, monkeypatch):
+class Dying(Callback):
+    """Its state cannot be written after 20 steps: the checkpoint's file breaks off."""
+
+    def after_step(self, run, result):
+        self.step = result.step
+
+    def state_dict(self):
+        return {"state": self} if self.step == 20 else {}
+
+    def __reduce__(self):
+        raise KeyboardInterrupt
+
+
+def test_a_write_that_dies_leaves_the_last_checkpoint(trajectory, tmp_path):
     """The rename never happens: the next start must not see the half-written folder, and must clean it away."""
-    from megapd.training.checkpoint import CheckpointStore
-
     arguments = runs.student(tmp_path, "s", trajectory, "--schedule.refresh=50", "--checkpoint.every=10")
-    over_files = CheckpointStore._over_files
-
-    def dies(self, folder, names, *, sync):
-        if sync and folder.name == ".step_20.writing":
-            raise KeyboardInterrupt
-        return over_files(self, folder, names, sync=sync)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CheckpointStore, "_over_files", dies)
-        with pytest.raises(KeyboardInterrupt):
-            main(arguments)
+    with pytest.raises(KeyboardInterrupt):
+        train(load(None, arguments[1:]), [Dying()])
     assert checkpoints(tmp_path / "s") == {"latest", "step_10", ".step_20.writing"}
     assert main(arguments) == 0
     assert checkpoints(tmp_path / "s") == {"latest", "step_20", "step_30"}
@@ -205,6 +206,23 @@ def test_a_changed_setting_is_refused_on_resume(trajectory, tmp_path, capsys, ch
     assert main(arguments) == 0
     assert main([*arguments, change]) == 2
     assert named in capsys.readouterr().err
+
+
+def test_a_run_that_began_with_settings_of_before_is_resumed(trajectory, tmp_path):
+    """By the same arguments, and by its own config.yaml."""
+    arguments = runs.student(tmp_path, "s", trajectory, "--schedule.refresh=50", "--checkpoint.every=10")
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "stop").touch()
+    assert main(arguments) == 0  # stops before its first step
+    (tmp_path / "s" / "stop").unlink(missing_ok=True)
+    saved = tmp_path / "s" / "config.yaml"
+    for again in (["train", str(saved), "--training.prefetch=1"], arguments):
+        tree = yaml.safe_load(saved.read_text())
+        tree["teacher"]["data_port"] = True
+        tree["teacher"]["server"]["data_port"] = 0
+        saved.write_text(yaml.safe_dump(tree))
+        assert main(again) == 0
+    assert runs.last_step(tmp_path / "s") == 30
 
 
 def test_other_rank_count_is_refused(long_student):

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from megapd.config import Config, load
+from megapd.evaluation import held_out
 from megapd.tasks import build_task
-from megapd.training.engine import Engine, start_world
-from megapd.training.evaluation import held_out
-from megapd.training.run import build_student
+from megapd.training import build_student, start_world, student_engine
 from megapd.world import World
 
 STEPS = 20
@@ -51,7 +50,7 @@ def cases() -> dict[str, list[str]]:
 
 def train(config: Config, world: World) -> dict[str, Any]:
     task = build_task(config)
-    engine = Engine(build_student(config, task), config, world)
+    engine = student_engine(config, task)
     losses, norms, first_update = [], [], 0.0
     before = {name: tensor.double().clone() for name, tensor in engine.weights()}
     for step in range(STEPS):
@@ -64,7 +63,7 @@ def train(config: Config, world: World) -> dict[str, Any]:
         norms.append(engine.grad_norm)
         if step == 0:
             first_update = sum((tensor.double() - before[name]).abs().sum().item() for name, tensor in engine.weights())
-    evaluation = held_out(task, config, world, 7, engine.evaluate)
+    evaluation = held_out(task, config.evaluation.samples, world, 7, engine.evaluate)
     weights = {name: tensor.double().sum().item() for name, tensor in engine.weights()}
     engine.destroy()
     return {"losses": losses, "norms": norms, "evaluation": evaluation, "weights": weights, "first_update": first_update}
@@ -73,7 +72,7 @@ def train(config: Config, world: World) -> dict[str, Any]:
 def skip_nonfinite(config: Config, world: World) -> dict[str, Any]:
     """One rank's loss is not finite: no rank may step, and the next step must be as if it had not been."""
     task = build_task(config)
-    engine = Engine(build_student(config, task), config, world)
+    engine = student_engine(config, task)
     (rows,) = engine.tiling.rows(world.rank)
     batch = task.batch(0, rows)
 

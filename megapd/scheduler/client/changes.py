@@ -71,16 +71,20 @@ class ServiceSource:
         """Register, if the service answers, and take in the changes that it has and the run's folder has not.
 
         step: student steps done before, from which on they can begin. metrics: metrics.jsonl, whose lines are told as far as the
-        service has not heard of them. Raises UserError; see the class.
+        service has not heard of them. Raises UserError, see the class, and is closed then.
         """
         self._sender.step = step
         try:
-            patiently(START_SECONDS, pause=0.5)(self._begin, step, metrics)
-        except Away as error:
-            self._contact.failed(error)
-            self._sender.tell_again(metrics, step, heard=False)
-        if self._listener is not None:
-            self._listener.take_all(step)
+            try:
+                patiently(START_SECONDS, pause=0.5)(self._begin, step, metrics)
+            except Away as error:
+                self._contact.failed(error)
+                self._sender.tell_again(metrics, step, heard=False)
+            if self._listener is not None:
+                self._listener.take_all(step)
+        except BaseException:
+            self._contact.api.close()
+            raise
         self._thread.start()
 
     # ------------------------------------------------------------------------------------------------------- the run's side
@@ -106,8 +110,8 @@ class ServiceSource:
         self._wake.set()
         if self._thread.ident is not None:
             self._thread.join(CLOSE_SECONDS + 1.0)
-            if self._sender:
-                log.warning("scheduler: %d messages of this run were not told", len(self._sender))
+            if self._sender.untold:
+                log.warning("scheduler: %d messages of this run were not told", self._sender.untold)
         if not self._thread.is_alive():  # else it is in a call that it needs the connection for; it ends with the process
             self._contact.api.close()
 
@@ -134,7 +138,7 @@ class ServiceSource:
                     self._begin_anew()
                 self._contact.failed(error)
                 self._sender.release()
-            if closing and (time.monotonic() > end or not self._sender):
+            if closing and (time.monotonic() > end or not self._sender.untold):
                 return
             self._wake.wait(POLL_SECONDS if not closing else 0.2)
             self._wake.clear()

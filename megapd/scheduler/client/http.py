@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
@@ -14,8 +13,6 @@ from megapd.errors import UserError
 
 TIMEOUT_SECONDS = 30.0
 PAGE = 1000  # entries a page
-
-T = TypeVar("T")
 
 
 class Away(Exception):
@@ -34,17 +31,24 @@ class Api:
     """Thread-safe. Every call may be repeated: a repeat changes nothing there."""
 
     def __init__(
-        self, settings: SchedulerConfig, *, retry_seconds: float = 0.0, timeout_seconds: float = TIMEOUT_SECONDS
+        self,
+        settings: SchedulerConfig,
+        *,
+        retry_seconds: float = 0.0,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
-        """retry_seconds: how long a call is repeated while the service is away, 0: tried once. Raises UserError where token or
-        certificate cannot be read."""
+        """retry_seconds: how long a call is repeated while the service is away, 0: tried once. transport: of the service in this
+        process. Raises UserError where token or certificate cannot be read."""
         assert settings.url is not None
         self.url, self._retry_seconds = settings.url.rstrip("/"), retry_seconds
         headers, verify = {}, True if settings.root_certificate is None else _authority(settings)
         if settings.token is not None:
             headers["Authorization"] = f"Bearer {_token(settings)}"
         try:
-            self._client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_seconds, verify=verify)
+            self._client = httpx.Client(
+                base_url=self.url, headers=headers, timeout=timeout_seconds, verify=verify, transport=transport
+            )
         except httpx.InvalidURL as error:
             raise UserError(f"scheduler.url: {self.url}: {error}; give http://HOST:PORT or https://HOST:PORT") from error
 
@@ -95,14 +99,6 @@ def patiently(seconds: float, pause: float = 5.0) -> Retrying:
     """Repeats a call while the service is away, for `seconds`, after random pauses that grow up to `pause` seconds."""
     away, wait = retry_if_exception_type(Away), wait_random_exponential(multiplier=0.2, max=pause)
     return Retrying(retry=away, wait=wait, stop=stop_after_delay(seconds), reraise=True)
-
-
-def told(call: Callable[[], T]) -> T:
-    """What the call returns; UserError where the service is away: for commands, which have nothing to go on with."""
-    try:
-        return call()
-    except Away as error:
-        raise UserError(f"{error}; is `megapd scheduler` up?") from error
 
 
 def _problem(response: httpx.Response) -> dict[str, Any]:

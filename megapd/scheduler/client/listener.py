@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from megapd.config import ScheduleConfig
 from megapd.errors import UserError
-from megapd.schedule.adaptive import metric_of
 from megapd.schedule.changes import ChangeLog
-from megapd.schedule.plan import Change, LivePlan, Plan, Version, resolved, timeout_of
+from megapd.schedule.plan import Change, LivePlan, Plan, Version, resolved
 from megapd.scheduler.client import answers
 from megapd.scheduler.client.answers import DecisionAnswer, VersionAnswer
 from megapd.scheduler.client.contact import Contact
@@ -44,7 +43,9 @@ class Listener:
         self._versions: deque[VersionAnswer] = deque()  # heard of, not taken in yet
         self._decisions: deque[DecisionAnswer] = deque()
         self._version, self._decided = plan.version, plan.decided  # heard of up to here
-        self._metrics = {1: metric_of(run.schedule)}  # of the versions taken in since the run was started
+        grows = run.schedule.grows
+        # What a version decides on: of the first, and of those taken in since the run was started.
+        self._metrics = {} if grows is None else {1: grows.metric}
         self._lock = threading.Lock()
 
     # ------------------------------------------------------------------------------------------------------- hearing
@@ -53,7 +54,6 @@ class Listener:
         """Ask for changes. Raises Refusal, or Away."""
         api, path = self._contact.api, self._run.path
         found = answers.ask(api, answers.RUN, "GET", path)
-        self._contact.heard()
         if found.schedule_version > self._version:
             versions = answers.pages(api, answers.VERSIONS, f"{path}/schedules", "version", self._version)
             with self._lock:
@@ -63,6 +63,7 @@ class Listener:
                         self._version = version.version
         if found.decisions > self._decided:
             self.hear(answers.pages(api, answers.DECISIONS, f"{path}/decisions", "sequence", self._decided - 1))
+        self._contact.heard()
 
     def hear(self, decisions: Sequence[DecisionAnswer]) -> None:
         """Those that are not the next are left aside."""
@@ -150,11 +151,13 @@ class Listener:
             return None
         try:
             schedule = answers.SCHEDULE.validate_python(told.document)
-            if timeout_of(schedule) is not None and timeout_of(self._first) is None:
-                raise UserError("schedule.policy: follow needs a run that began with it, whose teacher may still be training")
+            if schedule.waits is not None and self._first.waits is None:
+                why = "needs a run that began with it, whose teacher may still be training"
+                raise UserError(f"schedule.policy: {schedule.policy} {why}")
             version = resolved(told.version, begin, schedule, self._resolve(schedule))
         except (ValueError, OSError) as error:  # a policy of a newer megapd, what the trajectory lacks, a file system's trouble
             log.error("%s of the schedule cannot be taken up: %s", told, error)
             return None
-        self._metrics[told.version] = metric_of(schedule)
+        if schedule.grows is not None:
+            self._metrics[told.version] = schedule.grows.metric
         return version

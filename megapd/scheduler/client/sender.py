@@ -59,8 +59,9 @@ class Sender:
         self._owed: dict[str, int] = {}  # path of a change -> student step at which it began
         self._lock = threading.Lock()
 
-    def __len__(self) -> int:
-        """What was not told yet."""
+    @property
+    def untold(self) -> int:
+        """Messages that were not told yet."""
         return len(self._outbox) + len(self._owed)
 
     def report(self, step: int, metrics: dict[str, float], *, awaited: bool) -> threading.Event | None:
