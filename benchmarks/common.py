@@ -16,26 +16,21 @@ from typing import Any
 import torch
 
 from megapd.files import write_atomic
-from megapd.training.loop import train
-from megapd.training.run import Run
+from megapd.training import Callback, Run, StepResult
 
 
-def step_seconds(run: Run) -> list[float]:
-    """Train the run; seconds from the end of each update to the end of the next, for the steps 1, 2, ..."""
-    ends: list[float] = []
-    update = run.engine.step
+class StepTimes(Callback):
+    """seconds: from the end of each update to the end of the next, for the steps 1, 2, ..."""
 
-    def timed(lr: float) -> bool:
-        applied = update(lr)
-        ends.append(time.perf_counter())
-        return applied
+    def __init__(self) -> None:
+        self._ends: list[float] = []
 
-    run.engine.step = timed  # type: ignore[method-assign]
-    try:
-        train(run)
-    finally:
-        run.close()
-    return [b - a for a, b in itertools.pairwise(ends)]
+    def after_step(self, run: Run, result: StepResult) -> None:
+        self._ends.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> list[float]:
+        return [b - a for a, b in itertools.pairwise(self._ends)]
 
 
 def write_result(path: Path, question: str, arguments: Namespace, packages: tuple[str, ...], **values: Any) -> None:

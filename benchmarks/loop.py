@@ -16,13 +16,12 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from common import step_seconds, write_result
+from common import StepTimes, write_result
 
 from megapd.config import Config, load
 from megapd.tasks import build_task
 from megapd.tiling import tile
-from megapd.training.engine import deepspeed_config, parameter_groups, start_world
-from megapd.training.run import build_student, start
+from megapd.training import build_student, deepspeed_config, parameter_groups, start_world, train
 
 WARM_UP = 5  # steps left out of each round: allocator and thread start-up
 
@@ -54,9 +53,9 @@ def bare(config: Config) -> list[float]:
     optimizer = torch.optim.AdamW(
         parameter_groups(learner, config.optimizer.weight_decay), lr=config.optimizer.lr, betas=config.optimizer.betas
     )
-    tiling = tile(config, world.size)
+    tiling = tile(config.training, world.size)
     engine, *_ = deepspeed.initialize(
-        model=learner, optimizer=optimizer, config=deepspeed_config(config, tiling), dist_init_required=False
+        model=learner, optimizer=optimizer, config=deepspeed_config(config.training, tiling), dist_init_required=False
     )
     batches = [task.batch(step, range(tiling.micro_batch)).to(world.device) for step in range(config.training.steps)]
     seconds = []
@@ -72,7 +71,9 @@ def bare(config: Config) -> list[float]:
 
 def megapd(config: Config) -> list[float]:
     """Seconds between the ends of consecutive updates in megapd's loop."""
-    return step_seconds(start(config))
+    times = StepTimes()
+    train(config, [times])
+    return times.seconds
 
 
 def main() -> None:

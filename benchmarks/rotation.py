@@ -15,13 +15,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import step_seconds, write_result
+from common import StepTimes, write_result
 
 from megapd.config import Config, load
 from megapd.tasks import build_task
 from megapd.teacher.stream import ColocatedStream
-from megapd.training.run import Run, build_student, checkpoint_config, start
-from megapd.trajectory import Checkpoint, write_checkpoint
+from megapd.training import Callback, Run, Teaching, build_student, checkpoint_config, train
+from megapd.trajectory import Checkpoint
+from megapd.trajectory.writer import write_checkpoint
 
 WARM_UP = 3  # steps left out of each round: allocator and thread start-up
 
@@ -31,6 +32,16 @@ class BlockingStream(ColocatedStream):
 
     def teacher(self, step: int) -> Checkpoint:
         return self._teacher.rotate(self._plan.checkpoint_at(step))
+
+
+class Blocking(Callback):
+    """Puts a BlockingStream in the place of the run's."""
+
+    def start(self, run: Run) -> None:
+        assert isinstance(run.teaching, Teaching)
+        stream = run.teaching.stream
+        assert isinstance(stream, ColocatedStream)
+        run.teaching.stream = BlockingStream(stream._teacher, run.teaching.plan, stream.spec)
 
 
 def settings(arguments: argparse.Namespace, folder: Path) -> list[str]:
@@ -77,8 +88,10 @@ def student(arguments: argparse.Namespace, folder: Path, name: str) -> Config:
     return load(None, [*settings(arguments, folder), model, *teacher, f"--name={name}"])
 
 
-def measure(run: Run, every: int) -> dict[str, float]:
-    seconds = list(enumerate(step_seconds(run), start=1))[WARM_UP:]
+def measure(config: Config, every: int, *, blocking: bool) -> dict[str, float]:
+    times = StepTimes()
+    train(config, [times, *([Blocking()] if blocking else [])])
+    seconds = list(enumerate(times.seconds, start=1))[WARM_UP:]
     turns = [value for step, value in seconds if step % every == 0]
     others = [value for step, value in seconds if step % every]
     low, _, high = statistics.quantiles(others, n=4)
@@ -109,11 +122,8 @@ def main() -> None:
             names = ["prepared", "blocking"][:: 1 if number % 2 == 0 else -1]
             found = {}
             for name in names:
-                run = start(student(arguments, folder, f"{name}-{number}"))
-                if name == "blocking":
-                    assert isinstance(run.stream, ColocatedStream)
-                    run.stream.__class__ = BlockingStream
-                found[name] = measure(run, arguments.every)
+                config = student(arguments, folder, f"{name}-{number}")
+                found[name] = measure(config, arguments.every, blocking=name == "blocking")
             rounds.append(found)
             print({name: {key: round(value, 4) for key, value in found[name].items()} for name in sorted(found)}, flush=True)
     extra = {name: statistics.median(r[name]["rotating"] / r[name]["other"] for r in rounds) for name in ("prepared", "blocking")}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import step_seconds
+from common import StepTimes
 from prepared import STEP, PreparedServer, Sizes, cut, make_signal
 
 from megapd.batch import Batch
@@ -23,8 +23,9 @@ from megapd.signals import Signal
 from megapd.tasks import build_task
 from megapd.tasks.blocks import FORMAT, META, MODEL
 from megapd.teacher.stream import Stream
-from megapd.training.run import build_student, checkpoint_config, start
-from megapd.trajectory import Checkpoint, write_checkpoint
+from megapd.training import Callback, Run, Teaching, build_student, checkpoint_config, train
+from megapd.trajectory import Checkpoint
+from megapd.trajectory.writer import write_checkpoint
 
 WARM_UP = 3  # steps left out of each run: allocator and thread start-up
 COLOCATED_STEPS = 8  # of a run whose steps are several times as long
@@ -52,6 +53,34 @@ class FreeStream:
         return (cut(self._signal, batch) for batch in batches)
 
     def close(self) -> None: ...
+
+
+class Free(Callback):
+    """Puts a FreeStream in the place of the run's."""
+
+    def __init__(self, sizes: Sizes, positions: int) -> None:
+        self._sizes, self._positions = sizes, positions
+
+    def start(self, run: Run) -> None:
+        assert isinstance(run.teaching, Teaching)
+        stream = run.teaching.stream
+        signal = make_signal(stream.spec, self._sizes, self._positions, stream.teacher(0).digest)
+        run.teaching.stream = FreeStream(stream, signal)
+        stream.close()
+
+
+class Costs(Callback):
+    """own, other: CPU seconds of this process and of the server, from the run's start to its close."""
+
+    def __init__(self, server: PreparedServer) -> None:
+        self._server = server
+
+    def start(self, run: Run) -> None:
+        self.own, self.other = -time.process_time(), -self._server.cpu_seconds()
+
+    def close(self) -> None:
+        self.own += time.process_time()
+        self.other += self._server.cpu_seconds()
 
 
 def write_corpus(folder: Path, sizes: Sizes) -> None:
@@ -123,18 +152,12 @@ def student(arguments: argparse.Namespace, folder: Path, variant: str, name: str
 def measure(
     arguments: argparse.Namespace, folder: Path, variant: str, name: str, server: PreparedServer, sizes: Sizes
 ) -> dict[str, float]:
-    run = start(student(arguments, folder, variant, name, server.ports["plain"]))
-    if variant == "free":
-        assert run.stream is not None
-        checkpoint, spec = run.stream.teacher(0), run.stream.spec
-        free = FreeStream(run.stream, make_signal(spec, sizes, arguments.batch * sizes.length, checkpoint.digest))
-        run.stream.close()
-        run.stream = free
-    steps = run.config.training.steps
-    own, other = time.process_time(), server.cpu_seconds()
-    seconds = step_seconds(run)
-    own, other = time.process_time() - own, server.cpu_seconds() - other
-    return {"seconds": statistics.median(seconds[WARM_UP:]), "cpu_seconds": own / steps, "server_cpu_seconds": other / steps}
+    costs, times = Costs(server), StepTimes()
+    config = student(arguments, folder, variant, name, server.ports["plain"])
+    train(config, [*([Free(sizes, arguments.batch * sizes.length)] if variant == "free" else []), costs, times])
+    steps = config.training.steps
+    own, other = costs.own / steps, costs.other / steps
+    return {"seconds": statistics.median(times.seconds[WARM_UP:]), "cpu_seconds": own, "server_cpu_seconds": other}
 
 
 def measure_students(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:

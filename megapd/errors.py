@@ -9,15 +9,19 @@ class UserError(ValueError):
     """
 
 
-class Diverged(RuntimeError):
-    """Loss or gradients stayed non-finite for longer than the run allows; exit code 1."""
+class RunFailed(RuntimeError):
+    """A run cannot go on though its settings are right: told in one line, with exit code 1."""
 
 
-class TeacherLost(RuntimeError):
+class Diverged(RunFailed):
+    """Loss or gradients stayed non-finite for longer than the run allows."""
+
+
+class TeacherLost(RunFailed):
     """The signal of a step did not come in time, or every replica refuses to give it."""
 
 
-class SignalMismatch(RuntimeError):
+class SignalMismatch(RunFailed):
     """A signal of another teacher, or for other tokens, than the step asks for."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megapd.config import Config
+from megapd.config import TrainingConfig
 from megapd.errors import UserError
 
 
@@ -26,9 +26,8 @@ class Tiling:
         return [range(start, start + self.micro_batch) for start in starts]
 
 
-def tile(config: Config, ranks: int) -> Tiling:
+def tile(training: TrainingConfig, ranks: int) -> Tiling:
     """The tiling that a run's settings give `ranks` ranks; UserError where the batch does not divide."""
-    training = config.training
     if training.global_batch % ranks:
         raise UserError(
             f"training.global_batch: {training.global_batch} does not divide among {ranks} ranks; "

@@ -7,9 +7,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 from megapd.cli import main
+from megapd.registry import callbacks
+from megapd.training import Callback
 from tests.training import runs
 
 
@@ -208,21 +211,20 @@ def test_a_finished_run_is_left_alone(trajectory, tmp_path):
     assert (tmp_path / "s" / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_diverging_run_stops(tmp_path, capsys, monkeypatch):
-    """From some step on the data's loss is NaN: the updates are skipped and counted, and the run gives up with exit code 1."""
-    from megapd.training.engine import Engine
+@callbacks.register("poison")
+class Poison(Callback):
+    """From some step on the data's loss is NaN."""
 
-    accumulate = Engine.accumulate
+    def before_step(self, run, step):
+        if step >= 10:
+            with torch.no_grad():
+                next(iter(run.engine.learner.parameters())).fill_(float("nan"))
 
-    def poisoned(self, batch, signal, denominator):
-        if self.deepspeed.global_steps >= 10:
-            with __import__("torch").no_grad():
-                next(iter(self.learner.parameters())).fill_(float("nan"))
-        return accumulate(self, batch, signal, denominator)
 
-    monkeypatch.setattr(Engine, "accumulate", poisoned)
+def test_a_diverging_run_stops(tmp_path, capsys):
+    """The updates are skipped and counted, and the run gives up with exit code 1."""
     arguments = ["train", *runs.COMMON, f"--runs_dir={tmp_path}", "--name=d", "--training.steps=40", "--training.max_nonfinite=5"]
-    assert main(arguments) == 1
+    assert main([*arguments, "--training.callbacks=[poison]"]) == 1
     assert "training.max_nonfinite" in capsys.readouterr().err
     records = [r for r in runs.metrics(tmp_path / "d") if r["kind"] == "train"]
     assert [r["nonfinite"] for r in records] == [0] * 10 + [1, 2, 3, 4]

@@ -8,7 +8,7 @@ With a = student logits / student_temperature, b = teacher logits / teacher_temp
     tvd                 1/2 sum_j |p_j - q_j|
     soft_cross_entropy  - sum_j q_j log p_j
 
-A teacher given by few ids is the sum over them, or over buckets, that its convention names: see kernels/sparse.py.
+A teacher given by few ids is the sum over them, or over buckets, that its convention names: see sparse.py.
 0 log 0 = 0, so classes that both sides ban (logit -inf) count for nothing; a class banned by one side alone makes a KL
 infinite where the other side gives it weight. A teacher at temperature 0, or given as ids, is one-hot.
 """

@@ -56,7 +56,7 @@ def suggest(source: Path, overrides: list[str], checkpoints: int | None, metric:
         output = run / "plots" / "transition.png"
         steps, metrics_of = trajectory.steps, lambda step: trajectory.checkpoint(step).metrics
     else:
-        from megapd.teacher.setup import open_trajectory
+        from megapd.teacher.locate import open_trajectory
         from megapd.trajectory.hugging_face import HuggingFaceTrajectory
 
         config = load(source, overrides)

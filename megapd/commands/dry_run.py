@@ -5,30 +5,37 @@ from __future__ import annotations
 import os
 
 import torch
+from rich.console import Console
+from rich.markup import escape
 
 from megapd.analysis.timeline import describe_plan
-from megapd.config import Config, FollowConfig, MLPConfig, dump
-from megapd.models import checkpoint_shape, flops_per_token, parameter_count
+from megapd.config import Config, dump
+from megapd.models import checkpoint_shape, parameter_count
 from megapd.schedule.resolve import resolve_plan
 from megapd.tasks import Task, build_task
-from megapd.teacher.setup import describe_signal, open_trajectory, signal_spec
+from megapd.teacher.locate import open_trajectory
+from megapd.teacher.setup import describe_signal, signal_spec
 from megapd.tiling import tile
-from megapd.training.run import build_student
+from megapd.training import build_student
 from megapd_kernels import default_chunk_bytes
 
 GIB = 2**30
+
+
+def show_dry_run(config: Config) -> int:
+    Console(soft_wrap=True).print(escape(dry_run(config)), highlight=False)
+    return 0
 
 
 def dry_run(config: Config) -> str:
     """The resolved tree, parameter counts, tokens a step, the schedule and the memory a rank is expected to need."""
     task = build_task(config)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    tiling = tile(config, ranks)
+    tiling = tile(config.training, ranks)
     learner = build_student(config, task)
     total, without_embeddings = parameter_count(learner)
     tokens = config.training.global_batch * task.length
-    per_token = flops_per_token(
-        config.model,
+    per_token = config.model.flops_per_token(
         classes=task.classes,
         length=task.length,
         labelled_share=task.labelled_per_sample / task.length,
@@ -54,7 +61,7 @@ def dry_run(config: Config) -> str:
             lines.append(f"               {describe_signal(task, spec, checkpoint_shape(checkpoint))}")
             if config.teacher.carrier == "colocated":
                 teacher_bytes = sum(file.stat().st_size for file in checkpoint.path.glob("*.safetensors"))
-        elif isinstance(config.schedule, FollowConfig):
+        elif config.schedule is not None and config.schedule.waits is not None:
             lines.append("               nothing written yet: its memory is not counted")
         if trajectory.incomplete:
             lines.append(f"               incomplete, and not counted: steps {', '.join(map(str, trajectory.incomplete))}")
@@ -68,8 +75,7 @@ def memory_lines(config: Config, task: Task, parameters: int, micro_batch: int, 
 
     States follow the ZeRO paper (arXiv 1910.02054, figure 1): weights and gradients in the run's precision; fp32 copies of the
     weights in mixed precision; two fp32 moments for AdamW, one for SGD with momentum. Stage 1 divides the optimizer's part by
-    the ranks, 2 the gradients' too, 3 the weights' too. Activations without dropout and with a fused attention: 30 hidden-sized
-    values a token and layer for a transformer (after arXiv 2205.05198, section 4), of which checkpointing keeps one a layer.
+    the ranks, 2 the gradients' too, 3 the weights' too.
     """
     stage = config.training.zero_stage
     width = 4 if config.training.precision == "fp32" else 2
@@ -77,17 +83,11 @@ def memory_lines(config: Config, task: Task, parameters: int, micro_batch: int, 
     weights = parameters * width / (ranks if stage == 3 else 1)
     gradients = parameters * width / (ranks if stage >= 2 else 1)
     optimizer = parameters * (moments + (0 if width == 4 else 4)) / (ranks if stage >= 1 else 1)
-    if isinstance(config.model, MLPConfig):
-        activations = 2 * micro_batch * config.model.width * width
-    else:
-        layers = config.model.layers
-        values = 30 + layers if config.model.activation_checkpointing else 30 * layers
-        activations = micro_batch * task.length * config.model.hidden * values * width
     parts = {
         "weights": weights,
         "gradients": gradients,
         "optimizer": optimizer,
-        "activations": activations,
+        "activations": float(micro_batch * config.model.activations(task.length) * width),
         "loss": loss_bytes(config, task, micro_batch),
         "teacher": float(teacher_bytes),
     }
@@ -101,5 +101,6 @@ def loss_bytes(config: Config, task: Task, micro_batch: int) -> float:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     logits = 12.0 * task.classes * task.labelled_per_sample * micro_batch
-    width = config.model.width if isinstance(config.model, MLPConfig) else config.model.hidden
-    return min(float(config.loss.chunk_bytes or default_chunk_bytes(device)), logits) + 4.0 * task.classes * width
+    return (
+        min(float(config.loss.chunk_bytes or default_chunk_bytes(device)), logits) + 4.0 * task.classes * config.model.head_width
+    )

@@ -10,23 +10,21 @@ import torch
 
 from megapd.config import Config
 from megapd.errors import UserError
+from megapd.evaluation import held_out
 from megapd.files import write_atomic
 from megapd.models import copy_weights
 from megapd.signals import DTYPES
 from megapd.tasks import build_task
 from megapd.tiling import tile
-from megapd.training.checkpoint import CheckpointStore
-from megapd.training.engine import Engine, start_world
-from megapd.training.evaluation import held_out
-from megapd.training.run import build_student
+from megapd.training import CheckpointStore, build_student, start_world, student_engine
 from megapd.trajectory import Trajectory
 from megapd.world import World
 
 
-def evaluate_run(config: Config, folder: Path) -> Iterator[str]:
+def evaluate_run(config: Config, folder: Path) -> int:
     """Evaluate every checkpoint of the run's trajectory, or without one its newest resumable checkpoint.
 
-    Yields a line each; rank 0 writes evaluation.json into the folder.
+    Rank 0 prints a line each and writes evaluation.json into the folder.
     """
     trajectory = folder / "trajectory"
     world = start_world()
@@ -36,23 +34,24 @@ def evaluate_run(config: Config, folder: Path) -> Iterator[str]:
     for step, values in evaluated:
         results.append({"step": step, **values})
         if world.rank == 0:
-            yield f"step {step:>9,}   loss {values['loss']:.6g}   accuracy {values['accuracy']:.6g}"
+            print(f"step {step:>9,}   loss {values['loss']:.6g}   accuracy {values['accuracy']:.6g}", flush=True)
     if world.rank == 0:
         write_atomic(folder / "evaluation.json", json.dumps(results, indent=1))
+    return 0
 
 
 def _trajectory(config: Config, folder: Path, world: World) -> Iterator[tuple[int, dict[str, float]]]:
     task = build_task(config)
     trajectory = Trajectory(folder)
     learner = build_student(config, task).to(world.device, DTYPES[config.training.precision])
-    micro = config.evaluation.micro_batch or tile(config, world.size).micro_batch
+    micro = config.evaluation.micro_batch or tile(config.training, world.size).micro_batch
     for step in trajectory.steps:
         checkpoint = trajectory.checkpoint(step)
         if checkpoint.vocabulary != task.vocabulary_digest:
             raise UserError(f"{checkpoint.path} was trained on another vocabulary than task.corpus has now; restore the corpus")
         copy_weights(learner, trajectory.load(step), checkpoint.path)
         with torch.no_grad():
-            yield step, held_out(task, config, world, micro, lambda batch: learner(batch)[1])
+            yield step, held_out(task, config.evaluation.samples, world, micro, lambda batch: learner(batch)[1])
 
 
 def _newest(config: Config, folder: Path, world: World) -> Iterator[tuple[int, dict[str, float]]]:
@@ -60,9 +59,9 @@ def _newest(config: Config, folder: Path, world: World) -> Iterator[tuple[int, d
     store = CheckpointStore(folder / "checkpoints", world, config.checkpoint.keep, task.data_digest)
     if not store.steps():
         raise UserError(f"{folder} has neither a trajectory nor a checkpoint to evaluate")
-    engine = Engine(build_student(config, task), config, world)
+    engine = student_engine(config, task)
     state = store.restore(engine)
     assert state is not None
     micro = config.evaluation.micro_batch or engine.tiling.micro_batch
-    yield state["step"], held_out(task, config, world, micro, engine.evaluate)
+    yield state["step"], held_out(task, config.evaluation.samples, world, micro, engine.evaluate)
     engine.destroy()

@@ -12,14 +12,15 @@ import torch
 from tqdm import tqdm
 
 from megapd.batch import Batch
-from megapd.config import AdaptiveConfig, Config
+from megapd.config import Config
 from megapd.errors import UserError
 from megapd.models import checkpoint_shape
 from megapd.schedule.plan import Plan
 from megapd.schedule.resolve import resolve_plan
 from megapd.tasks import Task, build_task
 from megapd.teacher.cache import CachedStream, SignalCache
-from megapd.teacher.setup import open_source, open_trajectory, rank_agreement
+from megapd.teacher.locate import open_trajectory
+from megapd.teacher.setup import open_source, rank_agreement
 from megapd.teacher.stream import Stream
 from megapd.tiling import tile
 from megapd.trajectory import Checkpoints
@@ -85,7 +86,7 @@ def record(
     """
     # As training tiles them: every rank has as many, since a sharded teacher answers all ranks at once, and what training reads
     # together lies together.
-    rows = tile(config, ranks).rows(rank)
+    rows = tile(config.training, ranks).rows(rank)
     began = time.perf_counter()
     found, recorded, positions, size = _state(cache)
     cached = CachedStream(cache, plan, stream.spec, trajectory, stream, record=True, classes=classes, agree=agree)
@@ -132,11 +133,8 @@ def _check(cache: SignalCache) -> None:
         raise UserError(f"{cache.failure}; free space there, or choose another folder")
 
 
-def record_signals(config: Config) -> RecordSummary | None:
-    """Fill teacher.cache with the signals of the whole schedule; each rank records its share.
-
-    Returns what all ranks did together, on rank 0; None on the others.
-    """
+def record_signals(config: Config) -> int:
+    """Fill teacher.cache with the signals of the whole schedule; each rank records its share, rank 0 prints what all did."""
     teacher = config.teacher
     if teacher is None or teacher.cache is None:
         raise UserError("teacher.cache: name the folder that signals are to be recorded in")
@@ -150,8 +148,9 @@ def record_signals(config: Config) -> RecordSummary | None:
     world = join_world()
     task, trajectory = build_task(config), open_trajectory(config)
     plan = resolve_plan(config, trajectory)
-    if isinstance(config.schedule, AdaptiveConfig):
-        raise UserError("schedule.policy: adaptive decides while a student trains, so its signals cannot be recorded ahead of it")
+    if config.schedule is not None and config.schedule.grows:
+        why = "decides while a student trains, so its signals cannot be recorded ahead of it"
+        raise UserError(f"schedule.policy: {config.schedule.policy} {why}")
     stream = open_source(config, task, trajectory, plan, world, 0)
     mine = record(
         config,
@@ -167,4 +166,6 @@ def record_signals(config: Config) -> RecordSummary | None:
         agree=rank_agreement(teacher, world),
     )
     parts = world.gather(mine)
-    return RecordSummary.together(parts) if world.rank == 0 else None
+    if world.rank == 0:
+        print(RecordSummary.together(parts), flush=True)
+    return 0

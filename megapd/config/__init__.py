@@ -1,35 +1,23 @@
 """The configuration: `load` builds a Config from a file, the environment and the command line; its sections by their rooms."""
 
 from megapd.config.base import Section
-from megapd.config.data import (
-    CorpusConfig,
-    HierarchicalParityConfig,
-    MLPConfig,
-    ModelConfig,
-    ParityConfig,
-    SourceConfig,
-    TaskConfig,
-    TextConfig,
-    TokenizerConfig,
-    TransformerConfig,
-)
-from megapd.config.distillation import (
+from megapd.config.corpus import CorpusConfig, SourceConfig, TokenizerConfig
+from megapd.config.distillation import Divergence, LossConfig, TeacherConfig, TeacherServerConfig
+from megapd.config.model import MLPConfig, ModelConfig, TransformerConfig
+from megapd.config.schedule import (
     AdaptiveConfig,
-    Divergence,
     EqualConfig,
     ExplicitConfig,
     FollowConfig,
     GeometricConfig,
-    LossConfig,
     MatchedConfig,
     OneShotConfig,
     RangeConfig,
     ScheduleConfig,
-    TeacherConfig,
-    TeacherServerConfig,
     TransitionConfig,
 )
 from megapd.config.scheduler import SchedulerConfig
+from megapd.config.task import HierarchicalParityConfig, ParityConfig, TaskConfig, TextConfig
 from megapd.config.training import (
     CheckpointConfig,
     EvaluationConfig,

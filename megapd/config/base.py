@@ -2,10 +2,72 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import json
+from typing import Any, ClassVar, Self, get_origin
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, PydanticKnownError, core_schema
+
+from megapd.errors import UserError
+from megapd.registry import Registry
 
 
 class Section(BaseModel):
     """A branch of the tree: immutable, and closed to keys it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class OpenSection(Section):
+    """A section of several kinds, each with settings of its own; `registry` has their classes, also those of other packages.
+
+    A direct subclass sets `registry` and `tag`, the setting that names the kind. As the type of a field it takes a mapping whose
+    tag is registered, and gives an instance of that kind. A kind subclasses it, with its name or names as a Literal:
+
+        builder   "package.module:function" that makes what the section describes, imported when it is needed: configurations are
+                  read without torch
+    """
+
+    registry: ClassVar[Registry[type[Any]]]
+    tag: ClassVar[str]
+    builder: ClassVar[str]
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: type[BaseModel], handler: GetCoreSchemaHandler) -> CoreSchema:
+        if "registry" not in cls.__dict__:
+            return handler(source)  # a kind
+        own = core_schema.simple_ser_schema("any")  # with the settings of its kind
+        return core_schema.no_info_plain_validator_function(cls._of_its_kind, serialization=own)
+
+    @classmethod
+    def _of_its_kind(cls, value: object) -> Self:
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, dict):
+            raise PydanticKnownError("model_attributes_type")
+        if cls.tag not in value:
+            raise problem(cls.tag, "missing; it says which settings the section has", value)
+        try:
+            kind = cls.registry.get(str(value[cls.tag]))
+        except UserError as error:
+            raise problem(cls.tag, str(error), value) from error
+        if not (isinstance(kind, type) and issubclass(kind, cls)):
+            raise problem(cls.tag, f"{kind!r}, which {cls.registry.group} has by that name, is no {cls.__name__}", value)
+        return kind.model_validate({key: _decoded(kind, key, given) for key, given in value.items()})
+
+
+def problem(setting: str, message: str, value: object) -> ValidationError:
+    """What a section's validator raises for one of its settings; `value`: what was given."""
+    error = PydanticCustomError("value_error", "{message}", {"message": message})
+    return ValidationError.from_exception_data(setting, [InitErrorDetails(type=error, loc=(setting,), input=value)])
+
+
+def _decoded(kind: type[Section], key: str, value: object) -> object:
+    """An environment variable's text as the list that its setting is; the variables' reader knows no settings of kinds."""
+    field = kind.model_fields.get(key)
+    if isinstance(value, str) and field is not None and get_origin(field.annotation) in (tuple, list, dict):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value  # pydantic says what it should have been
+    return value

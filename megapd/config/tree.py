@@ -23,9 +23,12 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-from megapd.config.data import CorpusConfig, MLPConfig, ModelConfig, ParityConfig, TaskConfig, TextConfig
-from megapd.config.distillation import LossConfig, ScheduleConfig, TeacherConfig
+from megapd.config.corpus import CorpusConfig
+from megapd.config.distillation import LossConfig, TeacherConfig
+from megapd.config.model import MLPConfig, ModelConfig
+from megapd.config.schedule import ScheduleConfig
 from megapd.config.scheduler import SchedulerConfig
+from megapd.config.task import ParityConfig, TaskConfig
 from megapd.config.training import (
     CheckpointConfig,
     EvaluationConfig,
@@ -73,43 +76,17 @@ class Config(BaseSettings):
         return self.runs_dir / self.name
 
     @model_validator(mode="after")
-    def _possible(self) -> Config:
-        text, mlp = self.task.kind == "text", self.model.kind == "mlp"
-        if text and mlp:
-            raise ValueError("model.kind: an mlp cannot learn task.kind text; choose gpt or bert")
-        if isinstance(self.task, TextConfig) and not mlp:
-            wanted = "bert" if self.task.objective == "mlm" else "gpt"
-            if self.model.kind != wanted:
-                raise ValueError(f"model.kind: task.objective {self.task.objective} needs {wanted}, not {self.model.kind}")
+    def _fits_together(self) -> Config:
+        """What no section can tell alone."""
+        self.task.check_model(self.model)
         if (self.teacher is None) != (self.schedule is None):
             missing = "teacher" if self.teacher is None else "schedule"
             raise ValueError(f"{missing}: teacher and schedule go together; give both (distillation) or neither (labels only)")
-        remote = self.teacher is not None and self.teacher.carrier in ("served", "shared_memory")
-        if self.teacher is not None and remote and not self.teacher.endpoints and self.scheduler.url is None:
-            raise ValueError(
-                f"teacher.endpoints: carrier {self.teacher.carrier} needs the address of a teacher, grpc://HOST:PORT, or "
-                f"scheduler.url, where teachers hold their leases"
-            )
-        if self.training.micro_batch is not None and self.training.global_batch % self.training.micro_batch:
-            micro, total = self.training.micro_batch, self.training.global_batch
-            raise ValueError(f"training.micro_batch: {micro} does not divide training.global_batch {total}")
-        if self.optimizer.kind == "adamw" and self.optimizer.momentum:
-            raise ValueError("optimizer.momentum: AdamW has none; set optimizer.betas, or choose sgd")
-        argmax_asked = self.teacher is not None and self.teacher.signal == "argmax"
-        if argmax_asked and (self.loss.teacher_temperature > 0 or self.loss.divergence == "reverse_kl"):
-            raise ValueError("teacher.signal: argmax is exact at loss.teacher_temperature 0 alone; set that, or choose auto")
-        if self.teacher is not None and self.teacher.signal in ("topk", "sampled"):
-            sampled = self.teacher.signal == "sampled"
-            if self.loss.teacher_temperature == 0:
-                raise ValueError("teacher.signal: at loss.teacher_temperature 0 the argmax is all there is; choose auto")
-            if sampled and self.loss.divergence not in ("forward_kl", "soft_cross_entropy"):
-                raise ValueError(f"teacher.signal: sampled is unbiased for forward_kl, not {self.loss.divergence}; choose topk")
-        for key in ("warmup", "decay"):
-            if getattr(self.lr, key) > self.training.steps:
-                raise ValueError(f"lr.{key}: {getattr(self.lr, key):g} steps exceed training.steps {self.training.steps}")
-        late = [s for s in self.trajectory.steps if s > self.training.steps]
-        if late:
-            raise ValueError(f"trajectory.steps: {late} lie beyond training.steps {self.training.steps}")
+        if self.teacher is not None:
+            self.teacher.check_found(self.scheduler)
+            self.teacher.check_loss(self.loss)
+        self.lr.check_steps(self.training.steps)
+        self.trajectory.check_steps(self.training.steps)
         return self
 
     @classmethod
@@ -142,7 +119,7 @@ class _File(YamlConfigSettingsSource):
 _yaml_file: Path | None = None  # set by `load` alone, for the one construction it makes
 
 
-def load(path: str | Path | None, overrides: list[str] | None = None) -> Config:
+def load(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
     """Build a Config from a YAML file (or none), MEGAPD_* variables and `--section.key=value` overrides.
 
     Raises UserError, one line that names the setting, for whatever the tree refuses.
@@ -222,17 +199,11 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
 
 
 def _one_line(error: ValidationError, path: str | Path | None) -> str:
-    tags = {"mlp", "gpt", "bert", "parity", "hierarchical_parity", "text", "one_shot", "equal", "matched", "explicit", "follow"}
-    tags |= {"geometric", "transition", "adaptive"}
     parts = []
     for problem in error.errors():
-        # The location of a tagged union carries the tag as its second element; users do not write it.
-        where = ".".join(str(p) for i, p in enumerate(problem["loc"]) if not (i == 1 and p in tags))
+        where = ".".join(map(str, problem["loc"]))
         message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "union_tag_not_found":
-            field = problem["ctx"]["discriminator"].strip("'")
-            where, message = f"{where}.{field}", "missing; it says which settings the section has"
-        elif problem["type"] == "extra_forbidden":
+        if problem["type"] == "extra_forbidden":
             message = "unknown setting"
         elif problem["type"] not in ("value_error", "missing") and not isinstance(problem["input"], dict):
             message += f" (got {problem['input']!r})"

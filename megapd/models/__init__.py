@@ -1,6 +1,7 @@
 """The models: bodies, heads with their loss, and how they are built, read, written and sharded."""
 
-from megapd.models.build import Learner, ParameterCount, build_model, flops_per_token, init_weights, parameter_count
+from megapd.models.body import Body, Parts
+from megapd.models.build import Learner, ParameterCount, build_model, init_weights, parameter_count
 from megapd.models.from_checkpoint import (
     HUGGING_FACE,
     Shape,
@@ -19,10 +20,12 @@ from megapd.models.weights import copy_weights
 __all__ = [
     "HUGGING_FACE",
     "MLP",
+    "Body",
     "Learner",
     "LossHead",
     "MaskedTransform",
     "ParameterCount",
+    "Parts",
     "Shape",
     "Transformer",
     "build_model",
@@ -32,7 +35,6 @@ __all__ = [
     "checkpoint_shape",
     "copy_weights",
     "document_mask",
-    "flops_per_token",
     "init_weights",
     "load_hugging_face",
     "parameter_count",

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from megapd.batch import Batch
-from megapd.config import MLPConfig, ModelConfig
+from megapd.config import ModelConfig
 from megapd.errors import UserError
 from megapd.models.build import build_model
 from megapd.models.pretrained import Pretrained, build_pretrained, check_head, read_pretrained
@@ -42,8 +42,7 @@ def checkpoint_shape(checkpoint: Checkpoint) -> Shape:
             raise UserError(f"{checkpoint.path / 'config.json'}: it gives no vocab_size or hidden_size; choose another model")
         return Shape(settings["vocab_size"], width, settings["vocab_size"], length)
     model, shapes = _described(checkpoint)
-    width = model.width if isinstance(model, MLPConfig) else model.hidden
-    return Shape(shapes["classes"], width, shapes["vocab_size"], shapes["length"])
+    return Shape(shapes["classes"], model.head_width, shapes["vocab_size"], shapes["length"])
 
 
 def build_teacher(checkpoint: Checkpoint, chunk_bytes: int | None) -> nn.Module:
@@ -82,10 +81,11 @@ def check_architecture(model: nn.Module, batch: Batch) -> None:
 def canary(checkpoint: Checkpoint) -> Batch:
     """A small batch of fixed pseudo-random ids with every position labelled, for tests of a teacher."""
     shape = checkpoint_shape(checkpoint)
-    mlp = checkpoint.config.get("model", {}).get("kind") == "mlp"  # it reads samples of its own length alone
-    length = (shape.length or CANARY_TOKENS) if mlp else min(CANARY_TOKENS, shape.length or CANARY_TOKENS)
+    # What reads no sequences takes samples of its own length alone, one label each.
+    whole = HUGGING_FACE not in checkpoint.config and _described(checkpoint)[0].causal is None
+    length = (shape.length or CANARY_TOKENS) if whole else min(CANARY_TOKENS, shape.length or CANARY_TOKENS)
     ids = torch.from_numpy(integers(0, Stream.CANARY, torch.arange(CANARY_SAMPLES * length).numpy(), shape.vocab_size))
-    positions = torch.arange(length - 1, ids.numel(), length) if mlp else torch.arange(ids.numel())
+    positions = torch.arange(length - 1, ids.numel(), length) if whole else torch.arange(ids.numel())
     return Batch(
         ids=ids.view(CANARY_SAMPLES, length),
         segments=None,

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megapd.config import MLPConfig, ModelConfig, TransformerConfig
+from megapd.config import ModelConfig, TransformerConfig
 from megapd.errors import UserError
 from megapd.files import commit_folder, temporary_folder
 from megapd.models.build import Learner, build_model
@@ -254,8 +254,8 @@ def save_hugging_face(
     """
     folder = Path(folder)
     body = learner.body
-    if isinstance(model_config, MLPConfig) or not isinstance(body, Transformer):
-        raise UserError("model.kind: an mlp has no Hugging Face layout; export a gpt or bert")
+    if not isinstance(model_config, TransformerConfig) or not isinstance(body, Transformer):
+        raise UserError(f"model.kind: an {model_config.kind} has no Hugging Face layout; export a gpt or bert")
     vocab_size, classes = body.tokens.num_embeddings, learner.head.weight.shape[0]
     if classes != vocab_size:
         raise UserError(f"model: {classes} classes over {vocab_size} tokens have no Hugging Face layout; export a language model")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megapd.config import MLPConfig
+from megapd.models.body import Body, Parts
 
-class MLP(nn.Module):
+
+class MLP(Body):
     """One hidden layer that reads a whole row of bits.
 
     dimension: bits a sample. width: hidden units. Parameters: linear.weight [width, dimension], linear.bias [width].
@@ -22,3 +25,15 @@ class MLP(nn.Module):
         # DeepSpeed casts the weights (bf16, fp16); the inputs are integers, which only this layer turns into floats.
         signs = (2 * ids - 1).to(self.linear.weight.dtype)
         return torch.relu(self.linear(signs)).unsqueeze(1)
+
+    def initialise(self, parameter: nn.Parameter, name: str, owner: nn.Module, generator: torch.Generator) -> None:
+        """Weights and biases uniform(+-1 / sqrt(fan in)), torch's usual."""
+        weight = owner.weight
+        assert isinstance(weight, Tensor)
+        bound = weight.shape[1] ** -0.5
+        parameter.uniform_(-bound, bound, generator=generator)
+
+
+def build(section: MLPConfig, *, vocab_size: int, classes: int, length: int) -> Parts:
+    """The parts of a learner of `length` bits a sample."""
+    return Parts(MLP(length, section.width), bias=True)

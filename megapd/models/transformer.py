@@ -12,6 +12,9 @@ Shape suffixes: B samples, L tokens a sample, D hidden width, H heads, N labelle
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import cache
 from typing import Literal
 
 import torch
@@ -20,8 +23,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megapd.config import TransformerConfig
+from megapd.errors import UserError
+from megapd.models.body import Body, Parts
 
 LAYER_NORM_EPS = {"gpt": 1e-5, "bert": 1e-12}  # the published models' values
+INIT_STD = 0.02  # GPT-2's and BERT's
 TOKEN_TYPES = 2  # BERT's sentence A and B; packed documents are all of type 0, the second row only keeps the layout
 
 
@@ -62,7 +68,7 @@ class Block(nn.Module):
     def forward(self, x_BLD: Tensor, mask_B1LL: Tensor | None) -> Tensor:
         # Compiled below __call__: the block's own hooks (ZeRO-3's, if blocks are its leaves) stay outside the graph,
         # and since parameters are inputs of the graph, all blocks share one compilation.
-        return (_compiled_layer if self.compiled else Block.layer)(self, x_BLD, mask_B1LL)
+        return (_compiled_layer() if self.compiled else Block.layer)(self, x_BLD, mask_B1LL)
 
     def layer(self, x_BLD: Tensor, mask_B1LL: Tensor | None) -> Tensor:
         if self.norm_first:
@@ -78,10 +84,14 @@ class Block(nn.Module):
         return out_BLD
 
 
-_compiled_layer = torch.compile(Block.layer)  # compiles at its first call, not here
+@cache
+def _compiled_layer() -> Callable[[Block, Tensor, Tensor | None], Tensor]:
+    """One for all blocks of the process, so that they share its compilations; made when the first one is to run, for
+    torch.compile imports dynamo and inductor, which takes seconds."""
+    return torch.compile(Block.layer)
 
 
-class Transformer(nn.Module):
+class Transformer(Body):
     """Embeddings and blocks: token ids to final hidden states.
 
     vocab_size: rows of the token embedding. max_length: learned positions, the longest row it accepts.
@@ -118,6 +128,19 @@ class Transformer(nn.Module):
             x_BLD = self.norm(x_BLD)
         return x_BLD
 
+    def initialise(self, parameter: nn.Parameter, name: str, owner: nn.Module, generator: torch.Generator) -> None:
+        """GPT: matrices and embeddings normal(0, 0.02), the projections into the residual stream scaled by 1 / sqrt(2 * layers)
+        (Radford et al. 2019, 2.3). BERT: normal(0, 0.02). Biases 0, norms 1 and 0."""
+        path, _, leaf = name.rpartition(".")
+        if isinstance(owner, nn.LayerNorm):
+            parameter.fill_(1.0 if leaf == "weight" else 0.0)
+        elif leaf == "bias":
+            parameter.zero_()
+        else:
+            residual = self.causal and path.endswith(("attention.out", "down"))
+            std = INIT_STD / math.sqrt(2 * len(self.blocks)) if residual else INIT_STD
+            parameter.normal_(0.0, std, generator=generator)
+
 
 class MaskedTransform(nn.Module):
     """What BERT's masked-token head does before its output layer: dense, exact GELU, layer norm."""
@@ -131,6 +154,21 @@ class MaskedTransform(nn.Module):
         """[N, D] -> [N, D]; given the labelled positions alone, for nothing reads the others."""
         normed_ND: Tensor = self.norm(F.gelu(self.dense(x_ND)))
         return normed_ND
+
+
+def build(section: TransformerConfig, *, vocab_size: int, classes: int, length: int) -> Parts:
+    """The parts of a GPT or BERT. UserError if `length` exceeds model.max_length, or a tied head would need classes !=
+    vocab_size."""
+    if section.max_length is not None and length > section.max_length:
+        raise UserError(f"model.max_length: {section.max_length} is below the task's {length} tokens a sample; raise it")
+    if section.tied and classes != vocab_size:
+        raise UserError(
+            f"model.tied: the task has {classes} classes but {vocab_size} tokens, so head and embedding cannot share a weight; "
+            "set model.tied=false"
+        )
+    body = Transformer(section, vocab_size, section.max_length or length)
+    transform = None if section.causal else MaskedTransform(section.hidden)
+    return Parts(body, transform, bias=not section.causal, embedding=body.tokens if section.tied else None)
 
 
 def document_mask(segments_BL: Tensor, causal: bool) -> Tensor:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from megapd.config import FollowConfig, ScheduleConfig
+from megapd.config import ScheduleConfig
 
 Rotations = tuple[tuple[int, int], ...]  # (student step, teacher step), the first at 0
 
@@ -141,8 +141,7 @@ Change = Version | Decision
 
 def resolved(version: int, start: int, schedule: ScheduleConfig, plan: Plan) -> Version:
     """plan: what the schedule resolved to."""
-    timeout = schedule.timeout_seconds if isinstance(schedule, FollowConfig) else None
-    return Version(version, start, schedule.policy, tuple(plan.fixed()), timeout)
+    return Version(version, start, schedule.policy, tuple(plan.fixed()), schedule.waits)
 
 
 def in_force(begins: Sequence[int], steps: int) -> Iterator[tuple[int, int, int]]:

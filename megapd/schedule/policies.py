@@ -38,10 +38,13 @@ from megapd.config import (
     TransitionConfig,
 )
 from megapd.errors import UserError
+from megapd.registry import imported
 from megapd.schedule.plan import Plan
-from megapd.schedule.transition import all_metrics, find_transition, nearest_increasing
+from megapd.schedule.transition import Metrics, all_metrics, find_transition, nearest_increasing
 
 MetricsOf = Callable[[int], Mapping[str, Any]]  # teacher step -> what its checkpoint's meta.json holds as metrics
+Pieces = list[tuple[int, int]]  # (student step, teacher step), the first at 0, all below the run's steps; neighbours may be equal
+Resolved = tuple[Pieces, list[str]]  # and warnings, one line each
 
 
 def build_plan(
@@ -49,33 +52,27 @@ def build_plan(
 ) -> Plan:
     """Resolve a schedule over the teacher steps `available` for a run of `steps` student steps.
 
-    `follow` needs nothing to be available yet, and takes None; what is given to it is checked. `metrics_of` is called by
-    `transition` alone, once for each checkpoint; None: the trajectory stores no metrics. `adaptive` gives the first of its
-    candidates for the whole run, decisions tell the rest. Raises UserError, naming the setting, where the schedule asks for what
-    the trajectory does not hold.
+    A schedule that waits needs nothing to be available yet, and takes None; what is given to it is checked. `metrics_of` is
+    called for one that needs metrics alone, once for each checkpoint; None: the trajectory stores none. One that grows gives its
+    first checkpoint for the whole run, decisions tell the rest. Raises UserError, naming the setting, where it asks for what the
+    trajectory does not hold.
     """
     assert steps >= 1
     there = tuple(sorted(set(available or ())))
-    if isinstance(schedule, FollowConfig):
-        pieces, warnings = _follow(schedule, there, steps)
-    else:
-        if not there or there[-1] == 0:
-            holds = "only step 0, the random weights" if there else "no checkpoint"
-            raise UserError(f"teacher.trajectory: it holds {holds}; train the teacher further, or set its trajectory.every")
-        if isinstance(schedule, OneShotConfig):
-            pieces, warnings = _one_shot(schedule, there), []
-        elif isinstance(schedule, EqualConfig):
-            pieces, warnings = _equal(schedule, there, steps)
-        elif isinstance(schedule, MatchedConfig):
-            pieces, warnings = _matched(schedule, there, steps)
-        elif isinstance(schedule, GeometricConfig):
-            pieces, warnings = _geometric(schedule, there, steps)
-        elif isinstance(schedule, TransitionConfig):
-            pieces, warnings = _transition(schedule, there, steps, metrics_of)
-        elif isinstance(schedule, AdaptiveConfig):
-            pieces, warnings = [(0, candidates(schedule, there)[0])], []
-        else:
-            pieces, warnings = _explicit(schedule, there, steps)
+    if schedule.waits is None and (not there or there[-1] == 0):
+        holds = "only step 0, the random weights" if there else "no checkpoint"
+        raise UserError(f"teacher.trajectory: it holds {holds}; train the teacher further, or set its trajectory.every")
+    metrics: list[Metrics] = []
+    if schedule.needs_metrics:
+        if metrics_of is None:
+            raise UserError(
+                f"schedule.policy: {schedule.policy} reads the metrics stored with each checkpoint, and this trajectory stores "
+                f"none; name its checkpoints with schedule.policy explicit"
+            )
+        metrics.append(all_metrics(there, metrics_of))
+    resolved: Resolved = imported(schedule.builder)(schedule, there, steps, *metrics)
+    pieces, warnings = resolved
+    assert schedule.waits is not None or all(teacher in there for _, teacher in pieces), f"{schedule.policy} names others"
     merged: list[tuple[int, int]] = []
     for start, teacher in pieces:
         if not merged or merged[-1][1] != teacher:
@@ -84,17 +81,14 @@ def build_plan(
     return Plan(schedule.policy, steps, starts, teachers, tuple(warnings))
 
 
-Pieces = list[tuple[int, int]]  # (student step, teacher step), the first at 0, all below the run's steps; neighbours may be equal
-
-
-def _one_shot(schedule: OneShotConfig, there: tuple[int, ...]) -> Pieces:
+def one_shot(schedule: OneShotConfig, there: tuple[int, ...], steps: int) -> Resolved:
     if schedule.checkpoint is None:
-        return [(0, there[-1])]
+        return [(0, there[-1])], []
     _require(schedule.checkpoint, there, "schedule.checkpoint")
-    return [(0, schedule.checkpoint)]
+    return [(0, schedule.checkpoint)], []
 
 
-def _explicit(schedule: ExplicitConfig, there: tuple[int, ...], steps: int) -> tuple[Pieces, list[str]]:
+def explicit(schedule: ExplicitConfig, there: tuple[int, ...], steps: int) -> Resolved:
     pieces = []
     for number, part in enumerate(schedule.ranges):
         if part.start < steps:
@@ -109,7 +103,7 @@ def _explicit(schedule: ExplicitConfig, there: tuple[int, ...], steps: int) -> t
     ]
 
 
-def _equal(schedule: EqualConfig, there: tuple[int, ...], steps: int) -> tuple[Pieces, list[str]]:
+def equal(schedule: EqualConfig, there: tuple[int, ...], steps: int) -> Resolved:
     count = schedule.checkpoints
     trained = _trained(there, count)
     chosen = equally_spaced(trained, count)
@@ -118,7 +112,7 @@ def _equal(schedule: EqualConfig, there: tuple[int, ...], steps: int) -> tuple[P
     return _parts(chosen, [i * schedule.steps for i in range(count)], steps, "schedule.steps", warnings)
 
 
-def _geometric(schedule: GeometricConfig, there: tuple[int, ...], steps: int) -> tuple[Pieces, list[str]]:
+def geometric(schedule: GeometricConfig, there: tuple[int, ...], steps: int) -> Resolved:
     count = schedule.checkpoints
     if schedule.first is not None:
         _require(schedule.first, there, "schedule.first")
@@ -137,18 +131,16 @@ def _geometric(schedule: GeometricConfig, there: tuple[int, ...], steps: int) ->
     return _parts(chosen, [i * schedule.total // count for i in range(count)], steps, "schedule.total", warnings)
 
 
-def _transition(
-    schedule: TransitionConfig, there: tuple[int, ...], steps: int, metrics_of: MetricsOf | None
-) -> tuple[Pieces, list[str]]:
-    if metrics_of is None:
-        raise UserError(
-            "schedule.policy: transition reads the metrics stored with each checkpoint, and this trajectory stores none; "
-            "name its checkpoints with schedule.policy explicit"
-        )
-    found = find_transition(schedule, all_metrics(there, metrics_of))
+def transition(schedule: TransitionConfig, there: tuple[int, ...], steps: int, metrics: Metrics) -> Resolved:
+    found = find_transition(schedule, metrics)
     warnings = [f"schedule.policy transition: {warning}" for warning in found.warnings]
     chosen = [*found.picks, found.final]
     return _parts(chosen, [i * schedule.steps for i in range(len(chosen))], steps, "schedule.steps", warnings)
+
+
+def adaptive(schedule: AdaptiveConfig, there: tuple[int, ...], steps: int) -> Resolved:
+    """The first of its checkpoints; decisions tell the rest."""
+    return [(0, candidates(schedule, there)[0])], []
 
 
 def candidates(schedule: AdaptiveConfig, there: Sequence[int]) -> tuple[int, ...]:
@@ -179,9 +171,7 @@ def _uneven(count: int, what: str, chosen: Sequence[int]) -> str:
     )
 
 
-def _parts(
-    chosen: Sequence[int], starts: Sequence[int], steps: int, setting: str, warnings: list[str]
-) -> tuple[Pieces, list[str]]:
+def _parts(chosen: Sequence[int], starts: Sequence[int], steps: int, setting: str, warnings: list[str]) -> Resolved:
     """The checkpoints from their starts on, as far as the run goes, with a warning if the last never teaches."""
     pieces = [(start, teacher) for start, teacher in zip(starts, chosen, strict=True) if start < steps]
     if len(pieces) < len(chosen):
@@ -220,14 +210,14 @@ def _ratio(steps: Sequence[int], count: int, i: int, j: int) -> int:
     return round(1e9 * abs(log(steps[j]) - target))
 
 
-def _matched(schedule: MatchedConfig, there: tuple[int, ...], steps: int) -> tuple[Pieces, list[str]]:
+def matched(schedule: MatchedConfig, there: tuple[int, ...], steps: int) -> Resolved:
     pieces = _lockstep(schedule, there[-1], steps)
     for _, teacher in pieces:
         _require(teacher, there, "schedule.refresh, schedule.speed")
     return pieces, _unreached(pieces, there[-1], steps)
 
 
-def _follow(schedule: FollowConfig, there: tuple[int, ...], steps: int) -> tuple[Pieces, list[str]]:
+def follow(schedule: FollowConfig, there: tuple[int, ...], steps: int) -> Resolved:
     pieces = _lockstep(schedule, schedule.last, steps)
     for _, teacher in pieces:
         # A teacher writes in order, so what lies before its newest checkpoint and is not there will never come.

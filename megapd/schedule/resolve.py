@@ -1,4 +1,4 @@
-"""A configured schedule over a trajectory."""
+"""A configured schedule over a trajectory; the one file here that knows trajectories."""
 
 from __future__ import annotations
 

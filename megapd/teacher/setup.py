@@ -1,13 +1,11 @@
-"""From a configuration to the teacher's parts: its trajectory, what is asked of it, and the stream that carries the answers."""
+"""From a configuration to what is asked of the teacher, and the stream that carries the answers."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from megapd.config import Config, FollowConfig, TeacherConfig
+from megapd.config import Config, TeacherConfig
 from megapd.models import Shape, checkpoint_shape
 from megapd.registry import signal_kinds
 from megapd.schedule.plan import Plan
@@ -15,37 +13,10 @@ from megapd.signals import Encoding, SignalSpec, definition_of, negotiate
 from megapd.tasks import Task
 from megapd.teacher.cache import CachedStream, SignalCache
 from megapd.teacher.engine import Demands, Teacher, TeacherOptions
+from megapd.teacher.locate import open_endpoints
 from megapd.teacher.stream import ColocatedStream, Stream
-from megapd.trajectory import Checkpoint, Checkpoints, Trajectory
-from megapd.trajectory.hugging_face import HuggingFaceTrajectory, is_hugging_face
+from megapd.trajectory import Checkpoint, Checkpoints
 from megapd.world import World
-
-if TYPE_CHECKING:
-    from megapd.teacher.client.replicas import Endpoints
-
-
-def open_trajectory(config: Config) -> Checkpoints:
-    """The trajectory that teacher.trajectory names, or where it names none, the one that the endpoints serve."""
-    assert config.teacher is not None
-    named = config.teacher.trajectory
-    if named is None:
-        from megapd.teacher.client.served import RemoteTrajectory
-
-        return RemoteTrajectory(config.teacher, open_endpoints(config))
-    if is_hugging_face(named):
-        return HuggingFaceTrajectory(named, config.teacher.steps)
-    return Trajectory(Path(named), must_exist=not isinstance(config.schedule, FollowConfig))
-
-
-def open_endpoints(config: Config) -> Endpoints:
-    """Where the served teacher's replicas are: as the configuration names them, or else as the scheduler does."""
-    from megapd.scheduler.client.endpoints import LeasedEndpoints
-    from megapd.teacher.client.replicas import FixedEndpoints
-
-    assert config.teacher is not None
-    if config.teacher.endpoints:
-        return FixedEndpoints(config.teacher.endpoints)
-    return LeasedEndpoints(config.scheduler, config.name)
 
 
 def teacher_options(config: Config, *, served: bool = False) -> TeacherOptions:
@@ -56,7 +27,7 @@ def teacher_options(config: Config, *, served: bool = False) -> TeacherOptions:
         sharding=config.teacher.sharding,
         resident=config.teacher.resident or (2 if served else 1),
         chunk_bytes=config.loss.chunk_bytes,
-        wait_seconds=config.schedule.timeout_seconds if isinstance(config.schedule, FollowConfig) else None,
+        wait_seconds=None if config.schedule is None else config.schedule.waits,
     )
 
 
@@ -129,7 +100,7 @@ def open_source(config: Config, task: Task, trajectory: Checkpoints, plan: Plan,
         except BaseException:
             own.close()  # its reader may be waiting for a file, and would keep the process alive
             raise
-    from megapd.teacher.client.served import ServedStream
+    from megapd.teacher.client import ServedStream
 
     spec = signal_spec(config, task, plan, _checked(config, task, trajectory, plan, step))
     endpoints = open_endpoints(config)

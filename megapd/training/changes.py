@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megapd.config import AdaptiveConfig, Config, ScheduleConfig
+from megapd.config import Config, ScheduleConfig
 from megapd.errors import UserError
 from megapd.schedule.adaptive import check_lead
 from megapd.schedule.changes import FILE, ChangeLog, ChangeSource, open_embedded
@@ -50,8 +50,8 @@ def open_changes(
         assert config.schedule is not None
         assert config.teacher is not None
         ahead = max(config.training.prefetch, config.teacher.depth)
-        if isinstance(config.schedule, AdaptiveConfig):
-            check_lead(config.schedule, ahead)
+        if config.schedule.grows:
+            check_lead(config.schedule.grows, ahead)
         grown = LivePlan(resolved(1, 0, config.schedule, plan), config.training.steps)
     source: ChangeSource | None = None
 
@@ -120,12 +120,13 @@ def _resume_alone(
     config: Config, plan: LivePlan, trajectory: Checkpoints | None, log: ChangeLog, step: int, known: int
 ) -> ChangeSource | None:
     """What changes the plan where no service does: an adaptive schedule's own decisions, or nothing any more."""
-    if isinstance(config.schedule, AdaptiveConfig):
+    grows = None if config.schedule is None else config.schedule.grows
+    if grows:
         # Decisions without reports are the service's.
         own = has_reports(config.folder) and all(isinstance(change, Decision) for change in log.changes)
         if own or not log.changes:
             assert trajectory is not None
-            source = open_embedded(config.folder, config.schedule, candidates(config.schedule, trajectory.steps), log)
+            source = open_embedded(config.folder, grows, candidates(grows, trajectory.steps), log)
             try:
                 _take_known(plan, log, known)
             except BaseException:

@@ -99,7 +99,7 @@ class CheckpointStore:
 
     def _layout(self, engine: Engine) -> dict[str, Any]:
         """What a resumed run must share with the one that wrote the checkpoint."""
-        training = engine.config.training
+        training = engine.training
         return {
             "ranks": self.world.size,
             "training.zero_stage": training.zero_stage,

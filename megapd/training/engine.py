@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megapd.batch import Batch
-from megapd.config import Config
+from megapd.config import OptimizerConfig, TrainingConfig
 from megapd.errors import Diverged, UserError
 from megapd.models import Learner
 from megapd.models.transformer import Block
@@ -40,9 +40,8 @@ def parameter_groups(learner: torch.nn.Module, weight_decay: float) -> list[dict
     return [group for group in groups if group["params"]]
 
 
-def deepspeed_config(config: Config, tiling: Tiling) -> dict[str, Any]:
+def deepspeed_config(training: TrainingConfig, tiling: Tiling) -> dict[str, Any]:
     """The stage's JSON, with what the run's own settings decide laid over it."""
-    training = config.training
     if training.deepspeed is not None:
         if not training.deepspeed.is_file():
             raise UserError(f"training.deepspeed: {training.deepspeed}: no such file")
@@ -61,7 +60,7 @@ def deepspeed_config(config: Config, tiling: Tiling) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": tiling.micro_batch,
         "gradient_accumulation_steps": tiling.accumulation,
         # ZeRO clips by the global norm; plain fp32 at stage 0 has no optimizer wrapper and is clipped below.
-        "gradient_clipping": 0.0 if _plain(config) else training.clip,
+        "gradient_clipping": 0.0 if _plain(training) else training.clip,
         "bf16": {**settings.get("bf16", {}), "enabled": training.precision == "bf16", "check_grad_overflow": True},
         "fp16": {**settings.get("fp16", {}), "enabled": training.precision == "fp16"},
         "zero_allow_untested_optimizer": True,
@@ -78,24 +77,22 @@ def deepspeed_config(config: Config, tiling: Tiling) -> dict[str, Any]:
 class Engine:
     """A student under ZeRO: forward and backward of micro-batches, then one update."""
 
-    def __init__(self, learner: Learner, config: Config, world: World) -> None:
-        self.config, self.world = config, world
-        self.tiling = tile(config, world.size)
-        settings = config.optimizer
-        groups = parameter_groups(learner, settings.weight_decay)
-        optimizer: torch.optim.Optimizer
-        if settings.kind == "adamw":
-            fused = world.device.type == "cuda"
-            optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused)
-        else:
-            optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
-        if config.training.zero_stage == 3 and getattr(config.model, "compile", False):
+    def __init__(
+        self, learner: Learner, training: TrainingConfig, optimizer: OptimizerConfig, world: World, *, compiled: bool = False
+    ) -> None:
+        """compiled: the learner's blocks are. Raises UserError for a batch that does not divide, or a bad training.deepspeed."""
+        self.training, self.world = training, world
+        self.tiling = tile(training, world.size)
+        if training.zero_stage == 3 and compiled:
             # Hooks inside a compiled block break its graph 21 times; with the block as the unit that is gathered there are none.
             deepspeed.utils.set_z3_leaf_modules(learner, [Block])
         self.deepspeed, *_ = deepspeed.initialize(
-            model=learner, optimizer=optimizer, config=deepspeed_config(config, self.tiling), dist_init_required=False
+            model=learner,
+            optimizer=_optimizer(learner, optimizer, fused=world.device.type == "cuda"),
+            config=deepspeed_config(training, self.tiling),
+            dist_init_required=False,
         )
-        if config.training.zero_stage == 0 and not _plain(config):
+        if training.zero_stage == 0 and not _plain(training):
             # DeepSpeed's 16-bit optimizer makes its state with an update of zero gradients, which leaves AdamW's step count at 1:
             # the first real update would be a quarter too small.
             self.deepspeed.optimizer.optimizer.state.clear()
@@ -108,6 +105,8 @@ class Engine:
         denominator: labelled positions of the whole global batch. Ranks and micro-batches add up to the gradient of the
         global mean, however many there are; DeepSpeed averages over ranks, which the factor world.size undoes.
         """
+        loss: Tensor
+        stats: Tensor
         loss, stats = self.deepspeed(batch, signal, max(denominator, 1))
         # A loss of inf can have finite gradients; as NaN it reaches the gradient norm, where all ranks agree to skip the step.
         loss = loss * torch.where(torch.isfinite(loss.detach()), float(self.world.size), math.nan)
@@ -121,10 +120,10 @@ class Engine:
         """Update the parameters; False if the gradients were not finite and the update was skipped, on all ranks."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
-        if _plain(self.config):
+        if _plain(self.training):
             return self._plain_step()
         # Stage 0 in fp16 reports the norm of the scaled gradients, the other stages that of the true ones.
-        scaled = self.config.training.zero_stage == 0 and self.config.training.precision == "fp16"
+        scaled = self.training.zero_stage == 0 and self.training.precision == "fp16"
         scale = self.deepspeed.optimizer.cur_scale if scaled else 1.0
         try:
             self.deepspeed.step()
@@ -144,20 +143,20 @@ class Engine:
         if not finite:
             for parameter in parameters:
                 parameter.grad = None
-        elif self.config.training.clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.training.clip, norm)
+        elif self.training.clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.training.clip, norm)
         self.deepspeed.step()
         return finite
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
         """Detached sums [3] of a held-out batch against its labels: 0, cross entropy, correct."""
-        _, stats = self.learner(batch, None, max(batch.labelled, 1))
+        stats: Tensor = self.learner(batch, None, max(batch.labelled, 1))[1]
         return stats
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter's name and whole tensor, gathered one at a time under ZeRO-3; all ranks must iterate together."""
-        gathered = self.config.training.zero_stage == 3
+        gathered = self.training.zero_stage == 3
         for name, parameter in self.learner.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter]) if gathered else nullcontext():
                 yield name, parameter.detach()
@@ -168,6 +167,7 @@ class Engine:
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:
         """Restore what `save` wrote on the same number of ranks, and return its state."""
+        state: dict[str, Any]
         path, state = self.deepspeed.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
         assert path is not None, f"DeepSpeed found nothing at {folder / tag}, which was verified"
         return state
@@ -176,5 +176,12 @@ class Engine:
         self.deepspeed.destroy()
 
 
-def _plain(config: Config) -> bool:
-    return config.training.zero_stage == 0 and config.training.precision == "fp32"
+def _optimizer(learner: Learner, settings: OptimizerConfig, *, fused: bool) -> torch.optim.Optimizer:
+    groups = parameter_groups(learner, settings.weight_decay)
+    if settings.kind == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused)
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
+
+
+def _plain(training: TrainingConfig) -> bool:
+    return training.zero_stage == 0 and training.precision == "fp32"

@@ -21,13 +21,11 @@ class BatchFeed:
         steps: range,
         depth: int,
         device: torch.device,
-        *,
-        built: Callable[[int, list[Batch]], None] | None = None,
+        built: Callable[[int, list[Batch]], None],
     ) -> None:
         """rows: those of each micro-batch within the global batch; steps: the steps to come; depth: steps built ahead.
 
-        built: told of every step's batches as soon as they are built, on the host, in order, off the loop's thread; with it the
-        batches' digests are computed there too, which signals are checked against.
+        built: told of every step's batches as soon as they are built, on the host, in order, off the loop's thread.
         """
         self._task, self._rows, self._steps, self._depth, self._device = task, rows, steps, depth, device
         self._built = built
@@ -47,8 +45,5 @@ class BatchFeed:
 
     def _build(self, step: int) -> list[Batch]:
         batches = [self._task.batch(step, rows) for rows in self._rows]
-        if self._built is not None:
-            for batch in batches:
-                _ = batch.digest  # cached in the batch
-            self._built(step, batches)
+        self._built(step, batches)
         return batches

@@ -3,196 +3,159 @@
 from __future__ import annotations
 
 import logging
-import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from megapd.config import Config
 from megapd.errors import Diverged
-from megapd.schedule.plan import Change
-from megapd.training.evaluation import held_out
-from megapd.training.fallback import take_signals
 from megapd.training.feed import BatchFeed
 from megapd.training.learning_rate import learning_rate
-from megapd.training.meter import Meter
-from megapd.training.run import Run, checkpoint_config
-from megapd.training.stop import StopRequest
-from megapd.trajectory import CheckpointTimeout, write_checkpoint
+from megapd.training.run import Callback, Run, StepResult
+from megapd.training.start import start
+from megapd.training.teaching import Source
+from megapd.training.trackers import METRICS, numbers, recorded
 
 log = logging.getLogger(__name__)
 
 
-def train(run: Run) -> bool:
-    """Train from run.start to the last step; False if a stop request ended it early, with a checkpoint saved."""
-    config, world, engine, telemetry = run.config, run.world, run.engine, run.telemetry
-    steps = config.training.steps
-    feed = BatchFeed(
-        run.task,
-        engine.tiling.rows(world.rank),
-        range(run.start, steps),
-        max(config.training.prefetch, config.teacher.depth if config.teacher is not None else 0),
-        world.device,
-        built=None if run.stream is None else run.stream.request,
-    )
-    stop = StopRequest(config.folder / "stop", watches_file=run.writes)
-    eval_micro = config.evaluation.micro_batch or engine.tiling.micro_batch
-    meter = Meter(run)
-    step, stopped = run.start, False
-    try:
-        while step < steps:
-            # The batch, its global count of labelled positions, whether any rank was asked to stop, or the schedule changes.
-            batches = feed.get(step)
-            change = run.changes.next(step) if run.changes is not None else None
-            labelled, stops, changes = world.sum(sum(b.labelled for b in batches), int(stop.pending()), int(change is not None))
-            if changes:
-                take_change(run, change)
-            if stops or not teacher_came(run, step, stop):
-                stopped = True
-                break
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run came to.
 
-            # The teacher of this step; a rotation is written where it begins.
-            if run.stream is not None:
-                announce_rotation(run, step)
-            signals, source = take_signals(run, step, batches)
-
-            # Forward and backward of each micro-batch, then one update.
-            sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-            for batch, signal in zip(batches, signals, strict=False):
-                sums += engine.accumulate(batch, signal, labelled)
-            lr = learning_rate(config.lr, config.optimizer.lr, step, steps)
-            applied = engine.step(lr)
-            count_nonfinite(run, applied, sums, step)
-            step += 1
-            run.state["step"] = step
-
-            # What is due at this step.
-            if due(step, config.telemetry.every, steps):
-                line = meter.line(sums, labelled, step, lr, source)
-                tell(run, "train", step, line)
-            telemetry.tick()
-            if due(step, config.evaluation.every, steps):
-                line = held_out(run.task, config, world, eval_micro, engine.evaluate)
-                tell(run, "eval", step, line)
-            if step in config.trajectory.steps or (config.trajectory.every and due(step, config.trajectory.every, steps)):
-                write_trajectory(run, step)
-            if step < steps and due(step, config.checkpoint.every, steps):
-                save(run)
-        if step > run.saved:
-            save(run)
-    finally:
-        stop.close()
-        feed.close()
-    if stopped and run.writes:
-        log.warning(
-            "stopped by %s at step %d of %d; start the same command again to continue", stop.reason or "another rank", step, steps
-        )
-    return not stopped
-
-
-def take_change(run: Run, change: Change | None) -> None:
-    """What rank 0 has heard of, taken in by all ranks at the same step, long before the step at which it begins."""
-    assert run.plan is not None
-    run.plan.take(run.world.gather(change)[0])
-    run.state["decisions"] = run.plan.known
-
-
-def due(step: int, every: int, last: int) -> bool:
-    """Whether something that happens each `every` steps, and at the last, happens after `step` steps."""
-    return step == last or (every > 0 and step % every == 0)
-
-
-def teacher_came(run: Run, step: int, stop: StopRequest) -> bool:
-    """Wait until every rank can see the checkpoint that teaches `step`; False if the run was asked to stop meanwhile.
-
-    Only `follow` waits: its teacher may still be training. All ranks poll together, so that they stop, or give up, together.
+    folder    of the run
+    step      student steps done, those before a resume included
+    finished  False: a request stopped it early, with a checkpoint saved
+    metrics   the last of each kind, as train/loss and eval/accuracy
     """
-    seconds = patience(run, step)
-    if run.stream is None or seconds is None:
-        return True
-    deadline = time.monotonic() + seconds
-    while True:
-        ready, stops, late = run.world.sum(int(run.stream.ready(step)), int(stop.pending()), int(time.monotonic() > deadline))
-        if stops:
-            return False
-        if ready == run.world.size:
-            return True
-        if late:
-            wanted = run.plan.checkpoint_at(step) if run.plan is not None else step
-            raise CheckpointTimeout(
-                f"schedule.timeout_seconds: no checkpoint of the teacher's step {wanted} after {seconds:g} s; "
-                f"is the teacher running, and does it write this step?"
-            )
-        time.sleep(0.1)
+
+    folder: Path
+    step: int
+    finished: bool
+    metrics: dict[str, float]
 
 
-def patience(run: Run, step: int) -> float | None:
-    """Seconds to wait for the teacher of `step` to be written; None: all of the schedule's are there."""
-    return None if run.plan is None else run.plan.version_at(step).timeout
+def train(config: Config, callbacks: Sequence[Callback] = ()) -> TrainingResult:
+    """Train the run of `config`, or go on where its folder stopped: on the ranks that the launcher started, or on this one alone.
+
+    callbacks: beside those that training.callbacks names. Raises UserError for a mistake in the settings or files, before
+    anything is written; Diverged, TeacherLost, CheckpointTimeout; and what a callback raises.
+    """
+    run = start(config, callbacks)
+    try:
+        finished = train_run(run)
+    finally:
+        run.close()
+    latest = run.latest
+    if not latest:  # the run was complete already
+        for line in recorded(config.folder / METRICS, run.step):
+            latest |= numbers(line.pop("kind"), {key: value for key, value in line.items() if key != "step"})
+    return TrainingResult(config.folder, run.step, finished, latest)
 
 
-def announce_rotation(run: Run, step: int) -> None:
-    """Where another checkpoint begins to teach, hold it to what was recorded, and record it."""
-    assert run.stream is not None
-    assert run.record is not None
-    assert run.plan is not None
-    if step == 0 or run.plan.checkpoint_at(step) != run.plan.checkpoint_at(step - 1):
-        checkpoint = run.stream.teacher(step)
-        run.record.confirm(checkpoint)
-        run.telemetry.write("rotation", step, teacher_step=checkpoint.step, teacher=checkpoint.digest)
+def train_run(run: Run) -> bool:
+    """Train from run.start to the last step; False if a stop request ended it early, with a checkpoint saved."""
+    config, world, engine, teaching, callbacks = run.config, run.world, run.engine, run.teaching, run.callbacks
+    depth = max(config.training.prefetch, teaching.ahead)
+    feed = BatchFeed(run.task, engine.tiling.rows(world.rank), range(run.start, run.steps), depth, world.device, teaching.request)
+    try:
+        with run.stop:
+            for callback in callbacks:
+                callback.start(run)
+            while (step := run.step) < run.steps:
+                # All ranks agree: the labelled positions of the global batch, whether to stop, whether the schedule changes.
+                batches = feed.get(step)
+                change = teaching.next_change(step)
+                labelled, stops, changes = world.sum(
+                    sum(batch.labelled for batch in batches), int(run.stop.pending()), int(change is not None)
+                )
+                if changes:
+                    teaching.take(change)
+                if stops or not teaching.came(step, run.stop.pending):
+                    break
+                for callback in callbacks:
+                    callback.before_step(run, step)
+
+                # The teacher of this step, and its signals.
+                rotation = teaching.rotation(step)
+                if rotation is not None:
+                    for callback in callbacks:
+                        callback.rotated(run, step, rotation)
+                signals, source = teaching.signals(step, batches)
+
+                # Forward and backward of each micro-batch, then one update.
+                sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+                for batch, signal in zip(batches, signals, strict=False):
+                    sums += engine.accumulate(batch, signal, labelled)
+                lr = learning_rate(config.lr, config.optimizer.lr, step, run.steps)
+                applied = engine.step(lr)
+                count_nonfinite(run, applied, sums)
+                run.progress.step += 1
+
+                # What else there is to do.
+                metrics = None
+                if any(callback.due(run.step) for callback in callbacks):
+                    metrics = step_metrics(run, sums, labelled, lr, source)
+                result = StepResult(run.step, labelled, lr, source, applied, metrics)
+                for callback in callbacks:
+                    callback.after_step(run, result)
+            finished = run.step == run.steps
+            for callback in callbacks:
+                callback.end(run, finished=finished)
+    finally:
+        feed.close()
+    if not finished and run.writes:
+        reason = run.stop.reason or "another rank"
+        log.warning("stopped by %s at step %d of %d; start the same command again to continue", reason, run.step, run.steps)
+    return finished
 
 
-def count_nonfinite(run: Run, applied: bool, sums: Tensor, step: int) -> None:
+def count_nonfinite(run: Run, applied: bool, sums: Tensor) -> None:
     """Count skipped updates; raise Diverged after training.max_nonfinite non-finite ones in a row.
 
     In fp16 an overflow of the scaled gradients with a finite loss is how the loss scale is found, not a divergence.
     """
+    progress, training = run.progress, run.config.training
     if applied:
-        run.state["nonfinite_in_a_row"] = 0
+        progress.nonfinite_in_a_row = 0
         return
     loss_broke = run.world.sum(int(not bool(torch.isfinite(sums).all())))[0] > 0
-    if run.config.training.precision == "fp16" and not loss_broke:
-        run.state["overflows"] += 1
+    if training.precision == "fp16" and not loss_broke:
+        progress.overflows += 1
         return
-    run.state["nonfinite"] += 1
-    run.state["nonfinite_in_a_row"] += 1
+    progress.nonfinite += 1
+    progress.nonfinite_in_a_row += 1
     if run.writes:
-        log.warning("step %d: %s not finite, update skipped", step, "loss" if loss_broke else "gradients")
-    if run.state["nonfinite_in_a_row"] >= run.config.training.max_nonfinite:
+        log.warning("step %d: %s not finite, update skipped", run.step, "loss" if loss_broke else "gradients")
+    if progress.nonfinite_in_a_row >= training.max_nonfinite:
         raise Diverged(
-            f"{run.state['nonfinite_in_a_row']} steps in a row were not finite, up to step {step} (training.max_nonfinite); "
+            f"{progress.nonfinite_in_a_row} steps in a row were not finite, up to step {run.step} (training.max_nonfinite); "
             f"lower optimizer.lr, set training.clip, or resume from an earlier checkpoint"
         )
 
 
-def write_trajectory(run: Run, step: int) -> None:
-    """The weights of this step for later students; only rank 0 keeps them, all ranks gather."""
-    if run.writes:
-        write_checkpoint(
-            run.config.folder / "trajectory",
-            step,
-            run.engine.weights(),
-            config=checkpoint_config(run.config, run.task),
-            vocabulary=run.task.vocabulary_digest,
-            metrics=dict(run.telemetry.latest),
-            shard_bytes=run.config.trajectory.shard_bytes,
-        )
-    else:
-        for _ in run.engine.weights():
-            continue
-    run.world.barrier()
-
-
-def tell(run: Run, kind: str, step: int, values: dict[str, Any]) -> None:
-    """Write a line of metrics; what the decider, or the scheduler, makes of it reaches all ranks with their next step."""
-    run.telemetry.write(kind, step, **values)
-    if run.changes is not None:
-        run.changes.report(kind, step, values)
-
-
-def save(run: Run) -> None:
-    if run.changes is not None:
-        run.changes.sync()
-    run.telemetry.sync()
-    run.store.save(run.engine, run.state["step"], dict(run.state))
-    run.saved = run.state["step"]
+def step_metrics(run: Run, sums: Tensor, labelled: int, lr: float, source: Source) -> dict[str, Any]:
+    """Global means of the step just made, and the run's counts; a collective. sums [3], of this rank: see Engine.accumulate."""
+    if run.world.size > 1:
+        dist.all_reduce(sums)
+    divergence, cross_entropy, correct = (sums / max(labelled, 1)).tolist()
+    loss = run.config.loss
+    scale = loss.student_temperature**2 if loss.scale_t2 else 1.0
+    mixed = loss.alpha * cross_entropy + (1.0 - loss.alpha) * scale * divergence
+    return {
+        "loss": cross_entropy if source == "labels" else mixed,
+        **run.teaching.metrics(run.step - 1, divergence),
+        "cross_entropy": cross_entropy,
+        "accuracy": correct,
+        "lr": lr,
+        "grad_norm": run.engine.grad_norm,
+        "labelled": labelled,
+        "tokens": run.step * run.config.training.global_batch * run.task.length,
+        "nonfinite": run.progress.nonfinite,
+        "overflows": run.progress.overflows,
+    }

@@ -1,195 +1,188 @@
-"""A run's parts, put together: world, task, student, teacher's stream, telemetry, checkpoints."""
+"""A run under way, what may be hooked to it, and how it is stopped from outside."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import signal
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
-import yaml
-
-from megapd.config import RETIRED_SETTINGS, Config, dump, flatten
-from megapd.errors import UserError
-from megapd.files import write_atomic
-from megapd.models import Learner, build_model, flops_per_token, parameter_count
-from megapd.schedule.changes import ChangeSource
-from megapd.schedule.plan import LivePlan, Plan
-from megapd.schedule.record import ScheduleRecord
-from megapd.schedule.resolve import resolve_plan
-from megapd.tasks import Task, build_task
-from megapd.teacher.cache import SignalCache
-from megapd.teacher.setup import open_stream, open_trajectory
-from megapd.teacher.stream import Stream
-from megapd.training.changes import open_changes
+from megapd.config import Config
+from megapd.tasks import Task
 from megapd.training.checkpoint import CheckpointStore
-from megapd.training.engine import Engine, start_world
-from megapd.training.telemetry import Telemetry
-from megapd.trajectory import Checkpoints
+from megapd.training.engine import Engine
+from megapd.training.teaching import NoTeacher, Source, Teaching
+from megapd.trajectory import Checkpoint
 from megapd.world import World
-from megapd_kernels import LossOptions
 
-# What may differ between a run's start and its resumption: nothing here changes what the run learns.
-FREE_SECTIONS: tuple[str, ...]
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-FREE_SECTIONS = (
-    "checkpoint.",
-    "telemetry.",
-    "scheduler.",
-    "runs_dir",
-    "corpus.sources",
-    "evaluation.micro_batch",
-    "training.prefetch",
-)
+class StopRequest:
+    """Notices SIGTERM, SIGUSR1, the file `stop` in the run's folder, or `request`.
+
+    The loop sums it over all ranks at each step boundary, so that they stop together. The handlers only set a flag: the launcher
+    signals ranks one after the other, up to 30 s apart, and one that acted alone would leave the others in a collective.
+    """
+
+    def __init__(self, stop_file: Path, watches_file: bool) -> None:
+        self.reason: str | None = None
+        self._file = stop_file
+        self._watches = watches_file
+
+    def request(self, reason: str) -> None:
+        """Stop all ranks before their next step, this one's checkpoint saved; by one rank or several."""
+        self.reason = reason
+
+    def pending(self) -> bool:
+        if self.reason is None and self._watches and self._file.exists():
+            self.reason = f"the file {self._file}"
+        return self.reason is not None
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Give the signals back; a stop file that was honoured is removed, so that the next start does not stop at once."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._watches and self.reason is not None:
+            self._file.unlink(missing_ok=True)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.reason = signal.Signals(number).name
 
 
-# Streams are interchangeable, and schedule.json holds a resumed run to the digests of its teachers, wherever they lie.
-FREE_TEACHER = "trajectory sharding resident carrier cache endpoints token root_certificate certificate key depth"
+@dataclass
+class StepResult:
+    """What came of one student step.
+
+    step      student steps done, this one included
+    labelled  labelled positions of the global batch
+    lr        learning rate
+    source    where the signals came from
+    applied   False: the gradients were not finite, and the update was skipped
+    metrics   global means and counts of the step, the same on all ranks, at steps for which a callback is `due`; what a callback
+              adds is in the line of metrics.jsonl, if the step has one
+    """
+
+    step: int
+    labelled: int
+    lr: float
+    source: Source
+    applied: bool
+    metrics: dict[str, Any] | None
 
 
-FREE_TEACHER += " call_seconds deadline_seconds on_failure server."
+class Callback:
+    """What a run does beside learning: a base class whose every method may be left out.
+
+    Each is called on all ranks, at the same steps, in the order of Run.callbacks, so that it may communicate. What it raises ends
+    the run. It looks at the run, and may change what it learns, which then is the callback's to repeat on resume.
+
+    name: the key of its state in checkpoints, different for each callback of a run; by default that of its class.
+    """
+
+    name: str
+
+    def __init_subclass__(cls) -> None:
+        cls.name = cls.__dict__.get("name", cls.__name__)
+
+    def start(self, run: Run) -> None:
+        """The run is ready, or resumed at run.step, and `load_state_dict` was called. Of a complete run, too."""
+
+    def before_step(self, run: Run, step: int) -> None:
+        """All ranks have agreed to make the step after `step` others, and its teacher is there."""
+
+    def due(self, step: int) -> bool:
+        """Whether `after_step` wants the metrics of the step that makes `step` in all, which cost a synchronisation of the device
+        and of the ranks. Equal on all ranks."""
+        return False
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        """The update is made, or skipped."""
+
+    def rotated(self, run: Run, step: int, checkpoint: Checkpoint) -> None:
+        """`checkpoint` teaches from the step after `step` others on."""
+
+    def evaluated(self, run: Run, step: int, values: dict[str, float]) -> None:
+        """The held-out loss, accuracy and number of samples after `step` steps."""
+
+    def saved(self, run: Run, step: int, folder: Path) -> None:
+        """A checkpoint that the run can be resumed from is on the disk."""
+
+    def end(self, run: Run, *, finished: bool) -> None:
+        """After the last step, or where a request stopped the run; not after an error. The last checkpoint follows."""
+
+    def close(self) -> None:
+        """In any case, and last: after an error, too, when other ranks may be gone."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint carries for `load_state_dict`: anything that torch.save takes, equal on all ranks. A run is not
+        resumed without a callback whose state its checkpoint carries."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Of the checkpoint that the run resumes from, before `start`."""
 
 
-FREE_SECTIONS += tuple(f"teacher.{key}" for key in FREE_TEACHER.split())
+@dataclass
+class Progress:
+    """How far the run is: counts of student steps, of those whose update was not finite, and of overflows in fp16."""
+
+    step: int = 0
+    nonfinite: int = 0
+    nonfinite_in_a_row: int = 0
+    overflows: int = 0
 
 
 @dataclass
 class Run:
     """Everything the loop needs.
 
-    start   student steps done before: 0, or where the run resumes
-    saved   student steps of the newest checkpoint, -1: none
-    state   what a checkpoint carries beside DeepSpeed's own: equal on all ranks
-    fallback  recorded signals for teacher.on_failure cache
-    changes  on rank 0, what metrics are reported to and what changes the schedule: the service, or an adaptive one's decider
+    callbacks  in the order in which they are called
+    start      student steps done before: 0, or where the run resumes
+    saved      student steps of the newest checkpoint, -1: none
+    latest     last metrics of each kind that this start of the run made: train/loss, eval/accuracy
+    opened     what `close` closes
     """
 
     config: Config
     world: World
     task: Task
     engine: Engine
-    plan: LivePlan | None
-    stream: Stream | None
-    record: ScheduleRecord | None
+    teaching: Teaching | NoTeacher
     store: CheckpointStore
-    telemetry: Telemetry
+    stop: StopRequest
+    callbacks: list[Callback]
+    progress: Progress
     start: int
     saved: int
-    state: dict[str, Any]
-    fallback: SignalCache | None
-    changes: ChangeSource | None
-    flops_per_token: float
+    opened: ExitStack
+    latest: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """Student steps done."""
+        return self.progress.step
+
+    @property
+    def steps(self) -> int:
+        """Student steps of the whole run."""
+        return self.config.training.steps
 
     @property
     def writes(self) -> bool:
+        """Whether this rank is the one that writes to the run's folder."""
         return self.world.rank == 0
 
     def close(self) -> None:
-        self.telemetry.close()
-        if self.changes is not None:
-            self.changes.close()
-        if self.stream is not None:
-            self.stream.close()
-        self.engine.destroy()
+        self.opened.close()
 
 
-def loss_options(config: Config) -> LossOptions:
-    try:
-        return LossOptions(**config.loss.model_dump())
-    except ValueError as error:
-        raise UserError(f"loss.{error}") from error
-
-
-def build_student(config: Config, task: Task) -> Learner:
-    return build_model(
-        config.model,
-        vocab_size=task.vocab_size,
-        classes=task.classes,
-        length=task.length,
-        options=loss_options(config),
-        seed=config.seed,
-    )
-
-
-def checkpoint_config(config: Config, task: Task) -> dict[str, Any]:
-    """What a checkpoint of a trajectory says about its model: the configuration, and the shapes that the task gave it."""
-    shapes = {"vocab_size": task.vocab_size, "classes": task.classes, "length": task.length}
-    return {**config.model_dump(mode="json"), "shapes": shapes}
-
-
-def start(config: Config) -> Run:
-    """Build the run, or resume it where its folder stopped. Raises UserError before anything is written."""
-    task = build_task(config)
-    plan, trajectory = None, None
-    if config.teacher is not None:
-        trajectory = open_trajectory(config)
-        plan = resolve_plan(config, trajectory)
-    learner = build_student(config, task)
-    world = start_world()
-    if config.training.precision == "fp16" and world.device.type == "cpu":
-        raise UserError("training.precision: fp16 needs a GPU; on a CPU choose bf16 or fp32")
-    engine = Engine(learner, config, world)
-    store = CheckpointStore(config.folder / "checkpoints", world, config.checkpoint.keep, task.data_digest)
-    resumed = _check_folder(config, store)
-    world.barrier()  # no rank may look at the folder after rank 0 has begun to write it
-    state: dict[str, Any] = {"step": 0, "nonfinite": 0, "nonfinite_in_a_row": 0, "overflows": 0}
-    state |= {"steps_from_cache": 0, "steps_from_labels": 0, "decisions": 0}
-    restored = store.restore(engine) if resumed else None
-    saved = -1 if restored is None else int(restored["step"])
-    state |= {key: value for key, value in (restored or {}).items() if key in state}
-    stream, record = None, None
-    opened = open_changes(config, plan, trajectory, world, step=state["step"], known=state["decisions"])
-    plan, changes = opened.plan, opened.source
-    if plan is not None and trajectory is not None:
-        path, writes = config.folder / "schedule.json", world.rank == 0
-        record = ScheduleRecord(path, plan, resumed=resumed, writes=writes, registered=opened.registered)
-        if state["step"] < config.training.steps:
-            stream = _open_stream(config, task, trajectory, plan, world, record, state["step"])
-    fallback = None
-    if stream is not None and config.teacher is not None and config.teacher.on_failure == "cache":
-        assert config.teacher.cache is not None
-        fallback = SignalCache(config.teacher.cache)
-    if world.rank == 0:
-        try:
-            write_atomic(config.folder / "config.yaml", dump(config))
-        except OSError as error:
-            raise UserError(f"runs_dir: cannot write to {config.folder}: {error}") from error
-    summary = {"parameters": parameter_count(learner)[0], "ranks": world.size}
-    telemetry = Telemetry(config, world.rank == 0, state["step"], summary)
-    flops = flops_per_token(
-        config.model,
-        classes=task.classes,
-        length=task.length,
-        labelled_share=task.labelled_per_sample / task.length,
-    )
-    return Run(
-        config, world, task, engine, plan, stream, record, store, telemetry, state["step"], saved, state, fallback, changes, flops
-    )
-
-
-def _open_stream(
-    config: Config, task: Task, trajectory: Checkpoints, plan: Plan, world: World, record: ScheduleRecord, step: int
-) -> Stream:
-    stream = open_stream(config, task, trajectory, plan, world, step)
-    try:
-        record.confirm(stream.teacher(step))
-    except BaseException:
-        stream.close()
-        raise
-    return stream
-
-
-def _check_folder(config: Config, store: CheckpointStore) -> bool:
-    """Whether the run's folder is to be resumed; UserError if it holds another run, or may not be resumed."""
-    saved = config.folder / "config.yaml"
-    if not saved.exists():
-        return False
-    if not config.checkpoint.resume:
-        raise UserError(f"{config.folder} holds a run already: set checkpoint.resume true to continue it, or choose another name")
-    before, now = flatten(yaml.safe_load(saved.read_text())), flatten(config.model_dump(mode="json"))
-    for key in sorted((before.keys() | now.keys()) - set(RETIRED_SETTINGS)):
-        if before.get(key) != now.get(key) and not key.startswith(FREE_SECTIONS):
-            raise UserError(
-                f"{key} was {before.get(key)!r} when {config.folder} began and is {now.get(key)!r} now; "
-                f"a resumed run keeps its settings: restore it, or choose another name"
-            )
-    return True
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens each `every` steps, and at the last, happens after `step` steps."""
+    return step == last or (every > 0 and step % every == 0)

@@ -7,10 +7,11 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from megapd.errors import RunFailed
 from megapd.trajectory.format import Checkpoint
 
 
-class CheckpointTimeout(TimeoutError):
+class CheckpointTimeout(RunFailed, TimeoutError):
     """A checkpoint that a teacher was to write did not appear in time."""
 
 

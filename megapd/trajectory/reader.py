@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from safetensors import safe_open
-from torch import Tensor
 
 from megapd.errors import UserError
 from megapd.files import sha256_file
-from megapd.slices import Part, take
 from megapd.trajectory.format import META, Checkpoint, parse_step, read_meta, step_folder
 from megapd.trajectory.listing import Listing, equal_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megapd.slices import Part
 
 
 class Checkpoints(Protocol):
@@ -85,6 +88,8 @@ class Trajectory(Listing):
 
         Raises UserError unless the checkpoint holds exactly the tensors that are named, in shapes that have those parts.
         """
+        from megapd.slices import take  # imports torch, which listing checkpoints does without
+
         checkpoint = self.checkpoint(step)
         found: dict[str, Tensor] = {}
         stored: set[str] = set()

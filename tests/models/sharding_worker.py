@@ -22,7 +22,8 @@ from megapd.errors import UserError
 from megapd.models import build_model
 from megapd.models.pretrained import Pretrained, build_pretrained, check_head, read_pretrained
 from megapd.models.sharding import allocate, plan_for, shard, sum_over_ranks, vocabulary_shard
-from megapd.trajectory import Trajectory, write_checkpoint
+from megapd.trajectory import Trajectory
+from megapd.trajectory.writer import write_checkpoint
 from megapd_kernels import LossOptions, linear_distillation_loss
 
 RANKS = 2

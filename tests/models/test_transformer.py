@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megapd.batch import Batch
 from megapd.config import MLPConfig, TransformerConfig
 from megapd.errors import UserError
-from megapd.models import MLP, Learner, LossHead, Transformer, build_model, flops_per_token, parameter_count
+from megapd.models import MLP, Learner, LossHead, Transformer, build_model, parameter_count
 from megapd_kernels import LossOptions
 
 VOCAB, LENGTH = 29, 12
@@ -210,7 +210,7 @@ def test_flops_per_token_are_those_torch_counts(kind):
         hidden = learner(batch, mode="logits")
         hidden.sum().backward()
     share = batch.labelled / batch.tokens
-    ours = flops_per_token(config(kind), classes=VOCAB, length=LENGTH, labelled_share=share) * batch.tokens
+    ours = config(kind).flops_per_token(classes=VOCAB, length=LENGTH, labelled_share=share) * batch.tokens
     # Attention apart: torch counts all keys of a causal query, and has no formula for every fused kernel.
     keys = LENGTH if kind == "bert" else (LENGTH + 1) / 2
     attention = 12 * config().layers * 16 * keys * batch.tokens
@@ -224,7 +224,7 @@ def test_flops_per_token_of_the_mlp():
     batch = Batch(torch.randint(2, (4, LENGTH)), None, torch.arange(4) * LENGTH, torch.zeros(4).long(), torch.arange(4))
     with FlopCounterMode(display=False) as counter:
         learner(batch, mode="logits").sum().backward()
-    ours = flops_per_token(MLPConfig(width=7), classes=2, length=LENGTH, labelled_share=1 / LENGTH)
+    ours = MLPConfig(width=7).flops_per_token(classes=2, length=LENGTH, labelled_share=1 / LENGTH)
     assert counter.get_total_flops() == pytest.approx(ours * batch.tokens)
 
 

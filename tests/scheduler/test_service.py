@@ -16,12 +16,12 @@ import pytest
 
 from megapd.config import SchedulerConfig
 from megapd.errors import UserError
+from megapd.network import is_loopback
 from megapd.scheduler.server import serve
-from megapd.scheduler.service.access import is_loopback
-from megapd.scheduler.store import tokens as journal
+from megapd.scheduler.store import ROLES, Store
 from megapd.scheduler.store import trajectories as catalogue
-from megapd.scheduler.store.database import Store
 from tests.scheduler import services
+from tests.scheduler.services import serving
 from tests.teacher.certificates import make_authority
 
 WEIGHTS = "a" * 64
@@ -31,33 +31,6 @@ WEIGHTS = "a" * 64
 def client(tmp_path):
     with services.client(tmp_path) as found:
         yield found
-
-
-@contextlib.contextmanager
-def serving(settings: SchedulerConfig):
-    """`serve` on a thread, on a port of its own."""
-    ports: list[int] = []
-    ready, stop = threading.Event(), threading.Event()
-    errors: list[BaseException] = []
-
-    def run():
-        try:
-            serve(settings, ready=lambda port: (ports.append(port), ready.set()), stop=stop)
-        except BaseException as error:
-            errors.append(error)
-            ready.set()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        assert ready.wait(30)
-        if errors:
-            raise errors[0]
-        yield ports[0]
-    finally:
-        stop.set()
-        thread.join(30)
-        assert not thread.is_alive()
 
 
 def fill(client) -> None:
@@ -114,8 +87,8 @@ OPERATIONS = [
 
 def test_every_operation_asks_for_its_role(client):
     fill(client)
-    headers = {role: services.token(client.service.store, role) for role in journal.ROLES}
-    client.service.tokens.forget()
+    headers = {role: services.token(client.service.store, role) for role in ROLES}
+    client.service.authenticator.forget()
     digest = client.get("/v1/trajectories/t/checkpoints", headers=headers["read"]).json()[0]["digest"]
     for method, path, body, least in OPERATIONS:
         path = path.replace("CHECKPOINT", digest)
@@ -129,8 +102,8 @@ def test_every_operation_asks_for_its_role(client):
         assert nobody.headers["www-authenticate"] == "Bearer"
         assert ask({"Authorization": "Bearer megapd_wrong"}).status_code == 401
         assert ask({"Authorization": "Basic " + headers["admin"]["Authorization"].split()[1]}).status_code == 401
-        for role in journal.ROLES:
-            if journal.ROLES.index(role) < journal.ROLES.index(least):
+        for role in ROLES:
+            if ROLES.index(role) < ROLES.index(least):
                 refused = ask(headers[role])
                 assert refused.status_code == 403, (method, path, role, refused.text)
                 assert "needs a token of role" in refused.json()["detail"]
@@ -157,7 +130,7 @@ def _template(path: str) -> str:
 
 def test_revoked_tokens_and_health(client):
     admin = services.token(client.service.store, "admin")
-    client.service.tokens.forget()
+    client.service.authenticator.forget()
     assert client.get("/health").status_code == 200
     assert client.get("/").status_code == 200
     made = client.post("/v1/tokens", json={"name": "r", "role": "run"}, headers=admin).json()["token"]
@@ -252,15 +225,14 @@ def test_no_location_is_ever_opened(client, tmp_path):
             assert "root:" not in answer.text
 
 
-def test_the_short_way_and_the_route_say_the_same(client):
+def test_what_is_asked_most(client):
     fill(client)
     client.put("/v1/runs/r/schedule", json=SCHEDULE)
     client.put("/v1/replicas/p", json={"group": "r", "endpoint": "grpc://h:1"})
+    assert client.get("/v1/runs/r/assignment").json() == {"version": 1, "endpoints": ["grpc://h:1"]}
+    assert client.get("/v1/runs/r/schedule").json()["version"] == 1
     for kind in ("assignment", "schedule"):
-        short = client.get(f"/v1/runs/r/{kind}")
-        long = client.get(f"/v1/runs/r/{kind}?unknown=1")  # a query takes the route
-        assert short.status_code == long.status_code == 200
-        assert short.json() == long.json()
+        assert client.get(f"/v1/runs/r/{kind}?unknown=1").json() == client.get(f"/v1/runs/r/{kind}").json()
         assert client.get(f"/v1/runs/none/{kind}").status_code == 404
     beat = client.post("/v1/replicas/p/beat", json={"figures": {"tokens_per_second": 5}})
     assert beat.json() == client.post("/v1/replicas/p/beat?x=1", json={"figures": {"tokens_per_second": 5}}).json()
@@ -305,11 +277,11 @@ def read_events(response: httpx.Response, count: int) -> list[dict]:
 
 def test_events_arrive_as_they_happen_and_go_on_where_they_stopped(tmp_path):
     settings = SchedulerConfig(database=f"sqlite:///{tmp_path}/s.db", port=0, streams=2)
-    with serving(settings) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20.0) as client:
+    with serving(settings) as served, served.http() as client:
         client.put("/v1/runs/a", json={"steps": 1})
         with client.stream("GET", "/v1/stream", params={"after": 0}) as response:
             assert response.headers["content-type"].startswith("text/event-stream")
-            threading.Timer(0.3, lambda: httpx.put(f"http://127.0.0.1:{port}/v1/runs/b", json={"steps": 1})).start()
+            threading.Timer(0.3, lambda: httpx.put(f"{served.url}/v1/runs/b", json={"steps": 1})).start()
             first = read_events(response, 2)
         assert [(e["event"], json.loads(e["data"])["run"]) for e in first] == [("run", "a"), ("run", "b")]
         client.put("/v1/runs/c", json={"steps": 1})
@@ -332,17 +304,17 @@ def test_events_arrive_as_they_happen_and_go_on_where_they_stopped(tmp_path):
 
 def test_events_that_another_process_wrote_arrive(tmp_path):
     settings = SchedulerConfig(database=f"sqlite:///{tmp_path}/s.db", port=0)
-    with serving(settings) as port, contextlib.closing(Store(settings.database)) as store:
+    with serving(settings) as served, contextlib.closing(Store(settings.database)) as store:
         threading.Timer(0.5, lambda: store.write(lambda c: catalogue.add_trajectory(c, "t", "/t", ""))).start()
-        with httpx.stream("GET", f"http://127.0.0.1:{port}/v1/stream", params={"after": 0}, timeout=20.0) as response:
+        with httpx.stream("GET", f"{served.url}/v1/stream", params={"after": 0}, timeout=20.0) as response:
             assert read_events(response, 1)[0]["event"] == "trajectory"
 
 
 def test_an_open_stream_does_not_keep_the_service_from_ending(tmp_path):
     settings = SchedulerConfig(database=f"sqlite:///{tmp_path}/s.db", port=0)
     with contextlib.ExitStack() as stack:
-        with serving(settings) as port:
-            response = stack.enter_context(httpx.stream("GET", f"http://127.0.0.1:{port}/v1/stream", timeout=20.0))
+        with serving(settings) as served:
+            response = stack.enter_context(httpx.stream("GET", f"{served.url}/v1/stream", timeout=20.0))
             assert response.status_code == 200
             begun = time.monotonic()
         assert time.monotonic() - begun < 4.0
@@ -352,12 +324,13 @@ def test_an_open_stream_does_not_keep_the_service_from_ending(tmp_path):
 
 
 def test_other_machines_need_tls_and_tokens(tmp_path):
+    never = threading.Event()
     database = f"sqlite:///{tmp_path}/s.db"
     pair = make_authority(tmp_path / "tls").server
     with pytest.raises(UserError, match=r"scheduler\.certificate"):
-        serve(SchedulerConfig(database=database, host="0.0.0.0", port=0))
+        serve(SchedulerConfig(database=database, host="0.0.0.0", port=0), never)
     with pytest.raises(UserError, match="megapd scheduler token"):
-        serve(SchedulerConfig(database=database, host="0.0.0.0", port=0, certificate=pair.certificate, key=pair.key))
+        serve(SchedulerConfig(database=database, host="0.0.0.0", port=0, certificate=pair.certificate, key=pair.key), never)
 
 
 def test_tls(tmp_path):
@@ -367,28 +340,29 @@ def test_tls(tmp_path):
         given = services.token(store, "read")
     pair = authority.server
     settings = SchedulerConfig(database=database, host="0.0.0.0", port=0, certificate=pair.certificate, key=pair.key)
-    with serving(settings) as port:
-        url = f"https://127.0.0.1:{port}/v1/runs"
+    with serving(settings) as served:
+        url = f"{served.url}/v1/runs"
         trust = ssl.create_default_context(cafile=str(authority.root))
         assert httpx.get(url, verify=trust, headers=given).status_code == 200
         assert httpx.get(url, verify=trust).status_code == 401
         with pytest.raises(httpx.TransportError):
             httpx.get(url, headers=given)
         with pytest.raises(httpx.TransportError):
-            httpx.get(f"http://127.0.0.1:{port}/v1/runs", headers=given)
+            httpx.get(url.replace("https:", "http:"), headers=given)
 
 
 def test_mistakes_of_the_settings_are_told(tmp_path):
+    never = threading.Event()
     database = f"sqlite:///{tmp_path}/s.db"
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(UserError, match=r"scheduler\.port"):
-            serve(SchedulerConfig(database=database, port=taken.getsockname()[1]))
+            serve(SchedulerConfig(database=database, port=taken.getsockname()[1]), never)
     (tmp_path / "bad.pem").write_text("no certificate")
     bad = tmp_path / "bad.pem"
     with pytest.raises(UserError, match=r"scheduler\.certificate"):
-        serve(SchedulerConfig(database=database, port=0, certificate=bad, key=bad))
+        serve(SchedulerConfig(database=database, port=0, certificate=bad, key=bad), never)
     for wrong in ({"database": "mysql://x"}, {"certificate": bad}, {"url": "ftp://x"}, {"lease_seconds": 0.0}):
         with pytest.raises(ValueError, match=next(iter(wrong)) if "certificate" not in wrong else "key"):
             SchedulerConfig(**wrong)
@@ -397,7 +371,7 @@ def test_mistakes_of_the_settings_are_told(tmp_path):
 def test_a_second_service_of_a_store_is_refused(tmp_path):
     settings = SchedulerConfig(database=f"sqlite:///{tmp_path}/s.db", port=0)
     with serving(settings), pytest.raises(UserError, match="another scheduler"):
-        serve(settings)
+        serve(settings, threading.Event())
 
 
 def test_sigterm_ends_it_with_code_0_and_silent_replicas_are_dropped(tmp_path):

@@ -17,56 +17,60 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megapd.batch import Batch
 from megapd.cli import main as megapd
-from megapd.training import loop
-from megapd.training.fallback import Taken, take_signals
-from megapd.training.run import Run
+from megapd.registry import callbacks
+from megapd.training import Callback, Run, StepResult, Teaching
 
 RANK = int(os.environ["RANK"])
 
 
+@callbacks.register("witness")
+class Witness(Callback):
+    """Waits at a run's pauses, and notes where its signals came from. Of the run that `train` has set up."""
+
+    folder: Path
+    number: int
+    pauses: list[int]
+    sources: list[tuple[int, str]]
+    counts: dict[str, int]
+
+    def start(self, run: Run) -> None:
+        self._stream = run.teaching.stream if isinstance(run.teaching, Teaching) else None
+
+    def before_step(self, run: Run, step: int) -> None:
+        if RANK == 0 and step in self.pauses:
+            (self.folder / f"at-{self.number}-{step}").touch()
+            while not (self.folder / f"go-{self.number}-{step}").exists():
+                time.sleep(0.005)
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        self.sources.append((result.step - 1, result.source))
+
+    def close(self) -> None:
+        self.counts.update(getattr(self._stream, "counts", {}))
+
+
 def train(folder: Path, number: int, arguments: list[str], pauses: list[int]) -> dict[str, Any]:
     """code, printed, error, log: of the command; sources: (step, where its signals came from); counts: the stream's."""
-    sources: list[tuple[int, str]] = []
-    counts: dict[str, int] = {}
-    whole = loop.train
-
-    def paused(run: Run, step: int, batches: Sequence[Batch]) -> Taken:
-        if RANK == 0 and step in pauses:
-            (folder / f"at-{number}-{step}").touch()
-            while not (folder / f"go-{number}-{step}").exists():
-                time.sleep(0.005)
-        taken = take_signals(run, step, batches)
-        sources.append((step, taken.source))
-        return taken
-
-    def counted(run: Run) -> bool:
-        try:
-            return whole(run)
-        finally:
-            counts.update(getattr(run.stream, "counts", {}))
-
+    Witness.folder, Witness.number, Witness.pauses, Witness.sources, Witness.counts = folder, number, pauses, [], {}
     log, printed = io.StringIO(), io.StringIO()
     handler = logging.StreamHandler(log)
     logging.getLogger().addHandler(handler)
     error = ""
-    loop.take_signals, loop.train = paused, counted
     began = time.monotonic()
     try:
         with contextlib.redirect_stderr(printed):
-            code = megapd(["train", *arguments])
+            code = megapd(["train", *arguments, "--training.callbacks=[witness]"])
     except Exception:
         error, code = traceback.format_exc(), 1  # what the interpreter would print and return
     finally:
-        loop.take_signals, loop.train = take_signals, whole
         logging.getLogger().removeHandler(handler)
     told = {"printed": printed.getvalue(), "error": error, "log": log.getvalue()}
-    return {"code": code, "seconds": time.monotonic() - began, "sources": sources, "counts": counts, **told}
+    seconds = time.monotonic() - began
+    return {"code": code, "seconds": seconds, "sources": Witness.sources, "counts": Witness.counts, **told}
 
 
 def main(folder: Path) -> None:

@@ -4,55 +4,43 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megapd.batch import Batch
 from megapd.config import load
 from megapd.signals import Signal
-from megapd.teacher.setup import open_trajectory
-from megapd.training.loop import train
-from megapd.training.run import Run, start
+from megapd.teacher.locate import open_trajectory
+from megapd.training import Callback, Run, StepResult, train
+from tests.training.watched import watch
 
 
-def hold_to_the_schedule(run: Run) -> list[int]:
-    """Assert each signal's teacher and batch on its way to the student; the steps whose signals passed."""
-    stream, plan = run.stream, run.plan
-    assert stream is not None
-    assert plan is not None
-    assert run.config.teacher is not None
-    trajectory = open_trajectory(run.config)
-    digests = {step: trajectory.checkpoint(step).digest for step in plan.teachers}
-    signals, steps = stream.signals, []
+class HeldToTheSchedule(Callback):
+    """Asserts each signal's teacher and batch on its way to the student. steps: those whose signals all passed."""
 
-    def checked(step: int, batches: Sequence[Batch]) -> Iterator[Signal]:
-        answers = iter(signals(step, batches))
+    def start(self, run: Run) -> None:
+        self.steps: list[int] = []
+        self._seen: list[int] = []
+        self._plan, trajectory = watch(run, self._check).plan, open_trajectory(run.config)
+        self._digests = {step: trajectory.checkpoint(step).digest for step in self._plan.teachers}
 
-        def each() -> Iterator[Signal]:
-            for number, (batch, signal) in enumerate(zip(batches, answers, strict=True), start=1):
-                assert signal.teacher == digests[plan.checkpoint_at(step)]
-                assert signal.samples == batch.digest
-                if number == len(batches):
-                    steps.append(step)
-                yield signal
+    def _check(self, step: int, batch: Batch, signal: Signal) -> None:
+        assert signal.teacher == self._digests[self._plan.checkpoint_at(step)]
+        assert signal.samples == batch.digest
+        self._seen.append(step)
 
-        return each()
-
-    stream.signals = checked  # type: ignore[method-assign]
-    return steps
+    def after_step(self, run: Run, result: StepResult) -> None:
+        step = result.step - 1
+        if self._seen == [step] * run.engine.tiling.accumulation:
+            self.steps.append(step)
+        self._seen.clear()
 
 
 def main(path: Path) -> None:
     """path: JSON {name: arguments of `megapd train`}; one run each, whose folder holds its metrics."""
     for name, arguments in json.loads(path.read_text()).items():
-        run = start(load(None, arguments))
-        steps = hold_to_the_schedule(run)
-        try:
-            finished = train(run)
-        finally:
-            run.close()
-        assert finished
-        assert steps == list(range(run.config.training.steps)), f"{name}: {steps}"
+        config, held = load(None, arguments), HeldToTheSchedule()
+        assert train(config, [held]).finished
+        assert held.steps == list(range(config.training.steps)), f"{name}: {held.steps}"
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from megapd.config import Config, load
 from megapd.tasks import build_task
-from megapd.training.run import build_student, checkpoint_config
-from megapd.trajectory import Trajectory, write_checkpoint
+from megapd.training import build_student, checkpoint_config
+from megapd.trajectory import Trajectory
+from megapd.trajectory.writer import write_checkpoint
 
 STEPS = (10, 20, 30)
 TASK = [

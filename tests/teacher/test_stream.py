@@ -14,8 +14,9 @@ from megapd.signals import Signal, SignalSpec, negotiate
 from megapd.tasks import build_task
 from megapd.teacher.engine import Demands, Teacher, TeacherOptions
 from megapd.teacher.stream import ColocatedStream
-from megapd.training.run import build_student, checkpoint_config
-from megapd.trajectory import CheckpointTimeout, Trajectory, write_checkpoint
+from megapd.training import build_student, checkpoint_config
+from megapd.trajectory import CheckpointTimeout, Trajectory
+from megapd.trajectory.writer import write_checkpoint
 from megapd.world import join_world
 
 STEPS = (10, 20, 30)

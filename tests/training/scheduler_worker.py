@@ -1,4 +1,4 @@
-"""A rank of a student whose teachers are written down as they teach: taught-RANK.jsonl in the run's folder, [step, digests].
+"""A rank of a student whose teachers are noted as they teach: taught-RANK.jsonl in the run's folder, [step, digest] a signal.
 
 Arguments as those of `megapd`; MEGAPD_TEST_PACE, a test's own, is the least seconds of a step, so that a test can act in between.
 """
@@ -9,39 +9,34 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
 
 from megapd.batch import Batch
 from megapd.cli import main
+from megapd.registry import callbacks
 from megapd.signals import Signal
-from megapd.training import loop
-from megapd.training.fallback import Taken, take_signals
-from megapd.training.run import Run
+from megapd.training import Callback, Run, StepResult, Teaching
+from tests.training.watched import watch
 
 PACE = float(os.environ.pop("MEGAPD_TEST_PACE"))
 
 
-def written(run: Run, step: int, batches: Sequence[Batch]) -> Taken:
-    taken = take_signals(run, step, batches)
-    if run.stream is None:  # the teacher's own training
-        time.sleep(PACE)
-        return taken
-    start = time.monotonic()
+@callbacks.register("witness")
+class Witness(Callback):
+    def start(self, run: Run) -> None:
+        self._taught = run.config.folder / f"taught-{run.world.rank}.jsonl"
+        if isinstance(run.teaching, Teaching):
+            watch(run, self._write)
 
-    def each() -> Iterator[Signal | None]:
-        digests = []
-        for _, signal in zip(batches, taken.signals, strict=False):
-            assert signal is not None
-            digests.append(signal.teacher)
-            if len(digests) == len(batches):
-                with (run.config.folder / f"taught-{run.world.rank}.jsonl").open("a") as file:
-                    file.write(json.dumps([step, sorted(set(digests))]) + "\n")
-            yield signal
-        time.sleep(max(0.0, PACE - (time.monotonic() - start)))
+    def _write(self, step: int, batch: Batch, signal: Signal) -> None:
+        with self._taught.open("a") as file:
+            file.write(json.dumps([step, signal.teacher]) + "\n")
 
-    return Taken(each(), taken.source)
+    def before_step(self, run: Run, step: int) -> None:
+        self._began = time.monotonic()
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        time.sleep(max(0.0, PACE - (time.monotonic() - self._began)))
 
 
 if __name__ == "__main__":
-    loop.take_signals = written
     sys.exit(main(sys.argv[1:]))

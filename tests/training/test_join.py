@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 import pytest
 
 from megapd.cli import main
-from megapd.config import Config, SchedulerConfig
+from megapd.config import Config, SchedulerConfig, load
 from megapd.errors import UserError
 from megapd.schedule.changes import FILE, ChangeLog
 from megapd.schedule.plan import Plan, Version
 from megapd.schedule.record import ScheduleRecord
+from megapd.training import Callback, train
 from megapd.training import changes as changes_module
-from megapd.training import loop
 from megapd.training.changes import open_changes
 from megapd.trajectory import Checkpoint
 from megapd.world import World as AllRanks
@@ -109,25 +109,22 @@ def test_a_killed_run_goes_on_without_the_service_that_changed_it(tmp_path, monk
     trajectory = training.teacher(tmp_path, steps=30, every=5)
     given = training.student(tmp_path, "student", trajectory, "--telemetry.every=1", "--checkpoint.every=4")
     monkeypatch.setattr("megapd.scheduler.client.changes.POLL_SECONDS", 0.01)
-    tell = loop.tell
     with contextlib.closing(services.Process(f"sqlite:///{tmp_path}/s.db")) as service, service.http() as http:
 
-        def told(run, kind, step, values):
-            tell(run, kind, step, values)
-            if step == 8:
-                body = {"expected": 1, "effective": None, "document": {"policy": "one_shot", "checkpoint": 30}}
-                training.until(lambda: http.put("/v1/runs/student/schedule", json=body).status_code == 201)
-            if run.plan.known:
-                training.until(lambda: http.get("/v1/runs/student/schedule").json()["applied"] is not None)
-            if step >= 16 and run.plan.known:
-                raise KeyboardInterrupt
-            time.sleep(0.05)
+        class Changed(Callback):
+            def after_step(self, run, result):
+                if result.step == 8:
+                    body = {"expected": 1, "effective": None, "document": {"policy": "one_shot", "checkpoint": 30}}
+                    training.until(lambda: http.put("/v1/runs/student/schedule", json=body).status_code == 201)
+                if run.teaching.plan.known:
+                    training.until(lambda: http.get("/v1/runs/student/schedule").json()["applied"] is not None)
+                if result.step >= 16 and run.teaching.plan.known:
+                    raise KeyboardInterrupt
+                time.sleep(0.05)
 
-        monkeypatch.setattr(loop, "tell", told)
         with pytest.raises(KeyboardInterrupt):
-            main([*given, f"--scheduler.url={service.url}"])
+            train(load(None, [*given[1:], f"--scheduler.url={service.url}"]), [Changed()])
         applied = http.get("/v1/runs/student/schedule").json()["applied"]
-    monkeypatch.setattr(loop, "tell", tell)
     assert main(given) == 0
     rotations = [
         (line["step"], line["teacher_step"]) for line in training.metrics(tmp_path / "student") if line["kind"] == "rotation"

@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from megapd.cli import main
+from megapd.config import load
+from megapd.training import Callback, train
 from tests.training import runs
 
 STEPS = 300
@@ -82,22 +84,18 @@ def _until(run, step):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signals_save_and_stop(trajectory, tmp_path, number, monkeypatch):
+def test_signals_save_and_stop(trajectory, tmp_path, number):
     """In process: the signal arrives in mid-step, the run stops at the boundary, the rest equals a run without it."""
     assert main(runs.student(tmp_path, "whole", trajectory, "--schedule.refresh=50", "--training.steps=60")) == 0
-    from megapd.training.engine import Engine
 
-    update = Engine.step
-
-    def interrupted(self, lr):
-        if self.deepspeed.global_steps == 24:
-            signal.raise_signal(number)
-        return update(self, lr)
+    class Interruption(Callback):
+        def before_step(self, run, step):
+            if step == 24:
+                signal.raise_signal(number)
 
     arguments = runs.student(tmp_path, "stopped", trajectory, "--schedule.refresh=50", "--training.steps=60")
-    with monkeypatch.context() as patch:
-        patch.setattr(Engine, "step", interrupted)
-        assert main(arguments) == 0
+    result = train(load(None, arguments[1:]), [Interruption()])
+    assert (result.finished, result.step) == (False, 25)
     assert runs.last_step(tmp_path / "stopped") == 25
     assert signal.getsignal(number) == signal.SIG_DFL
     assert main(arguments) == 0
@@ -169,22 +167,24 @@ def test_all_damaged_is_refused(trajectory, tmp_path, capsys):
     assert runs.metrics(tmp_path / "s") == before
 
 
-def test_a_write_that_dies_leaves_the_last_checkpoint(trajectory, tmp_path, monkeypatch):
+class Dying(Callback):
+    """Its state cannot be written after 20 steps: the checkpoint's file breaks off."""
+
+    def after_step(self, run, result):
+        self.step = result.step
+
+    def state_dict(self):
+        return {"state": self} if self.step == 20 else {}
+
+    def __reduce__(self):
+        raise KeyboardInterrupt
+
+
+def test_a_write_that_dies_leaves_the_last_checkpoint(trajectory, tmp_path):
     """The rename never happens: the next start must not see the half-written folder, and must clean it away."""
-    from megapd.training.checkpoint import CheckpointStore
-
     arguments = runs.student(tmp_path, "s", trajectory, "--schedule.refresh=50", "--checkpoint.every=10")
-    over_files = CheckpointStore._over_files
-
-    def dies(self, folder, names, *, sync):
-        if sync and folder.name == ".step_20.writing":
-            raise KeyboardInterrupt
-        return over_files(self, folder, names, sync=sync)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CheckpointStore, "_over_files", dies)
-        with pytest.raises(KeyboardInterrupt):
-            main(arguments)
+    with pytest.raises(KeyboardInterrupt):
+        train(load(None, arguments[1:]), [Dying()])
     assert checkpoints(tmp_path / "s") == {"latest", "step_10", ".step_20.writing"}
     assert main(arguments) == 0
     assert checkpoints(tmp_path / "s") == {"latest", "step_20", "step_30"}

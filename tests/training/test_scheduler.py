@@ -38,7 +38,7 @@ class Student:
     def __init__(self, folder: Path, name: str, url: str, ranks: int, *arguments: str, pace: float = 0.05) -> None:
         self.folder, self.ranks, self.name = folder / name, ranks, name
         own = [f"--runs_dir={folder}", f"--name={name}", f"--scheduler.url={url}", "--model.width=8", f"--training.steps={STEPS}"]
-        self.arguments = ["train", *runs.COMMON, *own, "--telemetry.every=5", *arguments]
+        self.arguments = ["train", *runs.COMMON, *own, "--telemetry.every=5", "--training.callbacks=[witness]", *arguments]
         self.environment = {**runs.environment(), "MEGAPD_TEST_PACE": str(pace)}
 
     def start(self) -> None:
@@ -66,9 +66,8 @@ class Student:
 
     def taught(self, rank: int) -> list[tuple[int, str]]:
         """(student step, digest of the teacher) in the order of events: a killed run goes back."""
-        lines = [json.loads(line) for line in (self.folder / f"taught-{rank}.jsonl").read_text().splitlines()]
-        assert all(len(digests) == 1 for _, digests in lines)
-        return [(step, digests[0]) for step, digests in lines]
+        lines = map(json.loads, (self.folder / f"taught-{rank}.jsonl").read_text().splitlines())
+        return [(step, digest) for step, digest in lines]
 
 
 def recorded(http, name: str, trajectory: Path) -> dict[int, str]:

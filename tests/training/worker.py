@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from megapd.config import Config, load
+from megapd.evaluation import held_out
 from megapd.tasks import build_task
-from megapd.training.engine import Engine, start_world
-from megapd.training.evaluation import held_out
-from megapd.training.run import build_student
+from megapd.training import build_student, start_world, student_engine
+from megapd.training import train as train_run
 from megapd.world import World
+from tests.training.noise import Noise
+from tests.training.runs import metrics
 
 STEPS = 20
 GPT = [
@@ -51,7 +53,7 @@ def cases() -> dict[str, list[str]]:
 
 def train(config: Config, world: World) -> dict[str, Any]:
     task = build_task(config)
-    engine = Engine(build_student(config, task), config, world)
+    engine = student_engine(config, task)
     losses, norms, first_update = [], [], 0.0
     before = {name: tensor.double().clone() for name, tensor in engine.weights()}
     for step in range(STEPS):
@@ -64,7 +66,7 @@ def train(config: Config, world: World) -> dict[str, Any]:
         norms.append(engine.grad_norm)
         if step == 0:
             first_update = sum((tensor.double() - before[name]).abs().sum().item() for name, tensor in engine.weights())
-    evaluation = held_out(task, config, world, 7, engine.evaluate)
+    evaluation = held_out(task, config.evaluation.samples, world, 7, engine.evaluate)
     weights = {name: tensor.double().sum().item() for name, tensor in engine.weights()}
     engine.destroy()
     return {"losses": losses, "norms": norms, "evaluation": evaluation, "weights": weights, "first_update": first_update}
@@ -73,7 +75,7 @@ def train(config: Config, world: World) -> dict[str, Any]:
 def skip_nonfinite(config: Config, world: World) -> dict[str, Any]:
     """One rank's loss is not finite: no rank may step, and the next step must be as if it had not been."""
     task = build_task(config)
-    engine = Engine(build_student(config, task), config, world)
+    engine = student_engine(config, task)
     (rows,) = engine.tiling.rows(world.rank)
     batch = task.batch(0, rows)
 
@@ -117,6 +119,20 @@ def data_parallel(config: Config, world: World) -> dict[str, Any]:
     }
 
 
+def resumed(folder: Path, world: World) -> dict[str, list[dict[str, Any]]]:
+    """The metrics of a run whose callback has a state, without and with a stop in between."""
+    for name, stops in (("whole", (None,)), ("stopped", (4, None))):
+        for stop_at in stops:
+            settings = [
+                "--training.steps=10",
+                "--telemetry={every: 1, wandb: disabled, progress: false}",
+                "--training.zero_stage=2",
+            ]
+            config = load(None, [*GPT, *settings, f"--runs_dir={folder}", f"--name={name}", "--evaluation.samples=16"])
+            train_run(config, [Noise(stop_at)])
+    return {name: metrics(folder / name) for name in ("whole", "stopped")} if world.rank == 0 else {}
+
+
 def main(output: Path) -> None:
     world = start_world()
     results: dict[str, Any] = {}
@@ -128,6 +144,7 @@ def main(output: Path) -> None:
     for stage in range(4):
         config = load(None, [*GPT, f"--training.zero_stage={stage}"])
         results[f"nonfinite{stage}"] = world.gather(skip_nonfinite(config, world))
+    results["callbacks"] = resumed(output.parent, world)
     if world.rank == 0:
         output.write_text(json.dumps(results))
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from megapd.trajectory import Checkpoint, write_checkpoint
+from megapd.trajectory import Checkpoint
+from megapd.trajectory.writer import write_checkpoint
 
 
 def weights(seed: int = 0) -> dict[str, torch.Tensor]:

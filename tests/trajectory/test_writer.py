@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from megapd.trajectory import Trajectory, write_checkpoint
+from megapd.trajectory import Trajectory
 from megapd.trajectory import writer as writer_module
+from megapd.trajectory.writer import write_checkpoint
 from tests.trajectory.checkpoints import weights, write
 
 

@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 from pydantic import TypeAdapter, ValidationError
 
-from megapd.config import AdaptiveConfig, FollowConfig, ScheduleConfig
+from megapd.config import ScheduleConfig
 from megapd.errors import UserError
 from megapd.schedule.changes import ChangeLog
 from megapd.schedule.plan import Change, Decision, LivePlan, Plan, Version, resolved
@@ -117,7 +117,8 @@ class ServiceSource:
         self._decisions: deque[DecisionAnswer] = deque()
         self._version = self._decided = 0  # heard of up to here
         self._latest = -1  # student step at which the last decision begins
-        self._metrics = {1: run.schedule.metric} if isinstance(run.schedule, AdaptiveConfig) else {}  # that a version decides on
+        grows = None if run.schedule is None else run.schedule.grows
+        self._metrics = {1: grows.metric} if grows else {}  # that a version decides on
         self.registered: dict[int, str] = {}  # teacher step -> digest of its weights, as registered when the run began
         self._silent = False  # the service was said to be away
         self._complaints: set[str] = set()
@@ -255,14 +256,16 @@ class ServiceSource:
             return None
         try:
             schedule = _SCHEDULE.validate_python(told.document)
-            if isinstance(schedule, FollowConfig) and not isinstance(self._run.schedule, FollowConfig):
-                raise UserError("schedule.policy: follow needs a run that began with it, whose teacher may still be training")
+            began = self._run.schedule
+            if schedule.waits is not None and (began is None or began.waits is None):
+                why = "needs a run that began with it, whose teacher may still be training"
+                raise UserError(f"schedule.policy: {schedule.policy} {why}")
             version = resolved(told.version, begin, schedule, self._resolve(schedule))
         except (ValueError, OSError) as error:  # a policy of a newer megapd, what the trajectory lacks, a file system's trouble
             log.error("version %d of the schedule cannot be taken up: %s", told.version, error)
             return None
-        if isinstance(schedule, AdaptiveConfig):
-            self._metrics[told.version] = schedule.metric
+        if schedule.grows:
+            self._metrics[told.version] = schedule.grows.metric
         return version
 
     # ---------------------------------------------------------------------------------------------------- the thread's side

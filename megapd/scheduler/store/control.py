@@ -7,15 +7,12 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection
 
-from megapd.config import AdaptiveConfig
 from megapd.schedule.policies import candidates
 from megapd.scheduler.store import trajectories as catalogue
 from megapd.scheduler.store.database import Refused
 from megapd.scheduler.store.runs import begins, find_run, list_decisions, list_schedules, parse_schedule, resolve, set_schedule
 
 Action = Literal["pause", "advance", "pin", "resume"]
-
-
 NOTE = "control: "  # how the versions that are made here begin their notes
 
 
@@ -74,14 +71,13 @@ def _around(
     begun = [version for version in versions if begins(version) <= step]
     schedule = parse_schedule(begun[-1]["document"])
     plan = resolve(connection, run, schedule)
-    if schedule.policy != "adaptive":
+    if schedule.grows is None:
         return plan.checkpoint_at(step), [rotation for rotation in plan.rotations() if rotation[0] > step]
     taken = [(begins(decision), decision["checkpoint"]) for decision in list_decisions(connection, run["name"])]
     teaching = next((teacher for start, teacher in reversed(taken) if start <= step), plan.checkpoint_at(0))
     coming = [decision for decision in taken if decision[0] > step]
     if not coming:
-        assert isinstance(schedule, AdaptiveConfig)
         available = catalogue.steps_of(connection, run["trajectory"])
-        following = [teacher for teacher in candidates(schedule, available) if teacher > teaching]
+        following = [teacher for teacher in candidates(schedule.grows, available) if teacher > teaching]
         coming = [(effective, following[0])] if following else []
     return teaching, coming

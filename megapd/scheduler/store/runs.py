@@ -17,7 +17,7 @@ from typing import Any, TypedDict
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Connection, bindparam, func, insert, select, update
 
-from megapd.config import AdaptiveConfig, FollowConfig, ScheduleConfig
+from megapd.config import ScheduleConfig
 from megapd.errors import UserError
 from megapd.schedule.adaptive import decide
 from megapd.schedule.plan import Decision, Plan, Report
@@ -29,10 +29,8 @@ from megapd.scheduler.store.tables import canonical, decisions, replicas, report
 
 _SCHEDULE: TypeAdapter[ScheduleConfig] = TypeAdapter(ScheduleConfig)
 
-
 # What every run asks for again and again: built once, which takes four times as long as to execute it.
 _ASSIGNMENT = select(runs.c.assignment_version, runs.c.endpoints).where(runs.c.name == bindparam("run"))
-
 
 _NEWEST = (
     select(schedules)
@@ -55,7 +53,7 @@ class Stored(TypedDict):
 
 def begins(change: Mapping[str, Any]) -> int:
     """The student step at which a schedule version, or a decision, begins."""
-    return change["effective"] if change["applied"] is None else change["applied"]
+    return int(change["effective"] if change["applied"] is None else change["applied"])
 
 
 # ------------------------------------------------------------------------------------------------------------------ runs
@@ -159,8 +157,7 @@ def parse_schedule(document: Any) -> ScheduleConfig:
         return _SCHEDULE.validate_python(document)
     except ValidationError as error:
         first = error.errors()[0]
-        parts = ["policy"] if first["type"].startswith("union_tag") else map(str, first["loc"][1:])
-        where = ".".join(["schedule", *parts])
+        where = ".".join(["schedule", *map(str, first["loc"])])
         raise Refused(f"{where}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
@@ -219,7 +216,7 @@ def resolve(connection: Connection, run: dict[str, Any], schedule: ScheduleConfi
     steps = catalogue.steps_of(connection, run["trajectory"])
 
     def metrics_of(step: int) -> dict[str, Any]:
-        return catalogue.checkpoint_at(connection, run["trajectory"], step)["metrics"]
+        return dict(catalogue.checkpoint_at(connection, run["trajectory"], step)["metrics"])
 
     try:
         return build_plan(schedule, available=steps or None, steps=run["steps"], metrics_of=metrics_of)
@@ -229,16 +226,16 @@ def resolve(connection: Connection, run: dict[str, Any], schedule: ScheduleConfi
 
 def _check_schedule(connection: Connection, run: dict[str, Any], schedule: ScheduleConfig, effective: int, accept: bool) -> None:
     if run["trajectory"] is None:
-        if isinstance(schedule, AdaptiveConfig) and not schedule.teachers:
+        if schedule.grows is not None and not schedule.grows.teachers:
             raise Refused("schedule.checkpoints: no trajectory is registered to choose them from; name them in schedule.teachers")
         return  # the run resolves it over the folder that it has itself
     plan = resolve(connection, run, schedule)
     if accept:
         return
-    last = 0 if isinstance(schedule, FollowConfig) else effective
+    last = effective if schedule.waits is None else 0
     taught = {plan.checkpoint_at(last), *(teacher for start, teacher in plan.rotations() if start >= last)}
-    if isinstance(schedule, AdaptiveConfig):
-        taught = set(candidates(schedule, tuple(catalogue.steps_of(connection, run["trajectory"]))))
+    if schedule.grows is not None:
+        taught = set(candidates(schedule.grows, tuple(catalogue.steps_of(connection, run["trajectory"]))))
     catalogue.refuse_flagged(connection, run["trajectory"], taught, "schedule")
 
 
@@ -331,8 +328,8 @@ def add_report(
 
 def _decide(connection: Connection, run: dict[str, Any], step: int, now: int) -> Stored | None:
     versions = [v for v in list_schedules(connection, run["name"]) if begins(v) <= step]
-    settings = parse_schedule(versions[-1]["document"]) if versions else None
-    if not isinstance(settings, AdaptiveConfig):
+    settings = parse_schedule(versions[-1]["document"]).grows if versions else None
+    if settings is None:
         return None
     available = catalogue.steps_of(connection, run["trajectory"]) if run["trajectory"] else list(settings.teachers)
     last = list_decisions(connection, run["name"], run["decisions"] - 2, 1)

@@ -1,0 +1,178 @@
+"""How a run is put together, or resumed where its folder stopped."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+import yaml
+
+from megapd import registry
+from megapd.config import RETIRED_SETTINGS, Config, dump, flatten
+from megapd.errors import UserError
+from megapd.files import write_atomic
+from megapd.models import Learner, build_model
+from megapd.schedule.resolve import resolve_plan
+from megapd.tasks import Task, build_task
+from megapd.teacher.locate import open_trajectory
+from megapd.training.callbacks import Checkpointer, Evaluation, TrajectoryWriter
+from megapd.training.checkpoint import CheckpointStore
+from megapd.training.engine import Engine, start_world
+from megapd.training.run import Callback, Progress, Run, StopRequest
+from megapd.training.teaching import open_teaching
+from megapd.training.telemetry import Meter, Telemetry
+from megapd_kernels import LossOptions
+
+Entry = TypeVar("Entry")
+
+# What may differ between a run's start and its resumption: nothing here changes what the run learns. Streams are
+# interchangeable, and schedule.json holds a resumed run to the digests of its teachers, wherever they lie. Callbacks look on; one
+# whose state the checkpoint carries must be named again.
+FREE_TEACHER = "trajectory sharding resident carrier cache endpoints token root_certificate certificate key depth"
+FREE_TEACHER += " call_seconds deadline_seconds on_failure server."
+FREE_SECTIONS = (
+    "checkpoint.",
+    "telemetry.",
+    "scheduler.",
+    "runs_dir",
+    "corpus.sources",
+    "evaluation.micro_batch",
+    "training.prefetch",
+    "training.callbacks",
+    *(f"teacher.{key}" for key in FREE_TEACHER.split()),
+)
+
+
+def loss_options(config: Config) -> LossOptions:
+    try:
+        return LossOptions(**config.loss.model_dump())
+    except ValueError as error:
+        raise UserError(f"loss.{error}") from error
+
+
+def build_student(config: Config, task: Task) -> Learner:
+    return build_model(
+        config.model,
+        vocab_size=task.vocab_size,
+        classes=task.classes,
+        length=task.length,
+        options=loss_options(config),
+        seed=config.seed,
+    )
+
+
+def student_engine(config: Config, task: Task) -> Engine:
+    """The student under ZeRO on the ranks that there are; a collective."""
+    learner = build_student(config, task)
+    world = start_world()
+    if config.training.precision == "fp16" and world.device.type == "cpu":
+        raise UserError("training.precision: fp16 needs a GPU; on a CPU choose bf16 or fp32")
+    compiled = bool(getattr(config.model, "compile", False))
+    return Engine(learner, config.training, config.optimizer, world, compiled=compiled)
+
+
+def start(config: Config, callbacks: Sequence[Callback] = ()) -> Run:
+    """Build the run, or resume it where its folder stopped; the caller closes it. Raises UserError before anything is written.
+
+    callbacks: called after those that training.callbacks names; see `order`.
+    """
+    task = build_task(config)
+    trajectory, plan = None, None
+    if config.teacher is not None:
+        trajectory = open_trajectory(config)
+        plan = resolve_plan(config, trajectory)
+    named = [make() for make in _registered(registry.callbacks, config.training.callbacks, "training.callbacks")]
+    whole = order(config, [*named, *callbacks])
+    with ExitStack() as opened:
+        engine = student_engine(config, task)
+        opened.callback(engine.destroy)
+        world = engine.world
+        store = CheckpointStore(config.folder / "checkpoints", world, config.checkpoint.keep, task.data_digest)
+        resumed = _check_folder(config, store)
+        world.barrier()  # no rank may look at the folder after rank 0 has begun to write it
+        restored = (store.restore(engine) if resumed else None) or {}
+        _restore_callbacks(whole, restored.get("callbacks", {}))
+        progress = Progress(**{key: restored[key] for key in asdict(Progress()) if key in restored})
+        teaching = open_teaching(config, task, world, trajectory, plan, progress.step, restored, resumed=resumed)
+        opened.callback(teaching.close)
+        if world.rank == 0:
+            try:
+                write_atomic(config.folder / "config.yaml", dump(config))
+            except OSError as error:
+                raise UserError(f"runs_dir: cannot write to {config.folder}: {error}") from error
+        for callback in whole:
+            opened.callback(callback.close)
+        return Run(
+            config,
+            world,
+            task,
+            engine,
+            teaching,
+            store,
+            StopRequest(config.folder / "stop", watches_file=world.rank == 0),
+            whole,
+            progress,
+            start=progress.step,
+            saved=int(restored.get("step", -1)),
+            opened=opened.pop_all(),
+        )
+
+
+def order(config: Config, added: Sequence[Callback]) -> list[Callback]:
+    """All callbacks of a run, in the order in which they are called.
+
+    The meter, whose numbers the others see; those that were added, in their order; then what acts on the step: telemetry writes
+    the line of metrics before the evaluation leads to its own, the trajectory's weights carry both, and the checkpoint carries
+    the states of all.
+    """
+    names = Counter(callback.name for callback in added)
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise UserError(f"training.callbacks: two are called {twice[0]!r}; give one another name, the key of its state")
+    return [
+        Meter(config.telemetry),
+        *added,
+        Telemetry(config.telemetry, _registered(registry.trackers, config.telemetry.trackers, "telemetry.trackers")),
+        Evaluation(config.evaluation),
+        TrajectoryWriter(config.trajectory),
+        Checkpointer(config.checkpoint.every),
+    ]
+
+
+def _registered(entries: registry.Registry[Entry], names: Sequence[str], setting: str) -> list[Entry]:
+    try:
+        return [entries.get(name) for name in names]
+    except UserError as error:
+        raise UserError(f"{setting}: {error}") from error
+
+
+def _restore_callbacks(callbacks: Sequence[Callback], states: dict[str, dict[str, Any]]) -> None:
+    missing = states.keys() - {callback.name for callback in callbacks}
+    if missing:
+        raise UserError(
+            f"training.callbacks: the run's checkpoint carries the state of {', '.join(sorted(missing))}; name it again, or "
+            f"start a run of another name"
+        )
+    for callback in callbacks:
+        if callback.name in states:
+            callback.load_state_dict(states[callback.name])
+
+
+def _check_folder(config: Config, store: CheckpointStore) -> bool:
+    """Whether the run's folder is to be resumed; UserError if it holds another run, or may not be resumed."""
+    saved = config.folder / "config.yaml"
+    if not saved.exists():
+        return False
+    if not config.checkpoint.resume:
+        raise UserError(f"{config.folder} holds a run already: set checkpoint.resume true to continue it, or choose another name")
+    before, now = flatten(yaml.safe_load(saved.read_text())), flatten(config.model_dump(mode="json"))
+    for key in sorted((before.keys() | now.keys()) - set(RETIRED_SETTINGS)):
+        if before.get(key) != now.get(key) and not key.startswith(FREE_SECTIONS):
+            raise UserError(
+                f"{key} was {before.get(key)!r} when {config.folder} began and is {now.get(key)!r} now; "
+                f"a resumed run keeps its settings: restore it, or choose another name"
+            )
+    return True
