@@ -46,13 +46,6 @@ A, B = "grpc://127.0.0.1:1", "grpc://127.0.0.1:2"
 
 _numbers = itertools.count()
 
-_REPLICA = """
-import sys
-from megapd.teacher.server import serve
-from tests.teacher.serving import FakeReplica, configuration
-serve(configuration(*sys.argv[1:]), FakeReplica(), ready=lambda port: print(port, flush=True))
-"""
-
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
@@ -375,7 +368,7 @@ def student(service):
 def test_a_student_goes_on_with_the_second_replica_when_the_first_is_killed(service):
     service.put_run(service.name)
     named = [service.override, f"--name={service.name}"]
-    arguments = [sys.executable, "-c", _REPLICA, *named]
+    arguments = [sys.executable, "-m", "tests.teacher.replica_worker", *named]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment())
     try:
         first = f"grpc://127.0.0.1:{int(process.stdout.readline())}"
