@@ -24,9 +24,7 @@ from megapd.teacher.client import ServedStream
 from megapd.teacher.locate import open_endpoints, open_trajectory
 from tests.forked import environment
 from tests.scheduler.services import Process
-from tests.teacher.calls import act
-from tests.teacher.chaos import free_ports
-from tests.teacher.servers import START_SECONDS, Server
+from tests.teacher.launching import START_SECONDS, Server, free_ports
 from tests.teacher.serving import (
     PLAN,
     SPECS,
@@ -34,6 +32,7 @@ from tests.teacher.serving import (
     FakeReplica,
     FakeTrajectory,
     Served,
+    act,
     configuration,
     run_through,
     served,

@@ -17,8 +17,7 @@ from megapd.signals import SignalDamaged, SignalMismatch
 from megapd.teacher.client.probe import reach
 from megapd.teacher.client.replicas import classify
 from megapd.teacher.wire.refusals import Refused
-from tests.teacher.certificates import make_authority
-from tests.teacher.serving import served
+from tests.teacher.serving import make_authority, served
 
 MISLEADING = "handshake failed: Socket closed, invalid token, failed to connect"
 

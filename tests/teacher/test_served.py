@@ -22,13 +22,13 @@ from megapd.teacher.wire.requests import Memory, encode_request
 from megapd.teacher.wire.shared_memory import Mappings, Slot, Slots, write
 from megapd.trajectory import CheckpointTimeout
 from megapd.world import join_world
-from tests.teacher.calls import asked
 from tests.teacher.serving import (
     PLAN,
     SPECS,
     STEPS,
     FakeReplica,
     FakeTrajectory,
+    asked,
     batches_of,
     configuration,
     make_batch,
