@@ -133,19 +133,18 @@ def _check(cache: SignalCache) -> None:
         raise UserError(f"{cache.failure}; free space there, or choose another folder")
 
 
-def record_signals(config: Config) -> RecordSummary | None:
-    """Fill teacher.cache with the signals of the whole schedule; each rank records its share.
-
-    Returns what all ranks did together, on rank 0; None on the others.
-    """
+def record_signals(config: Config) -> int:
+    """Fill teacher.cache with the signals of the whole schedule; each rank records its share, rank 0 prints what all did."""
     teacher = config.teacher
     if teacher is None or teacher.cache is None:
         raise UserError("teacher.cache: name the folder that signals are to be recorded in")
+    folder = teacher.cache
     if teacher.carrier == "cached":
         carrier = "served" if teacher.endpoints else "colocated"
         if carrier == "colocated" and teacher.trajectory is None:
             raise UserError("teacher.trajectory: recording needs a teacher; name its trajectory, or teacher.endpoints")
-        config = config.model_copy(update={"teacher": teacher.model_copy(update={"carrier": carrier})})
+        teacher = teacher.model_copy(update={"carrier": carrier})
+        config = config.model_copy(update={"teacher": teacher})
     world = join_world()
     task, trajectory = build_task(config), open_trajectory(config)
     plan = resolve_plan(config, trajectory)
@@ -159,12 +158,14 @@ def record_signals(config: Config) -> RecordSummary | None:
         plan,
         trajectory,
         stream,
-        SignalCache(teacher.cache),
+        SignalCache(folder),
         world.rank,
         world.size,
         classes=checkpoint_shape(stream.teacher(0)).classes,
         device=world.device,
-        agree=rank_agreement(config, world),
+        agree=rank_agreement(teacher, world),
     )
     parts = world.gather(mine)
-    return RecordSummary.together(parts) if world.rank == 0 else None
+    if world.rank == 0:
+        print(RecordSummary.together(parts), flush=True)
+    return 0
