@@ -25,7 +25,7 @@ from megapd.scheduler.store import ROLES, Store
 from megapd.scheduler.store import trajectories as catalogue
 from tests.scheduler import services
 from tests.scheduler.services import serving
-from tests.teacher.certificates import make_authority
+from tests.teacher.serving import make_authority
 
 WEIGHTS = "a" * 64
 

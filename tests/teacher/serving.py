@@ -1,4 +1,4 @@
-"""A teacher without a model, and a served one on a thread of the test's own process."""
+"""A teacher without a model, served on a thread of the test's own process; raw calls of it, and certificates for it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,31 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.flight as flight
+import pytest
 import torch
+import trustme
 
 from megapd.batch import Batch
 from megapd.config import Config, load
 from megapd.errors import UserError
 from megapd.schedule.plan import Plan
-from megapd.signals import Head, Signal, SignalSpec, as_sent
+from megapd.signals import Head, Signal, SignalSpec, as_sent, decode_head
 from megapd.teacher.client import FixedEndpoints, ServedStream
 from megapd.teacher.server import serve
 from megapd.teacher.server.flight import TeacherFlight
+from megapd.teacher.wire.calls import encode_head_question
+from megapd.teacher.wire.messages import HEAD, SIGNAL, answer_length, fill, read_record, read_stream, stream_bytes
+from megapd.teacher.wire.refusals import refusal
+from megapd.teacher.wire.requests import Request, decode_request
 from megapd.trajectory import Checkpoint
 
 VOCABULARY, CLASSES, WIDTH, LENGTH = 300, 40, 8, 12
@@ -266,3 +277,104 @@ def wait_for(condition: Callable[[], object], seconds: float = 15.0) -> None:
 def queued(stream: ServedStream) -> int:
     """Requests that wait at the stream's first replica."""
     return json.loads(stream._replicas.current()[0].action("capacity", b"", 5))["queued"]
+
+
+def exchange(
+    client: flight.FlightClient,
+    asked: pa.RecordBatch | bytes | flight.FlightDescriptor,
+    token: bytes | None = None,
+    seconds: float = 10.0,
+) -> pa.RecordBatch:
+    """The signal that answers a question: its record batch, a call's whole command, or a descriptor."""
+    return read_record(answer(client, asked, token, seconds))
+
+
+def head(client: flight.FlightClient, step: int, teacher: str, token: bytes | None = None) -> Head:
+    """The output layer of a checkpoint."""
+    return decode_head(*read_stream(answer(client, HEAD + encode_head_question(step, teacher), token)), teacher)
+
+
+def answer(
+    client: flight.FlightClient,
+    asked: pa.RecordBatch | bytes | flight.FlightDescriptor,
+    token: bytes | None = None,
+    seconds: float = 10.0,
+) -> pa.Buffer:
+    """What comes back, whole."""
+    if isinstance(asked, pa.RecordBatch):
+        asked = SIGNAL + stream_bytes(asked)
+    descriptor = flight.FlightDescriptor.for_command(asked) if isinstance(asked, bytes) else asked
+    writer, reader = client.do_exchange(descriptor, options(token, seconds))
+    with writer:
+        writer.done_writing()
+        length, first = answer_length(reader.read_chunk().app_metadata)
+        found = bytearray(length)
+        fill(memoryview(found), [first, *(chunk.app_metadata for chunk in reader)])
+    return pa.py_buffer(found)
+
+
+def asked(record: pa.RecordBatch) -> Request:
+    """The request in a record batch, as it arrives."""
+    return decode_request(pa.py_buffer(stream_bytes(record)))
+
+
+def act(client: flight.FlightClient, name: str, body: object = b"", token: bytes | None = None) -> Any:
+    """The JSON of an action's result; body: bytes, or what becomes JSON."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    (result,) = client.do_action(flight.Action(name, body), options(token))
+    return json.loads(result.body.to_pybytes())
+
+
+def options(token: bytes | None = None, seconds: float = 10.0) -> flight.FlightCallOptions:
+    """token: the whole value of the authorization header."""
+    headers = [] if token is None else [(b"authorization", token)]
+    return flight.FlightCallOptions(timeout=seconds, headers=headers)
+
+
+@contextmanager
+def refused(kind: str, *texts: str) -> Iterator[None]:
+    """The block ends in a refusal of this kind, whose message has all of the texts."""
+    with pytest.raises((flight.FlightError, pa.ArrowException)) as caught:
+        yield
+    told = refusal(caught.value)
+    assert told is not None, caught.value
+    assert told.kind == kind, told
+    assert all(text in str(told) for text in texts), told
+
+
+@dataclass(frozen=True)
+class Pair:
+    certificate: Path
+    key: Path
+
+
+@dataclass(frozen=True)
+class Authority:
+    """root: its own PEM; server: for 127.0.0.1; client: valid; expired: a client's, since yesterday."""
+
+    root: Path
+    server: Pair
+    client: Pair
+    expired: Pair
+
+
+def make_authority(folder: Path) -> Authority:
+    folder.mkdir(parents=True, exist_ok=True)
+    authority = trustme.CA()
+    root = folder / "root.pem"
+    authority.cert_pem.write_to_path(str(root))
+
+    def pair(name: str, issued: trustme.LeafCert) -> Pair:
+        found = Pair(folder / f"{name}.pem", folder / f"{name}.key")
+        found.certificate.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+        issued.private_key_pem.write_to_path(str(found.key))
+        return found
+
+    yesterday = datetime.now(UTC) - timedelta(days=1)
+    expired = authority.issue_cert("student", not_before=yesterday - timedelta(days=1), not_after=yesterday)
+    return Authority(
+        root,
+        pair("server", authority.issue_cert("127.0.0.1", "localhost")),
+        pair("client", authority.issue_cert("student")),
+        pair("expired", expired),
+    )

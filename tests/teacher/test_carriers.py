@@ -10,7 +10,7 @@ import pytest
 from megapd.processes.local import free_port
 from tests.corpus import corpora
 from tests.forked import run_ranks
-from tests.teacher.servers import Server
+from tests.teacher.launching import Server
 from tests.teacher.teachers import write_text_trajectory
 from tests.training.runs import metrics
 

@@ -21,7 +21,7 @@ import pytest
 from megapd.commands import teacher as command
 from megapd.config import load
 from megapd.processes import supervisor
-from tests.teacher.chaos import (
+from tests.teacher.launching import (
     COMMON,
     REFRESH,
     STEPS,

@@ -181,7 +181,7 @@ def teacher_process(tmp_path):
     """(process, its address, what it printed since by lines)."""
     output = tmp_path / "output"
     output.touch()
-    process = Forked("tests.teacher.slow_teacher", [], environment(), output)
+    process = Forked("tests.teacher.replica_worker", ["--slow"], environment(), output)
 
     def printed():
         return output.read_text().splitlines()[1:]

@@ -14,8 +14,7 @@ from megapd.teacher.wire.calls import parse_head_question
 from megapd.teacher.wire.messages import HEAD, SIGNAL, stream_bytes
 from megapd.teacher.wire.refusals import Refused, refusal
 from megapd.teacher.wire.requests import decode_request, encode_request
-from tests.teacher.calls import asked, exchange, options
-from tests.teacher.serving import DENSE, DIGESTS, make_batch, same
+from tests.teacher.serving import DENSE, DIGESTS, asked, exchange, make_batch, options, same
 
 TEACHER = DIGESTS[20]
 GOOD = encode_request(20, TEACHER, DENSE, make_batch(0))

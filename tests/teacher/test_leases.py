@@ -24,9 +24,7 @@ from megapd.teacher.client import ServedStream
 from megapd.teacher.locate import open_endpoints, open_trajectory
 from tests.forked import environment
 from tests.scheduler.services import Process
-from tests.teacher.calls import act
-from tests.teacher.chaos import free_ports
-from tests.teacher.servers import START_SECONDS, Server
+from tests.teacher.launching import START_SECONDS, Server, free_ports
 from tests.teacher.serving import (
     PLAN,
     SPECS,
@@ -34,6 +32,7 @@ from tests.teacher.serving import (
     FakeReplica,
     FakeTrajectory,
     Served,
+    act,
     configuration,
     run_through,
     served,
@@ -45,13 +44,6 @@ LEASE_SECONDS = 1.0
 A, B = "grpc://127.0.0.1:1", "grpc://127.0.0.1:2"
 
 _numbers = itertools.count()
-
-_REPLICA = """
-import sys
-from megapd.teacher.server import serve
-from tests.teacher.serving import FakeReplica, configuration
-serve(configuration(*sys.argv[1:]), FakeReplica(), ready=lambda port: print(port, flush=True))
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -375,7 +367,7 @@ def student(service):
 def test_a_student_goes_on_with_the_second_replica_when_the_first_is_killed(service):
     service.put_run(service.name)
     named = [service.override, f"--name={service.name}"]
-    arguments = [sys.executable, "-c", _REPLICA, *named]
+    arguments = [sys.executable, "-m", "tests.teacher.replica_worker", *named]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment())
     try:
         first = f"grpc://127.0.0.1:{int(process.stdout.readline())}"

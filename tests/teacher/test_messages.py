@@ -36,7 +36,6 @@ from megapd.teacher.wire.messages import (
 from megapd.teacher.wire.refusals import Refused
 from megapd.teacher.wire.requests import decode_request, encode_request
 from megapd.teacher.wire.shared_memory import Slot
-from tests.teacher.calls import act, answer, exchange, refused
 from tests.teacher.proxy import Proxy
 from tests.teacher.serving import (
     CLASSES,
@@ -44,8 +43,12 @@ from tests.teacher.serving import (
     DIGESTS,
     SPECS,
     FakeReplica,
+    act,
+    answer,
+    exchange,
     make_batch,
     queued,
+    refused,
     run_through,
     same,
     served,

@@ -8,16 +8,19 @@ import pytest
 
 from megapd.errors import TeacherLost, UserError
 from megapd.teacher.wire.requests import encode_request
-from tests.teacher.calls import act, exchange, head, options
-from tests.teacher.certificates import make_authority
 from tests.teacher.serving import (
     DENSE,
     DIGESTS,
     TOKEN,
     FakeReplica,
     Served,
+    act,
     configuration,
+    exchange,
+    head,
+    make_authority,
     make_batch,
+    options,
     served,
     stream_of,
 )

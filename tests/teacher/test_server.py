@@ -21,7 +21,6 @@ from megapd.teacher.server.flight import TeacherFlight
 from megapd.teacher.server.metrics import Metrics, MetricsServer
 from megapd.teacher.wire.messages import HEAD, stream_bytes
 from megapd.teacher.wire.requests import encode_request
-from tests.teacher.calls import act, exchange, head, options, refused
 from tests.teacher.serving import (
     DENSE,
     DIGESTS,
@@ -32,8 +31,13 @@ from tests.teacher.serving import (
     FakeReplica,
     FakeTrajectory,
     Served,
+    act,
     configuration,
+    exchange,
+    head,
     make_batch,
+    options,
+    refused,
     same,
     served,
     stream_of,

@@ -9,7 +9,7 @@ import transformers
 from megapd.processes.local import free_port
 from tests.corpus import corpora
 from tests.forked import run_ranks
-from tests.teacher.servers import Server
+from tests.teacher.launching import Server
 from tests.training.runs import metrics
 
 STEPS, EVERY = 15, 5

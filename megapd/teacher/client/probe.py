@@ -13,8 +13,9 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04" + bytes(5)  # and 
 SETTINGS = 4  # the kind of frame that a server begins with
 
 
-# certificate: either end refuses the other's. silent: whoever is there closes the connection without a word of HTTP/2, as a
-# server of TLS does to plain text, or one that starts. away: nobody is there, or whatever it was is over.
+# certificate: of the teacher, which is not to be trusted, or TLS where there is none. silent: whoever is there closes the
+# connection without a word of HTTP/2, as gRPC does to a client's certificate that it refuses, TLS to plain text, or a server that
+# starts. away: nobody is there, or whatever it was is over.
 Reach = Literal["certificate", "silent", "away"]
 
 
@@ -29,8 +30,8 @@ def reach(address: str, context: ssl.SSLContext | None, seconds: float) -> tuple
                 connection.sendall(PREFACE)
                 head = connection.recv(9)
             else:
-                # Nothing is sent: with TLS 1.3 a client's certificate is refused after the handshake, and what arrives at a
-                # closed socket would take the alert away.
+                # Nothing is sent: with TLS 1.3 a client's certificate is refused after its handshake, and what arrives at a
+                # closed socket would take an alert away.
                 with context.wrap_socket(connection, server_hostname=place.hostname) as secured:
                     head = secured.recv(9)
     except (ssl.SSLEOFError, ConnectionResetError, BrokenPipeError):
@@ -41,4 +42,4 @@ def reach(address: str, context: ssl.SSLContext | None, seconds: float) -> tuple
         return "away", f"it cannot be reached: {error.strerror or error}"
     if len(head) > 3 and head[3] == SETTINGS:
         return "away", "the connection was lost"
-    return "silent", "it closes connections without a word: is one of both ends without TLS?"
+    return "silent", "it closes connections without a word: it wants another certificate, or one of both ends is without TLS"

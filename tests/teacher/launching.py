@@ -1,4 +1,4 @@
-"""What the tests of faults share: a launch of students, teachers as processes, and what is asked of both."""
+"""Teachers and students as processes of their own: `megapd teacher`, launches of students, and what is asked of both."""
 
 from __future__ import annotations
 
@@ -9,16 +9,85 @@ import random
 import secrets
 import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.forked import Forked
-from tests.teacher.servers import Server
+from tests.forked import Forked, environment
 from tests.teacher.teachers import MODELS, write_trajectory
-from tests.training.runs import environment, last_step, metrics
+from tests.training.runs import last_step, metrics
+
+START_SECONDS = 120.0
+
+
+class Server:
+    """One `megapd teacher`, in a process group of its own; what it prints is kept for failures.
+
+    ranks: of its own, joined without a launcher; None: whatever the command itself starts, by its settings
+    """
+
+    process: subprocess.Popen[bytes] | Forked
+
+    def __init__(self, arguments: Sequence[str], port: int, ranks: int | None = 1) -> None:
+        self.arguments, self.port, self.ranks = list(arguments), port, ranks
+        self.endpoint = f"grpc://127.0.0.1:{port}"
+        self.output = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115, as long as the server
+        self.start()
+
+    def start(self) -> None:
+        arguments = ["teacher", *self.arguments, f"--teacher.server.port={self.port}"]
+        if self.ranks is None:
+            command = [sys.executable, "-m", "megapd", *arguments]
+            self.process = subprocess.Popen(
+                command, env=environment(), stdout=self.output, stderr=self.output, start_new_session=True
+            )
+        else:
+            self.process = Forked("megapd", arguments, environment(), Path(self.output.name), self.ranks)
+
+    def wait(self) -> None:
+        """Until it listens."""
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            assert self.process.poll() is None, f"the teacher ended with {self.process.returncode}: {self.printed()}"
+            assert time.monotonic() < deadline, f"the teacher does not listen: {self.printed()}"
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            time.sleep(0.05)
+
+    def send(self, number: int) -> None:
+        """A signal to all of its processes."""
+        if isinstance(self.process, Forked):
+            self.process.send_to_groups(number)
+        else:
+            os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        self.process.wait(30)
+
+    def stop(self) -> int:
+        """Ask it to end, and its exit code."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        with contextlib.suppress(ProcessLookupError):
+            self.send(signal.SIGKILL)  # ranks that outlived their launcher
+        return self.process.returncode
+
+    def printed(self) -> str:
+        self.output.seek(0)
+        return self.output.read()[-4000:]
+
 
 STEPS, REFRESH = 32, 8
 TEACHERS = tuple(range(REFRESH, STEPS + 1, REFRESH))
