@@ -10,6 +10,7 @@ import ssl
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -17,7 +18,9 @@ import pytest
 from megapd.config import SchedulerConfig
 from megapd.errors import UserError
 from megapd.network import is_loopback
+from megapd.scheduler.routes import service as service_routes
 from megapd.scheduler.server import serve
+from megapd.scheduler.service import guard
 from megapd.scheduler.store import ROLES, Store
 from megapd.scheduler.store import trajectories as catalogue
 from tests.scheduler import services
@@ -260,19 +263,16 @@ def test_control_over_http(client):
 # --------------------------------------------------------------------------------------------------------------- events
 
 
-def read_events(response: httpx.Response, count: int) -> list[dict]:
-    events, event = [], {}
+def read_events(response: httpx.Response) -> Iterator[dict]:
+    event = {}
     for line in response.iter_lines():
         if not line:
             if "data" in event:
-                events.append(event)
+                yield event
             event = {}
-            if len(events) == count:
-                return events
         else:
             key, _, value = line.partition(": ")
             event[key] = value
-    return events
 
 
 def test_events_arrive_as_they_happen_and_go_on_where_they_stopped(tmp_path):
@@ -281,16 +281,18 @@ def test_events_arrive_as_they_happen_and_go_on_where_they_stopped(tmp_path):
         client.put("/v1/runs/a", json={"steps": 1})
         with client.stream("GET", "/v1/stream", params={"after": 0}) as response:
             assert response.headers["content-type"].startswith("text/event-stream")
-            threading.Timer(0.3, lambda: httpx.put(f"{served.url}/v1/runs/b", json={"steps": 1})).start()
-            first = read_events(response, 2)
+            events = read_events(response)
+            first = [next(events)]
+            assert client.put("/v1/runs/b", json={"steps": 1}).status_code == 201
+            first.append(next(events))
         assert [(e["event"], json.loads(e["data"])["run"]) for e in first] == [("run", "a"), ("run", "b")]
         client.put("/v1/runs/c", json={"steps": 1})
         with client.stream("GET", "/v1/stream", headers={"Last-Event-ID": first[1]["id"]}) as response:
-            (third,) = read_events(response, 1)
+            third = next(read_events(response))
         assert json.loads(third["data"])["run"] == "c"
         assert int(third["id"]) == int(first[1]["id"]) + 1
         with client.stream("GET", "/v1/stream", headers={"Last-Event-ID": "1000"}) as response:
-            assert read_events(response, 1)[0]["event"] == "reset"
+            assert next(read_events(response))["event"] == "reset"
         assert client.get("/v1/stream", headers={"Last-Event-ID": "x"}).status_code == 422
         with contextlib.ExitStack() as stack:
             deadline = time.monotonic() + 10
@@ -302,12 +304,17 @@ def test_events_arrive_as_they_happen_and_go_on_where_they_stopped(tmp_path):
             assert opened.status_code == 429
 
 
-def test_events_that_another_process_wrote_arrive(tmp_path):
+def test_events_that_another_process_wrote_arrive(tmp_path, monkeypatch):
+    monkeypatch.setattr(service_routes, "FOREIGN_SECONDS", 0.1)
     settings = SchedulerConfig(database=f"sqlite:///{tmp_path}/s.db", port=0)
-    with serving(settings) as served, contextlib.closing(Store(settings.database)) as store:
-        threading.Timer(0.5, lambda: store.write(lambda c: catalogue.add_trajectory(c, "t", "/t", ""))).start()
-        with httpx.stream("GET", f"{served.url}/v1/stream", params={"after": 0}, timeout=20.0) as response:
-            assert read_events(response, 1)[0]["event"] == "trajectory"
+    with (
+        serving(settings) as served,
+        contextlib.closing(Store(settings.database)) as store,
+        served.http() as client,
+        client.stream("GET", "/v1/stream", params={"after": 0}) as response,
+    ):
+        store.write(lambda c: catalogue.add_trajectory(c, "t", "/t", ""))
+        assert next(read_events(response))["event"] == "trajectory"
 
 
 def test_an_open_stream_does_not_keep_the_service_from_ending(tmp_path):
@@ -416,9 +423,7 @@ def test_loopback():
 
 
 def test_a_body_that_does_not_arrive_is_given_up(client, monkeypatch):
-    from megapd.scheduler.service import guard as auth
-
-    monkeypatch.setattr(auth, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.1)
 
     async def ask() -> int:
         statuses: list[int] = []
