@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 import torch
+from rich.console import Console
+from rich.markup import escape
 
 from megapd.analysis.timeline import describe_plan
 from megapd.config import Config, dump
@@ -18,6 +20,11 @@ from megapd.training import build_student
 from megapd_kernels import default_chunk_bytes
 
 GIB = 2**30
+
+
+def show_dry_run(config: Config) -> int:
+    Console(soft_wrap=True).print(escape(dry_run(config)), highlight=False)
+    return 0
 
 
 def dry_run(config: Config) -> str:

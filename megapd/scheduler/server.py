@@ -16,8 +16,9 @@ import uvicorn
 
 from megapd.config import SchedulerConfig
 from megapd.errors import UserError
+from megapd.network import is_loopback
 from megapd.scheduler.app import build_app
-from megapd.scheduler.service import Service, is_loopback
+from megapd.scheduler.service import Service
 from megapd.scheduler.store import Store, tokens
 
 log = logging.getLogger(__name__)

@@ -99,7 +99,7 @@ def open_source(config: Config, task: Task, trajectory: Checkpoints, plan: Plan,
         except BaseException:
             own.close()  # its reader may be waiting for a file, and would keep the process alive
             raise
-    from megapd.teacher.client.served import ServedStream
+    from megapd.teacher.client import ServedStream
 
     spec = signal_spec(config, task, plan, _checked(config, task, trajectory, plan, step))
     endpoints = open_endpoints(config)

@@ -17,9 +17,10 @@ import pytest
 
 from megapd.config import SchedulerConfig
 from megapd.errors import UserError
+from megapd.network import is_loopback
 from megapd.scheduler.routes import service as service_routes
 from megapd.scheduler.server import serve
-from megapd.scheduler.service import guard, is_loopback
+from megapd.scheduler.service import guard
 from megapd.scheduler.store import ROLES, Store
 from megapd.scheduler.store import trajectories as catalogue
 from tests.scheduler import services

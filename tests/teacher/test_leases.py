@@ -20,7 +20,7 @@ from megapd.config import SchedulerConfig, TeacherServerConfig, load
 from megapd.errors import UserError
 from megapd.scheduler.client.endpoints import LeasedEndpoints
 from megapd.scheduler.client.lease import ReplicaLease, advertised
-from megapd.teacher.client.served import ServedStream
+from megapd.teacher.client import ServedStream
 from megapd.teacher.locate import open_endpoints, open_trajectory
 from tests.forked import environment
 from tests.scheduler.services import Process
@@ -48,7 +48,7 @@ _numbers = itertools.count()
 
 _REPLICA = """
 import sys
-from megapd.teacher.server.serve import serve
+from megapd.teacher.server import serve
 from tests.teacher.serving import FakeReplica, configuration
 serve(configuration(*sys.argv[1:]), FakeReplica(), ready=lambda port: print(port, flush=True))
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 from typing import Any
 
 import httpx
@@ -10,6 +9,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 
 from megapd.config import SchedulerConfig
 from megapd.errors import UserError
+from megapd.network import client_tls, read_secret
 
 TIMEOUT_SECONDS = 30.0
 PAGE = 1000  # entries a page
@@ -42,7 +42,8 @@ class Api:
         process. Raises UserError where token or certificate cannot be read."""
         assert settings.url is not None
         self.url, self._retry_seconds = settings.url.rstrip("/"), retry_seconds
-        headers, verify = {}, True if settings.root_certificate is None else _authority(settings)
+        root = settings.root_certificate
+        headers, verify = {}, True if root is None else client_tls("scheduler.root_certificate", root)
         if settings.token is not None:
             headers["Authorization"] = f"Bearer {_token(settings)}"
         try:
@@ -109,20 +110,9 @@ def _detail(response: httpx.Response) -> str:
     return str(_problem(response).get("detail") or response.text)[:500]
 
 
-def _authority(settings: SchedulerConfig) -> ssl.SSLContext:
-    try:
-        return ssl.create_default_context(cafile=str(settings.root_certificate))
-    except (OSError, ssl.SSLError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"scheduler.root_certificate: {settings.root_certificate}: {reason}; name a PEM file") from error
-
-
 def _token(settings: SchedulerConfig) -> str:
     assert settings.token is not None
-    try:
-        token = settings.token.read_text().strip()
-    except OSError as error:
-        raise UserError(f"scheduler.token: {settings.token}: {error.strerror or error}; name a file that can be read") from error
+    token = read_secret(settings.token, "scheduler.token").decode("latin-1").strip()
     if not token or not token.isascii() or not token.isprintable():
         raise UserError(f"scheduler.token: {settings.token} holds no token; write what `megapd scheduler token run` printed")
     return token
