@@ -39,8 +39,7 @@ from student import measure_students
 from megapd.batch import Batch
 from megapd.config import load
 from megapd.schedule.plan import Plan
-from megapd.signals.arrow import decode, encode
-from megapd.signals.spec import SignalSpec
+from megapd.signals import SignalSpec, decode, encode
 from megapd.teacher.cache import SignalCache
 from megapd.teacher.client import FixedEndpoints, ServedStream
 

@@ -24,7 +24,7 @@ _Callee = TypeVar("_Callee", bound=Callable[..., Any])
 
 
 def known_names(callee: _Callee) -> _Callee:
-    """A function or class whose TypeError for an unknown argument offers the nearest names, one at a time; same signature."""
+    """A function or class whose TypeError for an unknown argument offers the nearest names; its signature stays."""
     if isinstance(callee, type):
         callee.__init__ = known_names(callee.__init__)  # type: ignore[misc]
         return callee

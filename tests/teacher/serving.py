@@ -19,8 +19,7 @@ from megapd.batch import Batch
 from megapd.config import Config, load
 from megapd.errors import UserError
 from megapd.schedule.plan import Plan
-from megapd.signals.signal import Head, Signal, as_sent
-from megapd.signals.spec import SignalSpec
+from megapd.signals import Head, Signal, SignalSpec, as_sent
 from megapd.teacher.client import FixedEndpoints, ServedStream
 from megapd.teacher.server import serve
 from megapd.teacher.server.flight import TeacherFlight

@@ -233,7 +233,7 @@ def test_what_answers_like_no_scheduler_is_away(service, caplog):
         wait_for(lambda: endpoints.current() == (B,))
         for contact in (endpoints._watch._contact, lease._contact):
             contact.api.ask = lambda method, path, body=None: answers.get(path)
-        wait_for(lambda: told(caplog, "as a scheduler does") == 2)
+        wait_for(lambda: told(caplog, "as no scheduler does") == 2)
         assert endpoints.current() == (B,)
         assert lease._thread.is_alive()
 

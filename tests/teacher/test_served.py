@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megapd.errors import TeacherLost, UserError
-from megapd.signals.spec import SignalSpec
+from megapd.signals import SignalSpec
 from megapd.teacher.client import FixedEndpoints, RemoteTrajectory
 from megapd.teacher.engine import Replica, Teacher, TeacherOptions
 from megapd.teacher.server.dispatch import PATIENCE_SECONDS, Dispatcher, Job

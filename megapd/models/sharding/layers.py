@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -14,10 +18,11 @@ class RowwiseLinear(nn.Module):
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, group: dist.ProcessGroup | None) -> None:
         super().__init__()
         self.weight, self.bias, self.group = weight, bias, group
+        self._sum = untraced(sum_over_ranks)
 
     def forward(self, x: Tensor) -> Tensor:
         """This rank's input features [.., in / ranks] -> [.., out], equal on all ranks."""
-        summed: Tensor = sum_over_ranks(F.linear(x, self.weight), self.group)
+        summed: Tensor = self._sum(F.linear(x, self.weight), self.group)
         return summed if self.bias is None else summed + self.bias
 
 
@@ -31,6 +36,7 @@ class VocabularyEmbedding(nn.Module):
         self.weight, self.group = weight, group
         self.num_embeddings, self.embedding_dim = num_embeddings, weight.shape[1]
         self.start, self.first, self.last = start, first, last
+        self._sum = untraced(_all_reduce)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [..] int64 -> [.., D], equal on all ranks."""
@@ -42,17 +48,23 @@ class VocabularyEmbedding(nn.Module):
         if not self.last:
             other |= rows >= self.weight.shape[0]
         found = F.embedding(rows.masked_fill_(other, 0), self.weight).masked_fill_(other[..., None], 0.0)
-        _all_reduce(found, self.group)
+        self._sum(found, self.group)
         return found
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@cache
+def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which torch.compile leaves out of its graphs; made when a layer is, for it imports dynamo, which takes
+    seconds."""
+    disabled: Callable[..., Any] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return disabled
+
+
 def _all_reduce(x: Tensor, group: dist.ProcessGroup | None) -> None:
     """All but one rank have zeros, so the order in which the library adds does not matter."""
     dist.all_reduce(x, group=group)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The sum over ranks, each element summed in rank order on one rank: the same bits everywhere, and in every run.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
-from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from megapd.config import SchedulerConfig
 from megapd.errors import UserError
@@ -61,9 +61,7 @@ class Api:
         """(HTTP code below 300, the tree)."""
         if not self._retry_seconds:
             return self._once(method, path, body)
-        away = retry_if_exception(lambda error: isinstance(error, Away))
-        wait, stop = wait_random_exponential(multiplier=0.2, max=5.0), stop_after_delay(self._retry_seconds)
-        return Retrying(retry=away, wait=wait, stop=stop, reraise=True)(self._once, method, path, body)
+        return patiently(self._retry_seconds)(self._once, method, path, body)
 
     def pages(self, path: str, key: str, after: int) -> list[dict[str, Any]]:
         """All entries that follow `after` in the order of their field `key`, a page at a time."""
@@ -96,6 +94,12 @@ class Api:
             return response.status_code, response.json() if response.content else None
         except ValueError as error:
             raise Away(f"scheduler.url: {self.url} answers {path} with what is no JSON; is it a scheduler?") from error
+
+
+def patiently(seconds: float, pause: float = 5.0) -> Retrying:
+    """Repeats a call while the service is away, for `seconds`, after random pauses that grow up to `pause` seconds."""
+    away, wait = retry_if_exception_type(Away), wait_random_exponential(multiplier=0.2, max=pause)
+    return Retrying(retry=away, wait=wait, stop=stop_after_delay(seconds), reraise=True)
 
 
 def _problem(response: httpx.Response) -> dict[str, Any]:

@@ -17,9 +17,8 @@ import pyarrow as pa
 import pyarrow.flight as flight
 
 from megapd.config import TeacherConfig
-from megapd.errors import TeacherLost
+from megapd.errors import SignalDamaged, SignalMismatch, TeacherLost
 from megapd.network import backoff, client_tls, read_secret
-from megapd.signals import SignalDamaged, SignalMismatch
 from megapd.teacher.client.probe import Reach, reach
 from megapd.teacher.wire import MESSAGE_BYTES, RefusalKind, Refused, bearer, parse_json, read_token, refusal
 

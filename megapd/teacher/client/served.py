@@ -20,9 +20,9 @@ from torch import Tensor
 
 from megapd.batch import Batch
 from megapd.config import TeacherConfig
-from megapd.errors import TeacherLost
+from megapd.errors import SignalDamaged, TeacherLost
 from megapd.schedule.plan import Plan
-from megapd.signals import Head, Signal, SignalDamaged, SignalSpec, decode, decode_head
+from megapd.signals import Head, Signal, SignalSpec, decode, decode_head
 from megapd.teacher.client.announce import Announcer
 from megapd.teacher.client.replicas import Endpoints, Remote, Replicas
 from megapd.teacher.wire import (

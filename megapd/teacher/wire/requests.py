@@ -27,8 +27,9 @@ import torch
 from numpy.typing import NDArray
 
 from megapd.batch import DIGEST_BYTES, Batch
+from megapd.errors import SignalDamaged
 from megapd.models import HUGGING_FACE, checkpoint_shape
-from megapd.signals import SignalDamaged, SignalSpec
+from megapd.signals import SignalSpec
 from megapd.teacher.wire.calls import parse_json, parse_teacher
 from megapd.teacher.wire.messages import read_record
 from megapd.teacher.wire.refusals import MAX_ANSWER_BYTES, Refused
