@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 3
 
 # torch goes first: with it in place, the packages that ask for it do not fetch the CUDA build on a CPU machine.
 $(VENV)/ready: pyproject.toml kernels/pyproject.toml constraints.txt
@@ -9,17 +10,22 @@ $(VENV)/ready: pyproject.toml kernels/pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ./kernels --editable '.[dev]'
 	touch $@
 
-.PHONY: install demo test test-full kernels-report lint format clean
+.PHONY: install demo test test-fast test-full kernels-report lint format clean
 install: $(VENV)/ready
 
 demo: $(VENV)/ready
 	$(BIN)/python -m megapd demo
 
+# By file, so that what a file's tests share is made once; three workers for two cores, because many tests wait.
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not full"
+	$(BIN)/python -m pytest -m "not full" -n $(WORKERS) --dist loadfile
 
 test-full: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# What starts no process, no browser and no Triton interpreter.
+test-fast: $(VENV)/ready
+	$(BIN)/python -m pytest -m "not full and not slow"
 
 # Registers, shared memory and spills of the Triton kernels, compiled for GPUs that need not be there.
 kernels-report: $(VENV)/ready
@@ -28,7 +34,8 @@ kernels-report: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy megapd kernels/megapd_kernels
+	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .

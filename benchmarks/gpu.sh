@@ -18,8 +18,8 @@ WHEELS      folder of wheels, installed in a temporary folder, for a host withou
 ARGUMENTS   for benchmarks/kernels_gpu.py, such as --quick
 PYTHON      environment variable: the interpreter, which must have torch; default python3
 
-Nothing needs to be installed: megapd and megapd_kernels are taken from this checkout. Exits with 0, with 1 if a step failed, with 2 for wrong arguments
-or without a GPU.
+Nothing needs to be installed: megapd and megapd_kernels are taken from this checkout. Exits with 0, with 1 if a step failed, with 2
+for wrong arguments or without a GPU.
 TEXT
 }
 

@@ -151,17 +151,17 @@ def megapd(operation: str, kind: str, *, in_place: bool = False, **settings: Any
     """settings: fields of LossOptions."""
     options = loss_options(kind, **settings)
     if operation == "topk_logits":
-        return lambda hidden, weight: kernels.topk_logits(hidden, weight, None, TOP_K)[:2]
+        return lambda hidden, weight: kernels.topk_logits(hidden, weight, TOP_K)[:2]
     if operation == "softmax_kl":
         return lambda student, teacher: kernels.softmax_kl(student, teacher, options=options, in_place=in_place).loss
     if operation == "linear_softmax_kl":
-        return lambda h, w, th, tw: kernels.linear_softmax_kl(h, w, None, th, tw, options=options).loss
+        return lambda h, w, th, tw: kernels.linear_softmax_kl(h, w, th, tw, options=options).loss
     if operation == "linear_cross_entropy":
-        return lambda h, w, labels: kernels.linear_cross_entropy(h, w, None, labels, options=options).loss
+        return lambda h, w, labels: kernels.linear_cross_entropy(h, w, labels, options=options).loss
 
     def sparse(hidden: Tensor, weight: Tensor, ids: Tensor, logprobs: Tensor, log_rest: Tensor) -> Tensor:
         return kernels.linear_sparse_kl(
-            hidden, weight, None, ids, logprobs, convention="tail", log_rest=log_rest, options=options
+            hidden, weight, ids, logprobs, teacher_log_rest=log_rest, convention="tail", options=options
         ).loss
 
     return sparse

@@ -2,11 +2,10 @@
 
     python benchmarks/stream.py [--part carriers|student] [--quick] [--output benchmarks/results/stream.json]
 
-carriers  signals/s and MB/s of each kind over each carrier (tcp and tls by the data port, flight without it) at about 6 MiB a
-          batch, several in flight as a student has them, and in the same round the carrier alone: Arrow Flight with one constant
-          record batch, a ring of plain copies through shared memory, a file written and flushed, a file mapped and copied. The
-          server is another process, whose answers are there before they are asked for: encoding, carrier, checks and decoding
-          are measured, no model.
+carriers  signals/s and MB/s of each kind over each carrier at about 6 MiB a batch, several in flight as a student has them, and
+          in the same round the carrier alone: Arrow Flight with one constant record batch, a ring of plain copies through shared
+          memory, a file written and flushed, a file mapped and copied. The server is another process, whose answers are there
+          before they are asked for: encoding, carrier, checks and decoding are measured, no model.
 student   the step of a student in megapd's loop: on labels; with signals that cost nothing, which is labels and the loss; with
           the teacher in its process; with a teacher served by another process that answers at once. All of it shares this
           machine's cores; the seconds of the CPU that the server took are told.
@@ -42,7 +41,7 @@ from megapd.config import load
 from megapd.schedule.plan import Plan
 from megapd.signals.arrow import decode, encode
 from megapd.signals.spec import SignalSpec
-from megapd.teacher.cache.cache import SignalCache
+from megapd.teacher.cache import SignalCache
 from megapd.teacher.client.served import FixedEndpoints, ServedStream
 
 SIZES = Sizes(classes=8192, width=768, length=128)
@@ -60,7 +59,6 @@ KINDS = {
 CARRIERS = {
     "in_process": ("copy",),
     "tcp": ("flight_get", "flight_exchange"),
-    "flight": ("flight_get", "flight_exchange"),
     "tls": ("flight_tls_get",),
     "shared_memory": ("ring",),
     "cache_write": ("file_write",),
@@ -147,7 +145,6 @@ class Bench:
         ports = server.ports
         self.streams = {
             "tcp": self._stream(f"grpc://127.0.0.1:{ports['plain']}", False),
-            "flight": self._stream(f"grpc://127.0.0.1:{ports['plain']}", False, data_port=False),
             "tls": self._stream(f"grpc+tls://127.0.0.1:{ports['tls']}", False, authority),
             "shared_memory": self._stream(f"grpc://127.0.0.1:{ports['plain']}", True),
         }
@@ -179,11 +176,9 @@ class Bench:
             client.close()
         self.pool.shutdown()
 
-    def _stream(
-        self, address: str, shared_memory: bool, authority: Path | None = None, *, data_port: bool = True
-    ) -> ServedStream:
+    def _stream(self, address: str, shared_memory: bool, authority: Path | None = None) -> ServedStream:
         tls = [f"--teacher.root_certificate={authority}"] if authority else []
-        fixed = ["--teacher.trajectory=unused", "--schedule.policy=one_shot", f"--teacher.data_port={str(data_port).lower()}"]
+        fixed = ["--teacher.trajectory=unused", "--schedule.policy=one_shot"]
         config = load(None, [*fixed, *tls]).teacher
         assert config is not None
         return ServedStream(

@@ -50,6 +50,8 @@ def take(source: Any, part: Part) -> Tensor:
     row = max(1, prod(shape[1:]))
     first, last = part.start // row, -(-min(part.stop, row * shape[0]) // row)
     if first >= last:
-        return source[0:0].reshape(-1)
+        nothing: Tensor = source[0:0].reshape(-1)
+        return nothing
     offset = part.start - first * row
-    return source[first:last].reshape(-1)[offset : offset + part.stop - part.start]
+    found: Tensor = source[first:last].reshape(-1)[offset : offset + part.stop - part.start]
+    return found

@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from megapd.config import Config, dump, load
+from megapd.config import Config, ExplicitConfig, RangeConfig, dump, load
 from megapd.errors import UserError
 
 TAUGHT = "teacher: {trajectory: x}\nschedule: {policy: one_shot}\n"
@@ -49,7 +49,13 @@ def test_dump_is_a_configuration(tmp_path):
         ("", ["--loss.divergence=reverse_kl", "--loss.teacher_temperature=0"], "reverse_kl"),
         ("", ["--optimizer.momentum=0.9"], "optimizer.momentum"),
         ("", ["--trajectory.steps=[2000]"], "trajectory.steps"),
-        ("", ["--model.width=4"], "model.kind"),
+        ("", ["--model.width=4"], "model.kind: missing; it says which settings the section has"),
+        ("", ["--model.kind=mpl"], "model.kind: unknown model 'mpl'; the nearest is 'mlp', of bert, gpt, mlp"),
+        ("", ["--task.kind=[text]"], "task.kind: unknown task"),
+        ("", ["--model=3"], "model: Input should be a valid dictionary"),
+        ("", ["--model.kind=mlp", "--model.width=0"], "model.width: Input should be greater than or equal to 1 (got 0)"),
+        ("", ["--optimizer.momentum=0.9"], "optimizer.momentum: AdamW has none"),
+        ("", ["--training.micro_batch=3"], "training.micro_batch: 3 does not divide training.global_batch 256"),
         ("teacher: {trajectory: x, signal: argmax}\nschedule: {policy: one_shot}\n", [], "teacher.signal"),
         ("teacher: {trajectory: x}\nschedule: {policy: explicit, ranges: [{start: 1, checkpoint: 1}]}\n", [], "schedule.ranges"),
         ("", ["--trajectory.steps=[0]"], "trajectory.steps"),
@@ -97,6 +103,16 @@ def test_an_unknown_variable_is_refused(monkeypatch):
     monkeypatch.delenv("MEGAPD_TRAINNG__STEPS")
     monkeypatch.setenv("MEGAPD_TRAINING__STEP", "3")
     with pytest.raises(UserError, match=r"training\.step: unknown"):
+        load(None)
+
+
+def test_a_variable_gives_a_list_of_a_kind(monkeypatch):
+    monkeypatch.setenv("MEGAPD_TEACHER__TRAJECTORY", "x")
+    monkeypatch.setenv("MEGAPD_SCHEDULE__POLICY", "explicit")
+    monkeypatch.setenv("MEGAPD_SCHEDULE__RANGES", '[{"start": 0, "checkpoint": 3}]')
+    assert load(None).schedule == ExplicitConfig(ranges=(RangeConfig(start=0, checkpoint=3),))
+    monkeypatch.setenv("MEGAPD_SCHEDULE__RANGES", "[3")
+    with pytest.raises(UserError, match=r"schedule\.ranges"):
         load(None)
 
 

@@ -2,50 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
-
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from . import ops
-from .options import LossOptions, LossResult, accumulation_dtype, check_matrix, check_rows, check_vocabulary, make_targets
+from .options import (
+    LossOptions,
+    LossResult,
+    Positions,
+    Teacher,
+    accumulation_dtype,
+    check_matrix,
+    check_rows,
+    check_vocabulary,
+    known_names,
+    make_targets,
+)
 from .rows.base import Problem
 from .shard import VocabularyShard
 from .sparse import Convention
 
 
-class CommonTargets(TypedDict, total=False):
-    """Arguments that every loss takes.
-
-    token_weights    [N], w_i; default 1
-    ignore_index     default -100; positions with this label count for nothing, and may hold NaN; so do positions of weight 0
-    denominator      what the weighted sum is divided by; default the weights of the counted positions; 0 gives loss 0 and
-                     gradients 0
-    options          default LossOptions()
-    shard            this rank's part of the classes: then weights, biases and logits hold V classes of this rank, while labels
-                     and ids number the classes of all ranks. Losses and gradients are those of the whole; hidden's gradient is
-                     summed over the ranks, each of which calls with the same rows
-    """
-
-    token_weights: Tensor | None
-    ignore_index: int
-    denominator: Tensor | float | None
-    options: LossOptions
-    shard: VocabularyShard | None
-
-
-class Targets(CommonTargets, total=False):
-    """With labels [N] int64: needed for options.alpha > 0 and without a teacher, where the loss is their plain cross entropy."""
-
-    labels: Tensor | None
-
-
+@known_names
 def linear_distillation_loss(
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor | None = None,
     *,
+    bias: Tensor | None = None,
     teacher_logits: Tensor | None = None,
     teacher_hidden: Tensor | None = None,
     teacher_weight: Tensor | None = None,
@@ -54,7 +37,12 @@ def linear_distillation_loss(
     teacher_logprobs: Tensor | None = None,
     teacher_log_rest: Tensor | None = None,
     convention: Convention | None = None,
-    **targets: Unpack[Targets],
+    labels: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    denominator: Tensor | float | None = None,
+    options: LossOptions | None = None,
+    shard: VocabularyShard | None = None,
 ) -> LossResult:
     """The distillation loss of the logits hidden @ weight.T + bias, without forming them: O(options.chunk_bytes) memory.
 
@@ -62,147 +50,172 @@ def linear_distillation_loss(
     weight, bias     [V, D], [V] or None; differentiable. Mixed types are computed in the wider one.
     teacher          one of teacher_logits [N, V]; teacher_hidden [N, E] with teacher_weight [V, E] and teacher_bias [V] or None;
                      teacher_ids [N] int64, its argmax (one-hot, not for reverse_kl); teacher_ids and teacher_logprobs [N, K] in a
-                     `convention`, see kernels/sparse.py, for `tail` with teacher_log_rest [N] where it is known; or nothing
-    targets          see `Targets` and `CommonTargets`
+                     `convention`, see sparse.py, for `tail` with teacher_log_rest [N] where it is known; or nothing
+    labels           [N] int64: needed for options.alpha > 0 and without a teacher, where the loss is their plain cross entropy
+    token_weights    [N], w_i; default 1
+    ignore_index     positions with this label count for nothing, and may hold NaN; so do positions of weight 0
+    denominator      what the weighted sum is divided by; default the weights of the counted positions; 0 gives loss 0 and
+                     gradients 0
+    options          default LossOptions()
+    shard            this rank's part of the classes: then weights, biases and logits hold V classes of this rank, while labels
+                     and ids number the classes of all ranks. Losses and gradients are those of the whole; hidden's gradient is
+                     summed over the ranks, each of which calls with the same rows
 
     Logits, sums and gradients are accumulated in float32, or float64 where an input is; gradients come back in the type of
     their input. Only hidden, weight and bias are differentiated, once. The gradient is computed in forward, for those that need
     one, and kept (N x D and V x D); the inputs are not, so weight may be a ZeRO-3 parameter that is gathered in forward alone.
     With options.recompute it is the other way round.
 
-    Raises ValueError that names the argument; an out-of-range label or id is torch's own index error.
+    Raises ValueError that names the argument, TypeError for an unknown one; an out-of-range label or id is torch's own index
+    error.
     """
-    device, options = hidden.device, targets.get("options", LossOptions())
-    check_matrix("hidden", hidden, None, None, device)
-    check_matrix("weight", weight, None, hidden.shape[1], device)
-    rows = hidden.shape[0]
-    if (teacher_hidden is None) != (teacher_weight is None):
-        missing = "teacher_hidden" if teacher_hidden is None else "teacher_weight"
-        raise ValueError(f"{missing}: teacher_hidden and teacher_weight go together; give both")
-    if teacher_bias is not None and teacher_weight is None:
-        raise ValueError("teacher_bias: has no meaning without teacher_weight; leave it out")
-    _check_bias("bias", bias, weight.shape[0])
-    if teacher_weight is not None and teacher_hidden is not None:
-        check_matrix("teacher_hidden", teacher_hidden, rows, None, device)
-        check_matrix("teacher_weight", teacher_weight, None, teacher_hidden.shape[1], device)
-        _check_bias("teacher_bias", teacher_bias, teacher_weight.shape[0])
-        common = _common_classes(options, "teacher_weight", teacher_weight.shape[0], weight.shape[0], targets.get("shard"))
-        weight, teacher_weight = weight[:common], teacher_weight[:common]
-        bias = None if bias is None else bias[:common]
-        teacher_bias = None if teacher_bias is None else teacher_bias[:common]
-    if teacher_logits is not None:
-        check_matrix("teacher_logits", teacher_logits, rows, None, device)
-        common = _common_classes(options, "teacher_logits", teacher_logits.shape[1], weight.shape[0], targets.get("shard"))
-        weight, teacher_logits = weight[:common], teacher_logits[:, :common]
-        bias = None if bias is None else bias[:common]
-    problem = _problem(
-        rows,
-        weight.shape[0],
-        device,
-        accumulation_dtype(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_logits, teacher_logprobs),
-        targets,
-        teacher_logits=teacher_logits,
-        teacher_hidden=teacher_hidden,
-        teacher_weight=teacher_weight,
-        teacher_bias=teacher_bias,
-        teacher_ids=teacher_ids,
-        teacher_logprobs=teacher_logprobs,
-        teacher_log_rest=teacher_log_rest,
-        convention=convention,
+    teacher = Teacher(
+        teacher_logits,
+        teacher_hidden,
+        teacher_weight,
+        teacher_bias,
+        teacher_ids,
+        teacher_logprobs,
+        teacher_log_rest,
+        convention,
     )
-    return LossResult(*ops.linear(hidden, weight, bias, problem))
+    return _linear(hidden, weight, bias, teacher, Positions(labels, token_weights, ignore_index, denominator), options, shard)
 
 
+@known_names
 def linear_softmax_kl(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
-    **targets: Unpack[Targets],
+    labels: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    denominator: Tensor | float | None = None,
+    options: LossOptions | None = None,
+    shard: VocabularyShard | None = None,
 ) -> LossResult:
     """`linear_distillation_loss` against a teacher's hidden states [N, E] and head [V, E], [V]; E need not be D."""
-    return linear_distillation_loss(
-        student_hidden,
-        student_weight,
-        student_bias,
-        teacher_hidden=teacher_hidden,
-        teacher_weight=teacher_weight,
-        teacher_bias=teacher_bias,
-        **targets,
-    )
+    teacher = Teacher(hidden=teacher_hidden, weight=teacher_weight, bias=teacher_bias)
+    return _linear(hidden, weight, bias, teacher, Positions(labels, token_weights, ignore_index, denominator), options, shard)
 
 
+@known_names
 def linear_sparse_kl(
-    student_hidden: Tensor,
+    hidden: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    logprobs: Tensor | None = None,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor | None = None,
     *,
+    bias: Tensor | None = None,
+    teacher_log_rest: Tensor | None = None,
     convention: Convention | None = None,
-    log_rest: Tensor | None = None,
-    **targets: Unpack[Targets],
+    labels: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    denominator: Tensor | float | None = None,
+    options: LossOptions | None = None,
+    shard: VocabularyShard | None = None,
 ) -> LossResult:
-    """`linear_distillation_loss` against a few classes a position: ids [N, K] int64 with logprobs [N, K] in a convention.
+    """`linear_distillation_loss` against a few classes a position: teacher_ids, teacher_logprobs [N, K] in a convention.
 
     tail, renormalised, support: a teacher's top K, distinct ids, see `topk_logits`. sampled: draws of the teacher's, logprobs the
-    log of their weights, ids may repeat. ids [N] without logprobs: the teacher's argmax. kernels/sparse.py has the formulas.
-    log_rest [N]: for tail, the log of the teacher's mass outside the ids; default log(1 - sum exp logprobs), with fewer digits.
+    log of their weights, ids may repeat. teacher_ids [N] without logprobs: the teacher's argmax. sparse.py has the formulas.
+    teacher_log_rest [N]: for tail, the log of the teacher's mass outside the ids; default log(1 - sum exp logprobs), with fewer
+    digits.
     """
-    return linear_distillation_loss(
-        student_hidden,
-        weight,
-        bias,
-        teacher_ids=ids,
-        teacher_logprobs=logprobs,
-        teacher_log_rest=log_rest,
-        convention=convention,
-        **targets,
-    )
+    teacher = Teacher(ids=teacher_ids, logprobs=teacher_logprobs, log_rest=teacher_log_rest, convention=convention)
+    return _linear(hidden, weight, bias, teacher, Positions(labels, token_weights, ignore_index, denominator), options, shard)
 
 
+@known_names
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, **targets: Unpack[CommonTargets]
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    denominator: Tensor | float | None = None,
+    options: LossOptions | None = None,
+    shard: VocabularyShard | None = None,
 ) -> LossResult:
     """`linear_distillation_loss` of labels alone. Of the options, label_smoothing, z_loss, recompute and chunk_bytes count."""
-    return linear_distillation_loss(hidden, weight, bias, labels=labels, **targets)
+    return _linear(hidden, weight, bias, Teacher(), Positions(labels, token_weights, ignore_index, denominator), options, shard)
 
 
+@known_names
 def softmax_kl(
     student_logits: Tensor,
     teacher_logits: Tensor | None = None,
     *,
     teacher_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    denominator: Tensor | float | None = None,
+    options: LossOptions | None = None,
+    shard: VocabularyShard | None = None,
     in_place: bool = False,
-    **targets: Unpack[Targets],
 ) -> LossResult:
     """The distillation loss of student_logits [N, V] that exist already, against teacher_logits [N, V] or teacher_ids [N].
 
     As `linear_distillation_loss`, but the logits themselves are kept for backward, with a few numbers a row. in_place: backward
     writes the gradient over student_logits instead of beside it; then nothing else may read them, and backward runs once.
     """
-    device, options = student_logits.device, targets.get("options", LossOptions())
-    check_matrix("student_logits", student_logits, None, None, device)
+    options = LossOptions() if options is None else options
+    check_matrix("student_logits", student_logits, None, None, student_logits.device)
     if in_place and 0 in student_logits.stride():
         raise ValueError("in_place: student_logits is an expanded view, whose positions share memory; make it contiguous")
     if teacher_logits is not None:
-        check_matrix("teacher_logits", teacher_logits, student_logits.shape[0], None, device)
-        common = _common_classes(
-            options, "teacher_logits", teacher_logits.shape[1], student_logits.shape[1], targets.get("shard")
-        )
-        student_logits, teacher_logits = student_logits[:, :common], teacher_logits[:, :common]
-    problem = _problem(
-        student_logits.shape[0],
-        student_logits.shape[1],
-        device,
-        accumulation_dtype(student_logits, teacher_logits),
-        targets,
-        teacher_logits=teacher_logits,
-        teacher_ids=teacher_ids,
-    )
-    return LossResult(*ops.logits(student_logits, problem, in_place))
+        check_matrix("teacher_logits", teacher_logits, student_logits.shape[0], None, student_logits.device)
+        common = _common_classes(options, "teacher_logits", teacher_logits.shape[1], student_logits.shape[1], shard)
+        if options.common_vocabulary:
+            student_logits, teacher_logits = student_logits[:, :common], teacher_logits[:, :common]
+    rows, classes = student_logits.shape
+    dtype = accumulation_dtype(student_logits, teacher_logits)
+    teacher, positions = Teacher(teacher_logits, ids=teacher_ids), Positions(labels, token_weights, ignore_index, denominator)
+    problem = _problem(rows, classes, student_logits.device, dtype, teacher, positions, options, shard)
+    return ops.logits(student_logits, problem, in_place)
+
+
+def _linear(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher: Teacher,
+    positions: Positions,
+    options: LossOptions | None,
+    shard: VocabularyShard | None,
+) -> LossResult:
+    options, device = LossOptions() if options is None else options, hidden.device
+    check_matrix("hidden", hidden, None, None, device)
+    check_matrix("weight", weight, None, hidden.shape[1], device)
+    rows = hidden.shape[0]
+    if (teacher.hidden is None) != (teacher.weight is None):
+        missing = "teacher_hidden" if teacher.hidden is None else "teacher_weight"
+        raise ValueError(f"{missing}: teacher_hidden and teacher_weight go together; give both")
+    if teacher.bias is not None and teacher.weight is None:
+        raise ValueError("teacher_bias: has no meaning without teacher_weight; leave it out")
+    _check_bias("bias", bias, weight.shape[0])
+    common = weight.shape[0]
+    if teacher.weight is not None and teacher.hidden is not None:
+        check_matrix("teacher_hidden", teacher.hidden, rows, None, device)
+        check_matrix("teacher_weight", teacher.weight, None, teacher.hidden.shape[1], device)
+        _check_bias("teacher_bias", teacher.bias, teacher.weight.shape[0])
+        common = _common_classes(options, "teacher_weight", teacher.weight.shape[0], common, shard)
+    if teacher.logits is not None:
+        check_matrix("teacher_logits", teacher.logits, rows, None, device)
+        common = _common_classes(options, "teacher_logits", teacher.logits.shape[1], common, shard)
+    if options.common_vocabulary:
+        weight, bias, teacher = weight[:common], None if bias is None else bias[:common], teacher.first(common)
+    dtype = accumulation_dtype(hidden, weight, bias, teacher.hidden, teacher.weight, teacher.logits, teacher.logprobs)
+    problem = _problem(rows, common, device, dtype, teacher, positions, options, shard)
+    return ops.linear(hidden, weight, bias, problem)
 
 
 def _problem(
@@ -210,45 +223,23 @@ def _problem(
     classes: int,
     device: torch.device,
     dtype: torch.dtype,
-    targets: Targets,
-    *,
-    teacher_logits: Tensor | None,
-    teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    teacher_ids: Tensor | None,
-    teacher_logprobs: Tensor | None = None,
-    teacher_log_rest: Tensor | None = None,
-    convention: Convention | None = None,
+    teacher: Teacher,
+    positions: Positions,
+    options: LossOptions,
+    shard: VocabularyShard | None,
 ) -> Problem:
-    options, shard = targets.get("options", LossOptions()), targets.get("shard")
     if shard is not None:
         shard.check(classes)
-    checked = make_targets(
-        rows,
-        device,
+    total = classes if shard is None else shard.total
+    return Problem(
+        make_targets(rows, device, dtype, options, teacher, positions, classes=total),
         dtype,
         options,
-        classes=classes if shard is None else shard.total,
-        dense_teachers=(teacher_logits is not None) + (teacher_hidden is not None),
-        labels=targets.get("labels"),
-        teacher_ids=teacher_ids,
-        teacher_logprobs=teacher_logprobs,
-        teacher_log_rest=teacher_log_rest,
-        convention=convention,
-        token_weights=targets.get("token_weights"),
-        ignore_index=targets.get("ignore_index", -100),
-        denominator=targets.get("denominator"),
-    )
-    return Problem(
-        targets=checked,
-        dtype=dtype,
-        options=options,
-        teacher_logits=_constant(teacher_logits),
-        teacher_hidden=_constant(teacher_hidden),
-        teacher_weight=_constant(teacher_weight),
-        teacher_bias=_constant(teacher_bias),
-        shard=shard,
+        _constant(teacher.logits),
+        _constant(teacher.hidden),
+        _constant(teacher.weight),
+        _constant(teacher.bias),
+        shard,
     )
 
 

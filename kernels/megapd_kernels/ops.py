@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .linear import linear_loss
 from .logits import logits_gradient, logits_loss, statistics_shape
-from .options import LossOptions, Targets, reciprocal_or_zero
+from .options import LossOptions, LossResult, Targets, reciprocal_or_zero
 from .rows.base import Problem
 from .shard import VocabularyShard
 from .sparse import SparseTeacher
@@ -53,7 +53,7 @@ _PROBLEM = ", ".join(
 )
 _COUNT = len(_TENSORS) + len(_OPTIONS) + len(_REST)
 _RECOMPUTE = len(_TENSORS) + list(_OPTIONS).index("recompute")
-_SCALARS = 4  # fields of LossResult
+_SCALARS = len(LossResult._fields)
 
 
 def pack(problem: Problem) -> tuple[Any, ...]:
@@ -157,11 +157,11 @@ def _linear_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor
 _linear_op.register_autograd(_linear_backward, setup_context=_linear_setup)
 
 
-def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The fields of LossResult, the first differentiable in hidden [N, D], weight [V, D] and bias [V]."""
+def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem) -> LossResult:
+    """The loss is differentiable in hidden [N, D], weight [V, D] and bias [V]."""
     wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias)]
     needs = [False] * 3 if problem.options.recompute else wanted
-    return _linear_op(hidden, weight, bias, *needs, *pack(problem))[:_SCALARS]
+    return LossResult(*_linear_op(hidden, weight, bias, *needs, *pack(problem))[:_SCALARS])
 
 
 def _logits(logits: Tensor, in_place: bool, *problem: Any) -> tuple[Tensor, ...]:
@@ -245,6 +245,6 @@ def _logits_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor
 _logits_op.register_autograd(_logits_backward, setup_context=_logits_setup)
 
 
-def logits(logits: Tensor, problem: Problem, in_place: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The fields of LossResult, the first differentiable in logits [N, V]; in_place: backward writes their gradient over them."""
-    return _logits_op(logits, in_place, *pack(problem))[:_SCALARS]
+def logits(logits: Tensor, problem: Problem, in_place: bool) -> LossResult:
+    """The loss is differentiable in logits [N, V]; in_place: backward writes their gradient over them."""
+    return LossResult(*_logits_op(logits, in_place, *pack(problem))[:_SCALARS])

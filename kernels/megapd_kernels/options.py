@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +20,35 @@ Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd", "soft_cross_entro
 # The reciprocal of a smaller temperature leaves the range of float32, and 0 * inf would turn the largest logit into NaN.
 MIN_TEMPERATURE = 1e-30
 
+_Callee = TypeVar("_Callee", bound=Callable[..., Any])
 
+
+def known_names(callee: _Callee) -> _Callee:
+    """A function or class whose TypeError for an unknown argument offers the nearest names, one at a time; same signature."""
+    if isinstance(callee, type):
+        callee.__init__ = known_names(callee.__init__)  # type: ignore[misc]
+        return callee
+    known = tuple(name for name in inspect.signature(callee).parameters if name != "self")
+
+    @functools.wraps(callee)
+    def checked(*arguments: Any, **named: Any) -> Any:
+        for name in named:
+            if name not in known:
+                raise TypeError(f"{callee.__qualname__}() got an unexpected keyword argument {name!r}; {_offer(name, known)}")
+        return callee(*arguments, **named)
+
+    return cast(_Callee, checked)
+
+
+def _offer(name: str, known: tuple[str, ...]) -> str:
+    spelt = {parameter: repr(parameter) for parameter in known}
+    if "options" in known:
+        spelt |= {field.name: f"options=LossOptions({field.name}=...)" for field in fields(LossOptions)}
+    nearest = get_close_matches(name, spelt, n=2)
+    return f"did you mean {' or '.join(spelt[near] for near in nearest)}?" if nearest else f"it takes {', '.join(known)}"
+
+
+@known_names
 @dataclass(frozen=True)
 class LossOptions:
     """The loss of a token: alpha * CE(label, p) + (1 - alpha) * t2 * D(p_T, p_S) + z_loss * (log sum exp of the logits)^2.
@@ -98,6 +130,34 @@ class LossResult(NamedTuple):
     correct: Tensor
 
 
+class Teacher(NamedTuple):
+    """The arguments teacher_* and convention as they were given: at most one form of teacher."""
+
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    ids: Tensor | None = None
+    logprobs: Tensor | None = None
+    log_rest: Tensor | None = None
+    convention: Convention | None = None
+
+    def first(self, classes: int) -> Teacher:
+        """A dense teacher's first classes."""
+        logits = None if self.logits is None else self.logits[:, :classes]
+        weight, bias = (None if tensor is None else tensor[:classes] for tensor in (self.weight, self.bias))
+        return self._replace(logits=logits, weight=weight, bias=bias)
+
+
+class Positions(NamedTuple):
+    """The arguments that describe the N positions and their sum as they were given."""
+
+    labels: Tensor | None
+    token_weights: Tensor | None
+    ignore_index: int
+    denominator: Tensor | float | None
+
+
 class Targets(NamedTuple):
     """Checked targets of N positions, each None where it was not given.
 
@@ -120,24 +180,17 @@ def make_targets(
     device: torch.device,
     dtype: torch.dtype,
     options: LossOptions,
+    teacher: Teacher,
+    positions: Positions,
     *,
     classes: int,
-    dense_teachers: int,
-    labels: Tensor | None = None,
-    teacher_ids: Tensor | None = None,
-    teacher_logprobs: Tensor | None = None,
-    teacher_log_rest: Tensor | None = None,
-    convention: Convention | None = None,
-    token_weights: Tensor | None = None,
-    ignore_index: int = -100,
-    denominator: Tensor | float | None = None,
 ) -> Targets:
     """Check what comes with `rows` positions and bring it into the form that the implementations use, without a host sync.
 
-    classes: of all ranks; dense_teachers: the number of teachers given as logits or hidden states. Raises ValueError that names
-    the argument.
+    classes: of all ranks; a dense teacher's tensors are not looked at. Raises ValueError that names the argument.
     """
-    teachers = dense_teachers + (teacher_ids is not None)
+    labels, token_weights, ignore_index, denominator = positions
+    teachers = sum(form is not None for form in (teacher.logits, teacher.hidden, teacher.ids))
     if teachers > 1:
         raise ValueError("teacher_logits, teacher_hidden, teacher_ids: give at most one form of the teacher")
     if labels is None and teachers == 0:
@@ -160,35 +213,7 @@ def make_targets(
     if counted is not None and labels is not None:
         labels = labels.masked_fill(~counted, 0)
 
-    sparse = None
-    if teacher_ids is not None:
-        check_rows("teacher_ids", teacher_ids, (rows, None)[: max(1, teacher_ids.dim())], device, torch.int64)
-        if teacher_logprobs is not None:
-            check_rows("teacher_logprobs", teacher_logprobs, tuple(teacher_ids.shape), device, None)
-        if teacher_log_rest is not None:
-            check_rows("teacher_log_rest", teacher_log_rest, (rows,), device, None)
-        if teacher_logprobs is None:
-            if teacher_ids.dim() != 1:
-                raise ValueError(f"teacher_logprobs: needed with teacher_ids of shape {tuple(teacher_ids.shape)}; give [N, K]")
-            if convention is not None or teacher_log_rest is not None:
-                raise ValueError("convention, teacher_log_rest: have no meaning without teacher_logprobs; leave them out")
-            if options.divergence == "reverse_kl":
-                raise ValueError("teacher_ids: reverse_kl is infinite against a one-hot teacher; choose another divergence")
-            sparse = one_hot_teacher(teacher_ids if counted is None else teacher_ids.masked_fill(~counted, 0), dtype)
-        else:
-            sparse = sparse_teacher(
-                teacher_ids,
-                teacher_logprobs.detach().to(dtype),
-                None if teacher_log_rest is None else teacher_log_rest.detach().to(dtype),
-                convention,
-                options.divergence,
-                options.teacher_temperature,
-                counted,
-                classes,
-            )
-    elif teacher_logprobs is not None or convention is not None or teacher_log_rest is not None:
-        raise ValueError("teacher_logprobs, convention, teacher_log_rest: have no meaning without teacher_ids; leave them out")
-
+    sparse = _teacher_by_ids(teacher, rows, device, dtype, options, counted, classes)
     if denominator is None:
         total = torch.full((), float(rows), dtype=dtype, device=device) if weights is None else weights.sum()
     elif isinstance(denominator, Tensor):
@@ -200,6 +225,40 @@ def make_targets(
             raise ValueError(f"denominator: must be finite and not negative, got {denominator}")
         total = torch.full((), float(denominator), dtype=dtype, device=device)
     return Targets(labels, sparse, counted, weights, total)
+
+
+def _teacher_by_ids(
+    teacher: Teacher,
+    rows: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    options: LossOptions,
+    counted: Tensor | None,
+    classes: int,
+) -> SparseTeacher | None:
+    ids, logprobs, log_rest, convention = teacher.ids, teacher.logprobs, teacher.log_rest, teacher.convention
+    if ids is None:
+        if logprobs is not None or convention is not None or log_rest is not None:
+            raise ValueError(
+                "teacher_logprobs, convention, teacher_log_rest: have no meaning without teacher_ids; leave them out"
+            )
+        return None
+    check_rows("teacher_ids", ids, (rows, None)[: max(1, ids.dim())], device, torch.int64)
+    if logprobs is not None:
+        check_rows("teacher_logprobs", logprobs, tuple(ids.shape), device, None)
+    if log_rest is not None:
+        check_rows("teacher_log_rest", log_rest, (rows,), device, None)
+    if logprobs is not None:
+        logprobs, log_rest = logprobs.detach().to(dtype), None if log_rest is None else log_rest.detach().to(dtype)
+        temperature = options.teacher_temperature
+        return sparse_teacher(ids, logprobs, log_rest, convention, options.divergence, temperature, counted, classes)
+    if ids.dim() != 1:
+        raise ValueError(f"teacher_logprobs: needed with teacher_ids of shape {tuple(ids.shape)}; give [N, K]")
+    if convention is not None or log_rest is not None:
+        raise ValueError("convention, teacher_log_rest: have no meaning without teacher_logprobs; leave them out")
+    if options.divergence == "reverse_kl":
+        raise ValueError("teacher_ids: reverse_kl is infinite against a one-hot teacher; choose another divergence")
+    return one_hot_teacher(ids if counted is None else ids.masked_fill(~counted, 0), dtype)
 
 
 def reciprocal_or_zero(denominator: Tensor) -> Tensor:

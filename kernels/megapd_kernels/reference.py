@@ -8,7 +8,7 @@ With a = student logits / student_temperature, b = teacher logits / teacher_temp
     tvd                 1/2 sum_j |p_j - q_j|
     soft_cross_entropy  - sum_j q_j log p_j
 
-A teacher given by few ids is the sum over them, or over buckets, that its convention names: see kernels/sparse.py.
+A teacher given by few ids is the sum over them, or over buckets, that its convention names: see sparse.py.
 0 log 0 = 0, so classes that both sides ban (logit -inf) count for nothing; a class banned by one side alone makes a KL
 infinite where the other side gives it weight. A teacher at temperature 0, or given as ids, is one-hot.
 """
@@ -23,9 +23,12 @@ from .options import (
     Divergence,
     LossOptions,
     LossResult,
+    Positions,
+    Teacher,
     accumulation_dtype,
     check_matrix,
     check_vocabulary,
+    known_names,
     make_targets,
     reciprocal_or_zero,
 )
@@ -35,19 +38,20 @@ from .sparse import Convention, SparseTeacher
 _LOG_ZERO = -1e4
 
 
+@known_names
 def distillation_loss(
     student_logits: Tensor,
-    *,
-    labels: Tensor | None = None,
     teacher_logits: Tensor | None = None,
+    *,
     teacher_ids: Tensor | None = None,
     teacher_logprobs: Tensor | None = None,
     teacher_log_rest: Tensor | None = None,
     convention: Convention | None = None,
+    labels: Tensor | None = None,
     token_weights: Tensor | None = None,
     ignore_index: int = -100,
     denominator: Tensor | float | None = None,
-    options: LossOptions = LossOptions(),  # noqa: B008 (frozen)
+    options: LossOptions | None = None,
 ) -> LossResult:
     """The loss by autograd, in float32 or, for float64 logits, float64.
 
@@ -57,6 +61,7 @@ def distillation_loss(
 
     Raises ValueError for shapes and combinations that have no meaning.
     """
+    options = LossOptions() if options is None else options
     check_matrix("student_logits", student_logits, None, None, student_logits.device)
     if teacher_logits is not None and options.common_vocabulary:
         common = min(student_logits.shape[1], teacher_logits.shape[1])
@@ -66,22 +71,9 @@ def distillation_loss(
         check_vocabulary("teacher_logits", teacher_logits.shape[-1], vocabulary)
         check_matrix("teacher_logits", teacher_logits, rows, vocabulary, student_logits.device)
     dtype = accumulation_dtype(student_logits, teacher_logits)
-    targets = make_targets(
-        rows,
-        student_logits.device,
-        dtype,
-        options,
-        classes=vocabulary,
-        dense_teachers=int(teacher_logits is not None),
-        labels=labels,
-        teacher_ids=teacher_ids,
-        teacher_logprobs=teacher_logprobs,
-        teacher_log_rest=teacher_log_rest,
-        convention=convention,
-        token_weights=token_weights,
-        ignore_index=ignore_index,
-        denominator=denominator,
-    )
+    given = Teacher(teacher_logits, ids=teacher_ids, logprobs=teacher_logprobs, log_rest=teacher_log_rest, convention=convention)
+    positions = Positions(labels, token_weights, ignore_index, denominator)
+    targets = make_targets(rows, student_logits.device, dtype, options, given, positions, classes=vocabulary)
     # Positions that do not count are dropped, so that whatever they hold, NaN included, has no influence.
     keep = slice(None) if targets.counted is None else targets.counted
     student = student_logits.to(dtype)[keep]

@@ -8,7 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .options import known_names
 
+
+@known_names
 @dataclass(frozen=True)
 class VocabularyShard:
     """This rank's part of the classes. Every rank of the group calls the loss with the same rows and its own part of the weight.
@@ -23,6 +26,7 @@ class VocabularyShard:
     total: int
 
     @staticmethod
+    @known_names
     def of(group: dist.ProcessGroup, start: int, total: int) -> VocabularyShard:
         if not 0 <= start <= total:
             raise ValueError(f"start: must lie in [0, {total}], got {start}")
@@ -100,4 +104,4 @@ class VocabularyShard:
         return out
 
     def _group(self) -> dist.ProcessGroup:
-        return dist.distributed_c10d._resolve_process_group(self.group)  # type: ignore[arg-type]
+        return torch._C._distributed_c10d._resolve_process_group(self.group)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .linear import Product
-from .options import MIN_TEMPERATURE, LossOptions, accumulation_dtype, check_matrix, check_rows
+from .options import MIN_TEMPERATURE, LossOptions, accumulation_dtype, check_matrix, check_rows, known_names
 from .rows.base import default_chunk_bytes
 from .shard import VocabularyShard
 
@@ -23,13 +23,14 @@ class TopK(NamedTuple):
     log_rest: Tensor
 
 
+@known_names
 @torch.no_grad()
 def topk_logits(
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     k: int,
     *,
+    bias: Tensor | None = None,
     temperature: float = 1.0,
     chunk_bytes: int | None = None,
     shard: VocabularyShard | None = None,

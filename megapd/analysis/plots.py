@@ -60,7 +60,7 @@ def steps_to_accuracy(metrics: Sequence[Record], threshold: float) -> int | None
     """Steps done at the first evaluation whose held-out accuracy is at least `threshold`; None if none is."""
     for record in metrics:
         if record["kind"] == "eval" and record.get("accuracy") is not None and record["accuracy"] >= threshold:
-            return record["step"]
+            return int(record["step"])
     return None
 
 
@@ -183,7 +183,9 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     kernel = np.ones(window)
     total = np.convolve(np.where(valid, values, 0.0), kernel)[window // 2 :][: values.size]
     count = np.convolve(valid.astype(np.float64), kernel)[window // 2 :][: values.size]
-    return np.divide(total, count, out=np.full(values.size, math.nan), where=count > 0.5)
+    mean = np.full(values.size, math.nan)
+    np.divide(total, count, out=mean, where=count > 0.5)
+    return mean
 
 
 def _record(line: bytes) -> Record:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 
 import torch
+from rich.console import Console
+from rich.markup import escape
 
 from megapd.analysis.timeline import describe_plan
 from megapd.config import Config, dump
-from megapd.models import parameter_count
-from megapd.models.from_checkpoint import checkpoint_shape
+from megapd.models import checkpoint_shape, parameter_count
 from megapd.schedule.resolve import resolve_plan
 from megapd.tasks import Task, build_task
 from megapd.teacher.locate import open_trajectory
@@ -19,6 +20,11 @@ from megapd.training import build_student
 from megapd_kernels import default_chunk_bytes
 
 GIB = 2**30
+
+
+def show_dry_run(config: Config) -> int:
+    Console(soft_wrap=True).print(escape(dry_run(config)), highlight=False)
+    return 0
 
 
 def dry_run(config: Config) -> str:
@@ -52,7 +58,7 @@ def dry_run(config: Config) -> str:
         if trajectory.steps:
             checkpoint = trajectory.checkpoint(trajectory.steps[-1])
             spec = signal_spec(config, task, plan, checkpoint)
-            lines.append(f"               {describe_signal(config, task, spec, checkpoint_shape(checkpoint))}")
+            lines.append(f"               {describe_signal(task, spec, checkpoint_shape(checkpoint))}")
             if config.teacher.carrier == "colocated":
                 teacher_bytes = sum(file.stat().st_size for file in checkpoint.path.glob("*.safetensors"))
         elif config.schedule is not None and config.schedule.waits is not None:

@@ -12,7 +12,7 @@ from megapd.config import Config
 from megapd.errors import UserError
 from megapd.evaluation import held_out
 from megapd.files import write_atomic
-from megapd.models.weights import copy_weights
+from megapd.models import copy_weights
 from megapd.signals.spec import DTYPES
 from megapd.tasks import build_task
 from megapd.tiling import tile
@@ -21,10 +21,10 @@ from megapd.trajectory import Trajectory
 from megapd.world import World
 
 
-def evaluate_run(config: Config, folder: Path) -> Iterator[str]:
+def evaluate_run(config: Config, folder: Path) -> int:
     """Evaluate every checkpoint of the run's trajectory, or without one its newest resumable checkpoint.
 
-    Yields a line each; rank 0 writes evaluation.json into the folder.
+    Rank 0 prints a line each and writes evaluation.json into the folder.
     """
     trajectory = folder / "trajectory"
     world = start_world()
@@ -34,9 +34,10 @@ def evaluate_run(config: Config, folder: Path) -> Iterator[str]:
     for step, values in evaluated:
         results.append({"step": step, **values})
         if world.rank == 0:
-            yield f"step {step:>9,}   loss {values['loss']:.6g}   accuracy {values['accuracy']:.6g}"
+            print(f"step {step:>9,}   loss {values['loss']:.6g}   accuracy {values['accuracy']:.6g}", flush=True)
     if world.rank == 0:
         write_atomic(folder / "evaluation.json", json.dumps(results, indent=1))
+    return 0
 
 
 def _trajectory(config: Config, folder: Path, world: World) -> Iterator[tuple[int, dict[str, float]]]:

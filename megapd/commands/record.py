@@ -14,12 +14,11 @@ from tqdm import tqdm
 from megapd.batch import Batch
 from megapd.config import Config
 from megapd.errors import UserError
-from megapd.models.from_checkpoint import checkpoint_shape
+from megapd.models import checkpoint_shape
 from megapd.schedule.plan import Plan
 from megapd.schedule.resolve import resolve_plan
 from megapd.tasks import Task, build_task
-from megapd.teacher.cache.cache import SignalCache
-from megapd.teacher.cache.cached import CachedStream
+from megapd.teacher.cache import CachedStream, SignalCache
 from megapd.teacher.locate import open_trajectory
 from megapd.teacher.setup import open_source, rank_agreement
 from megapd.teacher.stream import Stream
@@ -134,11 +133,8 @@ def _check(cache: SignalCache) -> None:
         raise UserError(f"{cache.failure}; free space there, or choose another folder")
 
 
-def record_signals(config: Config) -> RecordSummary | None:
-    """Fill teacher.cache with the signals of the whole schedule; each rank records its share.
-
-    Returns what all ranks did together, on rank 0; None on the others.
-    """
+def record_signals(config: Config) -> int:
+    """Fill teacher.cache with the signals of the whole schedule; each rank records its share, rank 0 prints what all did."""
     teacher = config.teacher
     if teacher is None or teacher.cache is None:
         raise UserError("teacher.cache: name the folder that signals are to be recorded in")
@@ -168,4 +164,6 @@ def record_signals(config: Config) -> RecordSummary | None:
         agree=rank_agreement(config, world),
     )
     parts = world.gather(mine)
-    return RecordSummary.together(parts) if world.rank == 0 else None
+    if world.rank == 0:
+        print(RecordSummary.together(parts), flush=True)
+    return 0

@@ -1,51 +1,43 @@
-"""Carried out of megapd/schedule/command.py."""
+"""`megapd schedule`: the schedules of the scheduler's runs, at scheduler.url or in scheduler.database."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 from urllib.parse import quote
 
 import yaml
 
-from megapd.commands.scheduler import PAGE, RETRY_SECONDS, _existing
-from megapd.config import Config, SchedulerConfig
-from megapd.errors import UserError
-from megapd.scheduler.client.http import Api, told
-from megapd.scheduler.store import runs
-from megapd.scheduler.store.database import Store, StoreError
-
-if TYPE_CHECKING:
-    pass
-
-
-# ------------------------------------------------------------------------------------------------------------- schedules
+from megapd.config import Config
+from megapd.scheduler.local import open_api
+from megapd.scheduler.store.runs import begins
 
 
 def show_schedule(config: Config, run: str) -> int:
     """`megapd schedule show RUN`: the newest version, where the run is, and who teaches it."""
-    with _runs(config.scheduler) as known:
-        found, versions = known.find(run), known.schedules(run)
+    with open_api(config.scheduler) as api:
+        found = api.ask("GET", _path(run))
+        newest = api.ask("GET", f"{_path(run)}/schedule") if found["schedule_version"] else None
     done = "nothing reported yet" if found["step"] < 0 else f"{found['step']} of {found['steps']} steps done"
     print(f"{run}: {done}, {found['decisions']} decisions, replicas: {', '.join(found['endpoints']) or 'none'}")
-    if not versions:
+    if newest is None:
         print("no schedule yet")
         return 0
-    print(_version_line(versions[-1], found["steps"]))
-    print(yaml.safe_dump(versions[-1]["document"], sort_keys=False).rstrip())
+    print(_version_line(newest, found["steps"]))
+    print(yaml.safe_dump(newest["document"], sort_keys=False).rstrip())
     return 0
 
 
 def schedule_history(config: Config, run: str) -> int:
     """`megapd schedule history RUN`: all versions, and all decisions with what they rest on."""
-    with _runs(config.scheduler) as known:
-        found, versions, decisions = known.find(run), known.schedules(run), known.decisions(run)
+    with open_api(config.scheduler) as api:
+        found = api.ask("GET", _path(run))
+        versions = api.pages(f"{_path(run)}/schedules", "version", 0)
+        decisions = api.pages(f"{_path(run)}/decisions", "sequence", -1)
     for version in versions:
         print(_version_line(version, found["steps"]))
     for decision in decisions:
-        begin = runs.begins(decision)
+        begin = begins(decision)
         print(
             f"decision {decision['sequence']}: teacher step {decision['checkpoint']} from student step {begin}, "
             f"{decision['reason']} at step {decision['step']}: {json.dumps(decision['evidence'])}"
@@ -60,9 +52,10 @@ def set_schedule(config: Config, run: str, document: dict[str, Any], *, at: int 
 
     at: student step that it begins at at the earliest; None: as soon as it can be.
     """
-    with _runs(config.scheduler) as known:
-        found = known.find(run)
-        made = known.set_schedule(run, document, expected=found["schedule_version"], effective=at, note=note, accept=accept)
+    change = {"document": document, "effective": at, "note": note, "accept": accept}
+    with open_api(config.scheduler) as api:
+        found = api.ask("GET", _path(run))
+        made = api.ask("PUT", f"{_path(run)}/schedule", {**change, "expected": found["schedule_version"]})
     print(_version_line(made, found["steps"]))
     return 0
 
@@ -79,78 +72,5 @@ def _version_line(version: dict[str, Any], steps: int) -> str:
     return f"{begins}, {applied}, by {version['author']}{note}"
 
 
-class _Runs(Protocol):
-    """What the verbs of schedules need, of the service or of the store itself."""
-
-    def find(self, run: str) -> dict[str, Any]: ...
-
-    def schedules(self, run: str) -> list[dict[str, Any]]: ...
-
-    def decisions(self, run: str) -> Sequence[Any]: ...
-
-    def set_schedule(self, run: str, document: dict[str, Any], **change: Any) -> dict[str, Any]: ...
-
-
-class _LocalRuns:
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    def find(self, run: str) -> dict[str, Any]:
-        return self._told(lambda: self._store.read(lambda connection: runs.find_run(connection, run)))
-
-    def schedules(self, run: str) -> list[dict[str, Any]]:
-        return self._told(lambda: self._store.read(lambda connection: runs.list_schedules(connection, run)))
-
-    def decisions(self, run: str) -> Sequence[Any]:
-        return self._told(lambda: self._store.read(lambda connection: runs.list_decisions(connection, run)))
-
-    def set_schedule(self, run: str, document: dict[str, Any], **change: Any) -> dict[str, Any]:
-        author = "command line"
-        return self._told(lambda: self._store.write(lambda c: runs.set_schedule(c, run, document, author=author, **change)[0]))
-
-    @staticmethod
-    def _told(call: Callable[[], Any]) -> Any:
-        try:
-            return call()
-        except StoreError as error:
-            raise UserError(str(error)) from error
-
-
-class _RemoteRuns:
-    def __init__(self, api: Api) -> None:
-        self._api = api
-
-    def find(self, run: str) -> dict[str, Any]:
-        return told(lambda: self._api.ask("GET", _path(run)))
-
-    def schedules(self, run: str) -> list[dict[str, Any]]:
-        return self._pages(f"{_path(run)}/schedules", "version", 0)
-
-    def decisions(self, run: str) -> Sequence[Any]:
-        return self._pages(f"{_path(run)}/decisions", "sequence", -1)
-
-    def set_schedule(self, run: str, document: dict[str, Any], **change: Any) -> dict[str, Any]:
-        return told(lambda: self._api.ask("PUT", f"{_path(run)}/schedule", {"document": document, **change}))
-
-    def _pages(self, path: str, key: str, after: int) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = []
-        while True:
-            last = found[-1][key] if found else after
-            page = told(lambda: self._api.ask("GET", f"{path}?after={last}&limit={PAGE}"))  # noqa: B023 - called at once
-            found += page
-            if len(page) < PAGE:
-                return found
-
-
 def _path(run: str) -> str:
     return f"/v1/runs/{quote(run, safe='')}"
-
-
-@contextlib.contextmanager
-def _runs(settings: SchedulerConfig) -> Iterator[_Runs]:
-    if settings.url is not None:
-        with contextlib.closing(Api(settings, retry_seconds=RETRY_SECONDS)) as api:
-            yield _RemoteRuns(api)
-    else:
-        with contextlib.closing(_existing(settings)) as store:
-            yield _LocalRuns(store)

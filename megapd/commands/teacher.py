@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 from megapd.config import Config
 from megapd.errors import UserError
-from megapd.processes.supervisor import _Supervisor
+from megapd.processes.supervisor import Supervisor
 from megapd.schedule.resolve import resolve_plan
 from megapd.scheduler.client.lease import advertised
-from megapd.teacher.engine.replica import Replica
+from megapd.teacher.engine import Replica
 from megapd.teacher.locate import open_trajectory
 from megapd.teacher.setup import teacher_options
 from megapd.world import join_world
@@ -37,7 +37,7 @@ def serve_teacher(config: Config, arguments: Sequence[str]) -> int:
     if "WORLD_SIZE" not in os.environ and (server.replicas > 1 or server.ranks > 1):
         if server.replicas > 1 and server.port == 0:
             raise UserError("teacher.server.port: replicas listen on port + i, which 0 leaves open; name a port")
-        return _Supervisor(config, arguments).run()
+        return Supervisor(config, arguments).run()
     _serve(config)
     return 0
 

@@ -27,9 +27,10 @@ from megapd.config.training import (
     TrainingConfig,
     TrajectoryWriterConfig,
 )
-from megapd.config.tree import Config, dump, flatten, load, parse_overrides
+from megapd.config.tree import RETIRED_SETTINGS, Config, dump, flatten, load, parse_overrides
 
 __all__ = [
+    "RETIRED_SETTINGS",
     "AdaptiveConfig",
     "CheckpointConfig",
     "Config",

@@ -48,7 +48,7 @@ class OpenSection(Section):
         if cls.tag not in value:
             raise problem(cls.tag, "missing; it says which settings the section has", value)
         try:
-            kind = cls.registry.get(value[cls.tag])
+            kind = cls.registry.get(str(value[cls.tag]))
         except UserError as error:
             raise problem(cls.tag, str(error), value) from error
         if not (isinstance(kind, type) and issubclass(kind, cls)):

@@ -22,9 +22,6 @@ class TeacherServerConfig(Section):
         description="host that students reach it by, for scheduler.url; default: host",
     )
     port: int = Field(8470, ge=0, lt=1 << 16, description="replica i listens on port + i; 0: any free one")
-    data_port: int | None = Field(
-        0, ge=0, lt=1 << 16, description="signals travel over it, replica i on + i; 0: any free one; none: over Flight, slower"
-    )
     metrics_port: int | None = Field(None, ge=0, lt=1 << 16, description="HTTP /metrics and /health, replica i on + i; none: off")
     replicas: int = Field(1, ge=1, description="independent copies of the teacher that one command starts")
     ranks: int = Field(1, ge=1, description="processes that share one replica's weights, see teacher.sharding")
@@ -67,9 +64,6 @@ class TeacherConfig(Section):
     cache: Path | None = Field(None, description="folder of recorded signals: read first, and what it lacks is added")
     endpoints: tuple[str, ...] = Field(
         (), description="grpc://HOST:PORT or grpc+tls://HOST:PORT of the replicas; none: those that hold a lease at scheduler.url"
-    )
-    data_port: bool = Field(
-        True, description="take signals from the replicas' data ports; false: by Flight alone, through what forwards one port"
     )
     token: Path | None = Field(None, description="file with the bearer token that server and clients share")
     root_certificate: Path | None = Field(None, description="PEM of the authority that signed the server's certificate")

@@ -42,6 +42,9 @@ from megapd.errors import UserError
 
 ENV_PREFIX = "MEGAPD_"
 
+# Settings that there were. A run's config.yaml may name them: they are dropped, and a resumed run does not compare them.
+RETIRED_SETTINGS = ("teacher.data_port", "teacher.server.data_port")
+
 
 class Config(BaseSettings):
     """A run. `load` builds it from its three sources."""
@@ -95,7 +98,22 @@ class Config(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, _yaml_file)
+        return init_settings, env_settings, _File(settings_cls, _yaml_file)
+
+
+class _File(YamlConfigSettingsSource):
+    """The YAML file, without RETIRED_SETTINGS."""
+
+    def _read_file(self, file_path: Any) -> dict[str, Any]:
+        tree = super()._read_file(file_path)
+        for setting in RETIRED_SETTINGS:
+            *sections, leaf = setting.split(".")
+            branch: Any = tree
+            for section in sections:
+                branch = branch.get(section) if isinstance(branch, dict) else None
+            if isinstance(branch, dict):
+                branch.pop(leaf, None)
+        return tree
 
 
 _yaml_file: Path | None = None  # set by `load` alone, for the one construction it makes

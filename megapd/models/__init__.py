@@ -1,13 +1,24 @@
-"""The models: bodies, heads with their loss, and how they are built, read and written."""
+"""The models: bodies, heads with their loss, and how they are built, read, written and sharded."""
 
 from megapd.models.body import Body, Parts
 from megapd.models.build import Learner, ParameterCount, build_model, init_weights, parameter_count
+from megapd.models.from_checkpoint import (
+    HUGGING_FACE,
+    Shape,
+    build_teacher,
+    canary,
+    check_architecture,
+    checkpoint_shape,
+    read_parts,
+)
 from megapd.models.heads import LossHead
 from megapd.models.hub import load_hugging_face, save_hugging_face
 from megapd.models.mlp import MLP
 from megapd.models.transformer import MaskedTransform, Transformer, document_mask
+from megapd.models.weights import copy_weights
 
 __all__ = [
+    "HUGGING_FACE",
     "MLP",
     "Body",
     "Learner",
@@ -15,11 +26,18 @@ __all__ = [
     "MaskedTransform",
     "ParameterCount",
     "Parts",
+    "Shape",
     "Transformer",
     "build_model",
+    "build_teacher",
+    "canary",
+    "check_architecture",
+    "checkpoint_shape",
+    "copy_weights",
     "document_mask",
     "init_weights",
     "load_hugging_face",
     "parameter_count",
+    "read_parts",
     "save_hugging_face",
 ]

@@ -13,7 +13,7 @@ from megapd.config import ModelConfig
 from megapd.models.body import Body, Parts
 from megapd.models.heads import LossHead
 from megapd.registry import imported
-from megapd.signals.signal import Signal
+from megapd.signals import Signal
 from megapd_kernels import LossOptions
 
 
@@ -41,24 +41,27 @@ class Learner(nn.Module):
         of divergence, cross entropy and correct predictions over the N positions. Without a signal the loss is the
         labels' cross entropy.
         """
-        hidden_ND = self._labelled(batch, self.body(batch.ids, batch.segments))
+        hidden_ND: Tensor = self._labelled(batch, self.body(batch.ids, batch.segments))
         if self.transform is not None:
             hidden_ND = self.transform(hidden_ND)
         if mode == "hidden":
             return hidden_ND
         if mode == "logits":
-            return self.head(hidden_ND, mode="logits")
+            logits_NV: Tensor = self.head(hidden_ND, mode="logits")
+            return logits_NV
         result = self.head(hidden_ND, batch.labels, signal, denominator)
         sums = (result.divergence, result.cross_entropy, result.correct)
         return result.loss, torch.stack([s.detach().to(torch.float64) for s in sums])
 
     def hidden(self, batch: Batch) -> Tensor:
         """Final hidden states [N, D] of the labelled positions: what the head's weight multiplies."""
-        return self(batch, mode="hidden")
+        hidden_ND: Tensor = self(batch, mode="hidden")
+        return hidden_ND
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits [N, V] of the labelled positions."""
-        return self(batch, mode="logits")
+        logits_NV: Tensor = self(batch, mode="logits")
+        return logits_NV
 
     def _labelled(self, batch: Batch, hidden_BRD: Tensor) -> Tensor:
         """The rows [N, D] that predict; R rows a sample: its tokens, or one for all (mlp)."""

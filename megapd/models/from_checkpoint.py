@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from megapd.batch import Batch
 from megapd.config import ModelConfig
 from megapd.errors import UserError
-from megapd.models import build_model
+from megapd.models.build import build_model
+from megapd.models.pretrained import Pretrained, build_pretrained, check_head, read_pretrained
 from megapd.rng import Stream, integers
 from megapd.slices import Part
 from megapd.trajectory import Checkpoint
 from megapd_kernels import LossOptions
 
 HUGGING_FACE = "hugging_face"  # in a checkpoint's config: the config.json of a model of transformers
-
-
 CANARY_SAMPLES, CANARY_TOKENS = 2, 32
 
 
@@ -53,8 +52,6 @@ def build_teacher(checkpoint: Checkpoint, chunk_bytes: int | None) -> nn.Module:
     does not describe a model that can be built.
     """
     if HUGGING_FACE in checkpoint.config:
-        from megapd.models.pretrained import build_pretrained  # transformers takes seconds to import
-
         return build_pretrained(checkpoint.config[HUGGING_FACE], torch.float32, torch.device("meta"))
     model, shapes = _described(checkpoint)
     return build_model(
@@ -70,18 +67,14 @@ def build_teacher(checkpoint: Checkpoint, chunk_bytes: int | None) -> nn.Module:
 def read_parts(trajectory: Any, checkpoint: Checkpoint, model: nn.Module, parts: Mapping[str, Part]) -> dict[str, Tensor]:
     """The parts of the checkpoint's tensors under the names of the model's parameters."""
     if HUGGING_FACE in checkpoint.config:
-        from megapd.models.pretrained import read_pretrained
-
         return read_pretrained(model, checkpoint.path, parts)
-    return trajectory.read(checkpoint.step, parts)
+    tensors: dict[str, Tensor] = trajectory.read(checkpoint.step, parts)
+    return tensors
 
 
 def check_architecture(model: nn.Module, batch: Batch) -> None:
     """That the model's logits are those of its head, which is all that megapd computes; on all ranks that share it at once."""
-    if type(model).__name__ == "Pretrained":
-        from megapd.models.pretrained import Pretrained, check_head
-
-        assert isinstance(model, Pretrained)
+    if isinstance(model, Pretrained):
         check_head(model, batch)
 
 

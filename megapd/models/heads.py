@@ -9,14 +9,13 @@ other code touches it. A tied head registers the embedding's Parameter a second 
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megapd.signals.signal import Signal
+from megapd.signals import LossTargets, Signal
 from megapd_kernels import LossOptions, LossResult, linear_distillation_loss
 
 
@@ -50,37 +49,16 @@ class LossHead(nn.Module):
         """
         if mode == "logits":
             return F.linear(hidden, self.weight, self.bias)
-        options, teacher = self.options, _teacher_arguments(signal)
+        options, targets = self.options, LossTargets() if signal is None else signal.targets
         if signal is None:
             options = dataclasses.replace(options, alpha=1.0)
-        elif signal.kind in ("topk", "sampled"):
-            options = dataclasses.replace(options, teacher_temperature=1.0)  # their probabilities have the temperature already
+        elif "temperature" in signal.spec.definition.uses:  # its probabilities have the temperature already
+            options = dataclasses.replace(options, teacher_temperature=1.0)
         return linear_distillation_loss(
-            hidden, self.weight, self.bias, labels=labels, denominator=denominator, options=options, **teacher
+            hidden, self.weight, bias=self.bias, labels=labels, denominator=denominator, options=options, **targets
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, D] -> logits [N, V] in its dtype."""
-        return self(hidden, mode="logits")
-
-
-def _teacher_arguments(signal: Signal | None) -> dict[str, Any]:
-    if signal is None:
-        return {}
-    if signal.kind == "dense":
-        return {"teacher_logits": signal.values}
-    if signal.kind == "argmax":
-        return {"teacher_ids": signal.values}
-    if signal.kind == "topk":
-        return {
-            "teacher_ids": signal.values,
-            "teacher_logprobs": signal.logprobs,
-            "teacher_log_rest": signal.log_rest,
-            "convention": "tail",
-        }
-    if signal.kind == "sampled":
-        draws = signal.values.shape[1]
-        weights = torch.full(signal.values.shape, -math.log(draws), dtype=torch.float32, device=signal.values.device)
-        return {"teacher_ids": signal.values, "teacher_logprobs": weights, "convention": "sampled"}
-    assert signal.head is not None  # Signal's own invariant
-    return {"teacher_hidden": signal.values, "teacher_weight": signal.head.weight, "teacher_bias": signal.head.bias}
+        logits: Tensor = self(hidden, mode="logits")
+        return logits

@@ -2,21 +2,19 @@
 
 A folder holds config.json and the weights: model.safetensors, or shards named by model.safetensors.index.json, or (read
 only) the same as pytorch_model.bin. Both directions walk one table, `_links`: each of our parameters, seen through a
-view in their layout, is copied to or from.
+view in their layout, is copied to or from. Models of other architectures are pretrained.py's, for teaching alone.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,9 +23,9 @@ from megapd.errors import UserError
 from megapd.files import commit_folder, temporary_folder
 from megapd.models.build import Learner, build_model
 from megapd.models.transformer import LAYER_NORM_EPS, TOKEN_TYPES, Transformer
+from megapd.models.weights import read_json, stored_tensors
+from megapd.slices import take
 from megapd_kernels import LossOptions
-
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 # config.json: our setting -> theirs, by kind.
 _SIZES = {
@@ -139,7 +137,7 @@ def load_hugging_face(folder: str | Path, options: LossOptions | None = None) ->
     Raises UserError for missing or damaged files, another architecture, and options that megapd's models do not have.
     """
     folder = Path(folder)
-    settings = _read_json(folder / "config.json")
+    settings = read_json(folder / "config.json")
     model_config, vocab_size = _model_config(settings, folder / "config.json")
     assert model_config.max_length is not None
     learner = build_model(
@@ -185,10 +183,11 @@ def _fill(learner: Learner, model_config: TransformerConfig, folder: Path) -> No
     views = {link.theirs: link.view(parameters) for link in _links(model_config)}
     missing = set(views)
     twice: dict[str, Tensor] = {}  # the head's, where the files hold it as well as what it is tied to
-    for stored, tensor, path in _tensors(folder):
+    for path, stored, source in stored_tensors(folder):
         name = _canonical(stored, model_config)
         if name is None:
             continue
+        tensor = take(source, None)
         if name in _HEAD and (model_config.tied or name == _DECODER_BIAS):
             twice[name] = tensor
             continue
@@ -234,51 +233,6 @@ def _canonical(stored: str, model_config: TransformerConfig) -> str | None:
     if name.endswith(unused) or name.startswith(("bert.pooler.", "cls.seq_relationship.")):
         return None
     return name
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor, Path]]:
-    """(name, tensor, file) of everything stored, one tensor in memory at a time from safetensors."""
-    present = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
-    if not present:
-        raise UserError(f"{folder}: no weights; expected {', '.join(WEIGHT_FILES[:3])}")
-    path = present[0]
-    files = _shards(path) if path.suffix == ".json" else [path]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{file}: missing, though {path.name} names it; fetch the model again")
-        try:
-            if file.suffix == ".safetensors":
-                with safe_open(file, framework="pt") as stored:
-                    for name in stored.keys():  # noqa: SIM118, not a dict
-                        yield name, stored.get_tensor(name), file
-            else:
-                for name, tensor in dict(torch.load(file, map_location="cpu", weights_only=True)).items():
-                    yield name, tensor, file
-        except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"{file}: damaged, or no weights file: {' '.join(str(error).split())[:200]}") from error
-
-
-def _shards(index: Path) -> list[Path]:
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise UserError(f"{index}: no weight_map; fetch the model again")
-    names = sorted(set(weight_map.values()))
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise UserError(f"{index}: {outside[0]!r} is not the name of a file in the same folder")
-    return [index.parent / name for name in names]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give the folder of a model saved with save_pretrained")
-    try:
-        tree = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a JSON object, got a {type(tree).__name__}")
-    return tree
 
 
 # ------------------------------------------------------------------------------------------------------------ writing

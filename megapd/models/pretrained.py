@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from megapd.batch import Batch
 from megapd.errors import UserError
-from megapd.models.hub import WEIGHT_FILES, _shards
 from megapd.models.sharding import allocate, whole_shape
+from megapd.models.weights import stored_tensors
 from megapd.slices import Part, take
 
 PROBE_LOGIT = 64.0  # as large as logits get: a soft cap of 30 makes 29.2 of it
@@ -100,7 +99,8 @@ class Pretrained(nn.Module):
     @property
     def head(self) -> OutputLayer:
         """The output layer: weight [V, D], bias [V] or None, or what a rank has of them."""
-        return self.network.get_submodule(self._head_name)
+        head: OutputLayer = self.network.get_submodule(self._head_name)
+        return head
 
     def forward(self, batch: Batch, mode: Literal["hidden", "logits"] = "hidden") -> Tensor:
         """mode hidden -> final hidden states [N, D]; logits -> [N, V], or a rank's classes of them; N labelled positions.
@@ -128,7 +128,8 @@ class Pretrained(nn.Module):
         head = self.head
         head.answer = answer
         try:
-            return self.network(input_ids=ids, attention_mask=mask).logits
+            logits: Tensor = self.network(input_ids=ids, attention_mask=mask).logits
+            return logits
         finally:
             head.answer = "nothing"
 
@@ -143,7 +144,7 @@ class Pretrained(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Pretrained:
         """Casts parameters alone: rotary frequencies that were rounded to half precision would turn later positions wrongly."""
         kept = [(module, name, b) for module in self.modules() for name, b in module._buffers.items() if b is not None]
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for module, name, buffer in kept:
             now = module._buffers[name]
             if now is not None and now.dtype != buffer.dtype:
@@ -345,7 +346,7 @@ def read_pretrained(model: nn.Module, folder: Path, wanted: Mapping[str, Part]) 
     names = _stored_names(model, wanted)
     shapes = {name: whole_shape(parameter) for name, parameter in model.named_parameters()}
     found: dict[str, Tensor] = {}
-    for path, stored, source in _stored_tensors(folder):
+    for path, stored, source in stored_tensors(folder):
         own = names.get(stored)
         if own is None:
             continue
@@ -382,38 +383,6 @@ def _stored_names(model: Any, wanted: Mapping[str, Part]) -> dict[str, str]:
                 if variant.endswith(new):
                     names.setdefault(variant.removesuffix(new) + old, own)
     return names
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the folder's weights, safetensors before others. Raises UserError if there are none."""
-    present = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
-    if not present:
-        raise UserError(f"{folder}: no weights; expected {', '.join(WEIGHT_FILES[:3])}")
-    return _shards(present[0]) if present[0].suffix == ".json" else [present[0]]
-
-
-def _stored_tensors(folder: Path) -> Iterator[tuple[Path, str, Any]]:
-    """(file, name, tensor or slice of an open file) of everything that the folder holds; nothing is read until it is taken."""
-    for path in weight_files(folder):
-        try:
-            if path.suffix == ".safetensors":
-                with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                        yield path, name, file.get_slice(name)
-            else:
-                for name, tensor in _load_pickle(path).items():
-                    yield path, name, tensor
-        except (SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError, TypeError) as error:
-            raise UserError(f"{path}: damaged, or no weights file: {' '.join(str(error).split())[:200]}") from error
-
-
-def _load_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        return dict(torch.load(path, map_location="cpu", weights_only=True))  # torch's format before 1.6 cannot be mapped
 
 
 def _read_renamed(

@@ -47,7 +47,8 @@ class Attention(nn.Module):
         mixed_BHLE = F.scaled_dot_product_attention(
             q_BHLE, k_BHLE, v_BHLE, attn_mask=mask_B1LL, is_causal=self.causal and mask_B1LL is None
         )
-        return self.out(mixed_BHLE.transpose(1, 2).flatten(2))
+        out_BLD: Tensor = self.out(mixed_BHLE.transpose(1, 2).flatten(2))
+        return out_BLD
 
 
 class Block(nn.Module):
@@ -72,12 +73,15 @@ class Block(nn.Module):
     def layer(self, x_BLD: Tensor, mask_B1LL: Tensor | None) -> Tensor:
         if self.norm_first:
             x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), mask_B1LL)
-            return x_BLD + self._feed_forward(self.ffn_norm(x_BLD))
-        x_BLD = self.attention_norm(x_BLD + self.attention(x_BLD, mask_B1LL))
-        return self.ffn_norm(x_BLD + self._feed_forward(x_BLD))
+            x_BLD = x_BLD + self._feed_forward(self.ffn_norm(x_BLD))
+        else:
+            x_BLD = self.attention_norm(x_BLD + self.attention(x_BLD, mask_B1LL))
+            x_BLD = self.ffn_norm(x_BLD + self._feed_forward(x_BLD))
+        return x_BLD
 
     def _feed_forward(self, x_BLD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BLD), approximate=self.gelu))
+        out_BLD: Tensor = self.down(F.gelu(self.up(x_BLD), approximate=self.gelu))
+        return out_BLD
 
 
 @cache
@@ -109,7 +113,7 @@ class Transformer(Body):
         """
         length = ids_BL.shape[1]
         assert length <= self.positions.num_embeddings, f"{length} tokens, but {self.positions.num_embeddings} positions"
-        x_BLD = self.tokens(ids_BL) + self.positions(torch.arange(length, device=ids_BL.device))
+        x_BLD: Tensor = self.tokens(ids_BL) + self.positions(torch.arange(length, device=ids_BL.device))
         if self.types is not None:
             # One row that broadcasts: looked up for each token, its gradient would scatter B * L rows into one.
             x_BLD = self.norm(x_BLD + self.types(ids_BL.new_zeros(1)))
@@ -120,7 +124,9 @@ class Transformer(Body):
                 x_BLD = checkpoint(block, x_BLD, mask_B1LL, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BLD = block(x_BLD, mask_B1LL)
-        return self.norm(x_BLD) if self.types is None else x_BLD
+        if self.types is None:
+            x_BLD = self.norm(x_BLD)
+        return x_BLD
 
     def initialise(self, parameter: nn.Parameter, name: str, owner: nn.Module, generator: torch.Generator) -> None:
         """GPT: matrices and embeddings normal(0, 0.02), the projections into the residual stream scaled by 1 / sqrt(2 * layers)
@@ -146,7 +152,8 @@ class MaskedTransform(nn.Module):
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """[N, D] -> [N, D]; given the labelled positions alone, for nothing reads the others."""
-        return self.norm(F.gelu(self.dense(x_ND)))
+        normed_ND: Tensor = self.norm(F.gelu(self.dense(x_ND)))
+        return normed_ND
 
 
 def build(section: TransformerConfig, *, vocab_size: int, classes: int, length: int) -> Parts:

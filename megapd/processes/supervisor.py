@@ -1,4 +1,4 @@
-"""Carried out of megapd/teacher/command.py."""
+"""Several replicas of the teacher as processes of one command."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Replica:
     wait: float = RESTART_SECONDS[0]
 
 
-class _Supervisor:
+class Supervisor:
     """Replicas as processes of their own; one that dies is started again."""
 
     def __init__(self, config: Config, arguments: Sequence[str]) -> None:
@@ -91,9 +91,8 @@ class _Supervisor:
 
     def _start(self, number: int) -> subprocess.Popen[bytes]:
         own = ["--teacher.server.replicas=1", f"--teacher.server.port={self._server.port + number if self._server.port else 0}"]
-        for name in ("data_port", "metrics_port"):
-            if port := getattr(self._server, name):
-                own.append(f"--teacher.server.{name}={port + number}")
+        if self._server.metrics_port:
+            own.append(f"--teacher.server.metrics_port={self._server.metrics_port + number}")
         arguments, ranks = [*self._arguments, *own], self._server.ranks
         command = local_command(arguments, ranks) if ranks > 1 else [sys.executable, "-m", "megapd", *arguments]
         return subprocess.Popen(command, env=local_environment(ranks * self._server.replicas))

@@ -7,14 +7,10 @@ from typing import Annotated, Any, Literal
 from fastapi import Path, Query
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from megapd.scheduler.store.tables import DIGEST, NAME, canonical
+from megapd.scheduler.store import DIGEST, NAME, canonical
 
 STEPS = 1 << 50  # more than any run has, and exact in every JSON reader
-
-
 DEPTH = 20  # of trees: what reads them again must not run out of stack
-
-
 _PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
 
 
@@ -36,41 +32,17 @@ def _plain(tree: Any) -> Any:
 
 
 Name = Annotated[str, Field(pattern=NAME)]
-
-
 Digest = Annotated[str, Field(pattern=DIGEST)]
-
-
 Step = Annotated[int, Field(ge=0, lt=STEPS)]
-
-
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
-
-
 Line = Annotated[str, Field(max_length=1000, pattern=_PRINTABLE)]
-
-
 Number = Annotated[float, Field(allow_inf_nan=False)]
-
-
-Figures = Annotated[dict[Annotated[str, Field(pattern=r"^[\w./-]{1,80}$")], Number], Field(max_length=200)]
-
-
+Metrics = Annotated[dict[Annotated[str, Field(pattern=r"^[\w./-]{1,80}$")], Number], Field(max_length=200)]
 Tree = Annotated[dict[str, Any], AfterValidator(_plain)]
-
-
 NamePath = Annotated[str, Path(pattern=NAME)]
-
-
 DigestPath = Annotated[str, Path(pattern=DIGEST)]
-
-
 Limit = Annotated[int, Query(ge=1, le=1000)]
-
-
 AfterNumber = Annotated[int, Query(ge=-1, lt=STEPS)]
-
-
 AfterName = Annotated[str, Query(max_length=120, pattern=r"^[A-Za-z0-9._-]*$")]
 
 
@@ -170,7 +142,7 @@ class NewDecision(Body):
 class Report(Body):
     step: Step
     now: Step | None = Field(None, description="student steps done when this is sent, where that is later")
-    metrics: Figures
+    metrics: Metrics
 
 
 class NewReplica(Body):
@@ -180,7 +152,7 @@ class NewReplica(Body):
 
 
 class Beat(Body):
-    figures: Figures = Field(default_factory=dict, description="e.g. tokens_per_second, queued; shown, not kept")
+    figures: Metrics = Field(default_factory=dict, description="e.g. tokens_per_second, queued; shown, not kept")
 
 
 class NewToken(Body):

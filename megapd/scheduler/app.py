@@ -1,4 +1,4 @@
-"""the application: routes, page, errors, guard."""
+"""The application: routes, page, errors, guard."""
 
 from __future__ import annotations
 
@@ -12,15 +12,10 @@ from starlette.exceptions import HTTPException
 
 from megapd import __version__
 from megapd.errors import UserError
+from megapd.scheduler import dashboard, routes
 from megapd.scheduler.api import Problem
-from megapd.scheduler.dashboard import dashboard
-from megapd.scheduler.routes import runs as routes_runs
-from megapd.scheduler.routes import service as routes_service
-from megapd.scheduler.routes import trajectories as routes_catalogue
-from megapd.scheduler.service.guard import Guard
-from megapd.scheduler.service.hub import Answer, Service
-from megapd.scheduler.service.lanes import Lanes
-from megapd.scheduler.store.database import Conflict, NotFound, Refused, Unavailable
+from megapd.scheduler.service import CanonicalJSON, Guard, Service
+from megapd.scheduler.store import Conflict, NotFound, Refused, Unavailable
 
 
 def build_app(service: Service) -> FastAPI:
@@ -39,55 +34,54 @@ def build_app(service: Service) -> FastAPI:
         docs_url=None,  # they load scripts from elsewhere
         redoc_url=None,
         responses={code: {"model": Problem} for code in (400, 401, 403, 404, 408, 409, 413, 421, 422, 429, 503)},
+        exception_handlers=_HANDLERS,
     )
     app.state.service = service
-    for module in (routes_service, routes_runs, routes_catalogue):  # matched in this order: what is asked most stands first
-        app.include_router(module.router(service))
-    dashboard(app)
-    _handle_errors(app)
-    app.add_middleware(
-        Guard,
-        tokens=service.tokens,
-        figures=service.figures,
-        lanes=Lanes(service),
-        max_body_bytes=service.settings.max_body_bytes,
-    )
+    for router in (*routes.ROUTERS, *dashboard.ROUTERS):
+        app.include_router(router)
+    app.add_middleware(Guard, service=service)
     return app
 
 
-def _handle_errors(app: FastAPI) -> None:
-    def problem(status: int, detail: str, current: Any = None, **headers: str) -> Answer:
-        body = {"detail": detail} if current is None else {"detail": detail, "current": current}
-        return Answer(body, status, headers=headers)
+def _problem(status: int, detail: str, current: Any = None, **headers: str) -> CanonicalJSON:
+    body = {"detail": detail} if current is None else {"detail": detail, "current": current}
+    return CanonicalJSON(body, status, headers=headers)
 
-    @app.exception_handler(NotFound)
-    async def not_found(_: Request, error: Exception) -> Response:
-        return problem(404, str(error))
 
-    @app.exception_handler(Conflict)
-    async def conflict(_: Request, error: Exception) -> Response:
-        return problem(409, str(error), getattr(error, "current", None))
+async def _not_found(_: Request, error: Exception) -> Response:
+    return _problem(404, str(error))
 
-    @app.exception_handler(Refused)
-    async def refused(_: Request, error: Exception) -> Response:
-        return problem(422, str(error))
 
-    @app.exception_handler(UserError)
-    async def mistaken(_: Request, error: Exception) -> Response:
-        return problem(422, str(error))
+async def _conflict(_: Request, error: Exception) -> Response:
+    return _problem(409, str(error), getattr(error, "current", None))
 
-    @app.exception_handler(Unavailable)
-    async def unavailable(_: Request, error: Exception) -> Response:
-        return problem(503, f"the database does not answer: {error}", **{"Retry-After": "2"})
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: Exception) -> Response:
-        # Without what was sent, which the default answer repeats: it may be long, or no JSON (NaN).
-        assert isinstance(error, RequestValidationError)
-        told = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()[:5]]
-        return problem(422, "; ".join(told)[:2000])
+async def _refused(_: Request, error: Exception) -> Response:
+    return _problem(422, str(error))
 
-    @app.exception_handler(HTTPException)
-    async def other(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return problem(error.status_code, str(error.detail), **(error.headers or {}))
+
+async def _unavailable(_: Request, error: Exception) -> Response:
+    return _problem(503, f"the database does not answer: {error}", **{"Retry-After": "2"})
+
+
+async def _invalid(_: Request, error: Exception) -> Response:
+    # Without what was sent, which the default answer repeats: it may be long, or no JSON (NaN).
+    assert isinstance(error, RequestValidationError)
+    told = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()[:5]]
+    return _problem(422, "; ".join(told)[:2000])
+
+
+async def _other(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _problem(error.status_code, str(error.detail), **(error.headers or {}))
+
+
+_HANDLERS: dict[Any, Any] = {
+    NotFound: _not_found,
+    Conflict: _conflict,
+    Refused: _refused,
+    UserError: _refused,
+    Unavailable: _unavailable,
+    RequestValidationError: _invalid,
+    HTTPException: _other,
+}

@@ -1,11 +1,11 @@
-"""Signal: what a teacher says about a batch, and its Arrow form: the one format on the wire, in shared memory and on disk.
+"""The Arrow form of signals: the one format on the wire, in shared memory and on disk.
 
 A record batch has one row a sample, so that a signal can be cut and put together at samples, whatever micro-batch asked:
 
     sample    fixed_size_binary[16]   what was asked about the sample, Batch.sample_digests
     teacher   fixed_size_binary[32]   digest of the checkpoint that answered
     checksum  uint64                  xxh3 of the row: parameters, teacher, sample, then the bytes of the columns below
-    values    large_list of the sample's labelled positions:
+    values    large_list of the sample's labelled positions, as the kind's columns say:
               dense     fixed_size_list[V] of logits
               hidden    fixed_size_list[D] of final hidden states; the head travels apart, once a rotation
               topk      fixed_size_list[K] of class ids by falling probability, uint16 where V fits, else uint32
@@ -20,6 +20,7 @@ bf16 is stored as its bits in int16. The schema's metadata holds format and para
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -28,63 +29,45 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from megapd.batch import DIGEST_BYTES, Batch
-from megapd.signals.signal import Head, Signal, SignalDamaged, SignalMismatch, _product, pack
-from megapd.signals.spec import SignalSpec, _id_type
+from megapd.signals.signal import Signal, SignalDamaged, SignalMismatch, pack, product
+from megapd.signals.spec import Column, Head, SignalSpec, id_type
 
 FORMAT = "megapd-signal/1"
-
+TEACHER_DIGEST_BYTES = 32
+ARROW_TYPES = {"fp32": pa.float32(), "bf16": pa.int16(), "fp16": pa.float16(), "int8": pa.int8()}
 
 # What Arrow's readers raise for bytes that are none of its own; a failure of the disk is an OSError too, when the file is opened.
 NO_ARROW = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, NotImplementedError)
 
+# The first columns of every record; those of the kind follow.
+_ABOUT = {"sample": pa.binary(DIGEST_BYTES), "teacher": pa.binary(TEACHER_DIGEST_BYTES), "checksum": pa.uint64()}
 
-TEACHER_DIGEST_BYTES = 32
-
-
-_ARROW = {"fp32": pa.float32(), "bf16": pa.int16(), "fp16": pa.float16(), "int8": pa.int8()}
+# A column's values of all samples as one flat array, and how many a position has; None: one alone.
+Leaf = tuple[pa.Array, int | None]
 
 
 def encode(signal: Signal, batch: Batch, classes: int) -> pa.RecordBatch:
     """The signal of `batch`, packed or not, as a record batch of one row a sample. classes: of the teacher's head; ids are below
     it."""
-    signal, spec = pack(signal), signal.spec
-    columns: dict[str, tuple[Any, pa.DataType]] = {}
-    if spec.kind in ("dense", "hidden"):
-        columns["values"] = (_host(signal.values), _ARROW[spec.encoding])
-        if signal.scale is not None:
-            columns["scale"] = (_host(signal.scale), pa.float32())
-    else:
-        ids = _id_type(classes)
-        columns["values"] = (_host(signal.values).astype(ids), pa.from_numpy_dtype(ids))
-    if spec.kind == "topk":
-        assert signal.logprobs is not None
-        assert signal.log_rest is not None
-        columns["logprobs"] = (_host(signal.logprobs), _ARROW[spec.encoding])
-        columns["log_rest"] = (_host(signal.log_rest), _ARROW[spec.encoding])
-    counts = batch.counts
+    signal, spec, counts = pack(signal), signal.spec, batch.counts
     assert counts.sum() == signal.values.shape[0]
-    teacher = bytes.fromhex(signal.teacher)
-    checksums = _checksums(spec, teacher, batch.sample_digests.tobytes(), counts, [data for data, _ in columns.values()])
-    fields: dict[str, pa.Array] = {
-        "sample": pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(DIGEST_BYTES), batch.samples, [None, pa.py_buffer(batch.sample_digests.tobytes())]
-        ),
-        "teacher": pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(TEACHER_DIGEST_BYTES), batch.samples, [None, pa.py_buffer(teacher * batch.samples)]
-        ),
-        "checksum": pa.Array.from_buffers(pa.uint64(), batch.samples, [None, pa.py_buffer(checksums)]),
+    data = {column.name: _data(getattr(signal, column.name), column, classes) for column in spec.columns}
+    samples = batch.sample_digests.view(np.uint8).reshape(-1, DIGEST_BYTES)
+    teachers = np.tile(np.frombuffer(bytes.fromhex(signal.teacher), np.uint8), (batch.samples, 1))
+    about = (samples, teachers, _checksums(spec, teachers, samples, counts, list(data.values())))
+    columns = {
+        name: pa.Array.from_buffers(arrow_type, batch.samples, [None, pa.py_buffer(np.ascontiguousarray(values))])
+        for (name, arrow_type), values in zip(_ABOUT.items(), about, strict=True)
     }
     ends = np.concatenate([[0], np.cumsum(counts)])
     offsets = pa.Array.from_buffers(pa.int64(), len(ends), [None, pa.py_buffer(ends)])
-    for name, (data, arrow_type) in columns.items():
-        flat = pa.Array.from_buffers(arrow_type, data.size, [None, pa.py_buffer(np.ascontiguousarray(data))])
-        rows = flat if data.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, data.shape[1])
-        fields[name] = pa.LargeListArray.from_arrays(offsets, rows)
+    columns |= {name: pa.LargeListArray.from_arrays(offsets, _rows(values)) for name, values in data.items()}
     metadata = {"format": FORMAT, "parameters": spec.parameters}
-    schema = pa.schema([pa.field(name, array.type, nullable=False) for name, array in fields.items()], metadata=metadata)
-    return pa.RecordBatch.from_arrays(list(fields.values()), schema=schema)
+    schema = pa.schema([pa.field(name, array.type, nullable=False) for name, array in columns.items()], metadata=metadata)
+    return pa.RecordBatch.from_arrays(list(columns.values()), schema=schema)
 
 
 def decode(record: pa.RecordBatch, spec: SignalSpec, teacher: str, batch: Batch, head: Head | None = None) -> Signal:
@@ -95,45 +78,22 @@ def decode(record: pa.RecordBatch, spec: SignalSpec, teacher: str, batch: Batch,
     """
     if not check_form(record):
         raise SignalDamaged("signal: the record batch is not of this format")
-    found = record.schema.metadata[b"parameters"].decode(errors="replace")
-    if found != spec.parameters:
-        raise SignalMismatch(f"signal: its parameters are {found}, but {spec.parameters} were asked for")
-    samples, teachers = _binary(record.column("sample"), DIGEST_BYTES), _binary(record.column("teacher"), TEACHER_DIGEST_BYTES)
-    if samples != batch.sample_digests.tobytes():
-        raise SignalMismatch(f"signal: its {record.num_rows} samples are not those of batch {batch.digest}")
-    wanted = bytes.fromhex(teacher)
-    if teachers != wanted * record.num_rows:
-        others = {teachers[i : i + TEACHER_DIGEST_BYTES] for i in range(0, len(teachers), TEACHER_DIGEST_BYTES)} - {wanted}
-        raise SignalMismatch(f"signal of teacher {others.pop().hex()}, but the schedule names {teacher}")
-    counts = batch.counts
-    columns = {name: _rows(record.column(name), counts) for name in record.schema.names[3:]}
-    checksums = _checksums(spec, wanted, samples, counts, [_numpy(*column) for column in columns.values()])
-    stored = record.column("checksum").to_numpy()
-    if not np.array_equal(stored, checksums):
-        wrong = np.flatnonzero(stored != checksums)
-        raise SignalDamaged(f"signal: the checksums of {len(wrong)} of {len(stored)} samples are wrong")
-    tensors = {name: _tensor(*column) for name, column in columns.items()}
-    values = tensors["values"]
+    _check_asked(record, spec, teacher, batch)
+    leaves = _leaves(record, spec, batch.counts)
+    valid = _valid(record, spec, batch.counts, leaves)
+    if not valid.all():
+        raise SignalDamaged(f"signal: the checksums of {int((~valid).sum())} of {len(valid)} samples are wrong")
+    tensors = {name: _tensor(*leaf) for name, leaf in leaves.items()}
     if "scale" in tensors:
-        values = _product(values, tensors["scale"])
-    return Signal(
-        spec,
-        teacher,
-        batch.digest,
-        values,
-        head if spec.kind == "hidden" else None,
-        tensors.get("logprobs"),
-        tensors.get("log_rest"),
-    )
+        tensors["values"] = product(tensors["values"], tensors.pop("scale"))
+    return Signal(spec, teacher, batch.digest, head=head if spec.definition.with_head else None, **tensors)
 
 
 def valid_rows(record: pa.RecordBatch) -> NDArray[np.bool_]:
     """Which rows of a well-formed record (`check_form`) hold the bytes that were written, bool [B], whoever they answer."""
     spec = SignalSpec.parse(record.schema.metadata[b"parameters"])
     counts = np.diff(record.column("values").offsets.to_numpy())
-    columns = [_numpy(*_rows(record.column(name), counts)) for name in record.schema.names[3:]]
-    samples, teachers = _binary(record.column("sample"), DIGEST_BYTES), _binary(record.column("teacher"), TEACHER_DIGEST_BYTES)
-    return record.column("checksum").to_numpy() == _checksums(spec, teachers, samples, counts, columns)
+    return _valid(record, spec, counts, _leaves(record, spec, counts))
 
 
 def check_form(record: pa.RecordBatch) -> bool:
@@ -144,69 +104,119 @@ def check_form(record: pa.RecordBatch) -> bool:
     try:
         record.validate()
         spec = SignalSpec.parse(metadata.get(b"parameters", b""))
-        found = record.schema.names  # UnicodeDecodeError, a ValueError, where a name's bytes are no text
+        names = record.schema.names  # UnicodeDecodeError, a ValueError, where a name's bytes are no text
     except (ValueError, pa.ArrowInvalid):
         return False
-    names = {"hidden": ["values", "scale"] if spec.encoding == "int8" else ["values"], "topk": ["values", "logprobs", "log_rest"]}
-    columns = names.get(spec.kind, ["values"])
-    if found != ["sample", "teacher", "checksum", *columns] or any(c.null_count for c in record.columns):
+    if names != [*_ABOUT, *(column.name for column in spec.columns)] or any(column.null_count for column in record.columns):
         return False
-    fixed = [pa.binary(DIGEST_BYTES), pa.binary(TEACHER_DIGEST_BYTES), pa.uint64()]
-    if [column.type for column in record.columns[:3]] != fixed:
+    if any(record.column(name).type != arrow_type for name, arrow_type in _ABOUT.items()):
         return False
-    return all(_check_column(record.column(name), name, spec) for name in columns)
+    return all(_check_column(record.column(column.name), column, spec) for column in spec.columns)
 
 
-def _check_column(column: pa.Array, name: str, spec: SignalSpec) -> bool:
+def digests_of(record: pa.RecordBatch, name: str) -> NDArray[np.bytes_]:
+    """Column sample or teacher, [B] of as many bytes as its digests have; a view."""
+    column = record.column(name)
+    buffer, width = column.buffers()[1], column.type.byte_width
+    return np.frombuffer(b"" if buffer is None else buffer, f"S{width}", len(column), column.offset * width if buffer else 0)
+
+
+def to_numpy(tensor: Tensor) -> NDArray[Any]:
+    """On the host, in one piece; bf16 as its bits in int16."""
+    tensor = tensor.detach().to("cpu").contiguous()
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def _data(tensor: Tensor, column: Column, classes: int) -> NDArray[Any]:
+    data = to_numpy(tensor)
+    return np.ascontiguousarray(data.astype(id_type(classes)) if column.holds == "ids" else data)
+
+
+def _rows(data: NDArray[Any]) -> pa.Array:
+    """One row a position, of [N] or [N, width]; on the same memory."""
+    flat = pa.Array.from_buffers(pa.from_numpy_dtype(data.dtype), data.size, [None, pa.py_buffer(data)])
+    return flat if data.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, data.shape[1])
+
+
+# ------------------------------------------------------------------------------------------------------------ checking
+
+
+def _check_asked(record: pa.RecordBatch, spec: SignalSpec, teacher: str, batch: Batch) -> None:
+    """SignalMismatch unless a well-formed record answers what was asked."""
+    parameters = record.schema.metadata[b"parameters"].decode(errors="replace")
+    if parameters != spec.parameters:
+        raise SignalMismatch(f"signal: its parameters are {parameters}, but {spec.parameters} were asked for")
+    if digests_of(record, "sample").tobytes() != batch.sample_digests.tobytes():
+        raise SignalMismatch(f"signal: its {record.num_rows} samples are not those of batch {batch.digest}")
+    teachers = digests_of(record, "teacher")
+    others = np.flatnonzero(teachers != np.bytes_(bytes.fromhex(teacher)))
+    if len(others):
+        other = teachers[others[0] : others[0] + 1].tobytes().hex()
+        raise SignalMismatch(f"signal of teacher {other}, but the schedule names {teacher}")
+
+
+def _check_column(column: pa.Array, wanted: Column, spec: SignalSpec) -> bool:
+    """Whether a column is a list of its values a sample, in the type they have, without nulls, its offsets within them."""
     if not pa.types.is_large_list(column.type):
         return False
-    inner, width = column.type.value_type, None
-    if pa.types.is_fixed_size_list(inner):
-        inner, width = inner.value_type, inner.list_size
-    flat = name in ("scale", "log_rest") or spec.kind == "argmax"
-    if (width is None) != flat or width == 0 or (spec.k and not flat and width != spec.k):
+    rows, offsets = column.values, column.offsets.to_numpy()
+    listed = pa.types.is_fixed_size_list(rows.type)
+    if listed != (wanted.each != "one"):
         return False
-    if name == "values" and spec.kind in ("topk", "sampled", "argmax"):
-        allowed = [pa.uint16(), pa.uint32()]
-    else:
-        allowed = [pa.float32() if name == "scale" else _ARROW[spec.encoding]]
-    offsets = column.offsets.to_numpy()
-    leaf = column.values
-    ends = offsets[0] >= 0 and (np.diff(offsets) >= 0).all() and offsets[-1] <= len(leaf)
-    nulls = leaf.null_count + (leaf.values.null_count if width is not None else 0)
-    return bool(inner in allowed and ends and nulls == 0)
+    if listed and (rows.type.list_size == 0 or (wanted.each == "k" and rows.type.list_size != spec.k)):
+        return False
+    leaf = rows.values if listed else rows
+    types = {"encoded": (ARROW_TYPES[spec.encoding],), "ids": (pa.uint16(), pa.uint32()), "fp32": (pa.float32(),)}
+    ends = offsets[0] >= 0 and (np.diff(offsets) >= 0).all() and offsets[-1] <= len(rows)
+    return bool(leaf.type in types[wanted.holds] and ends and rows.null_count == 0 and leaf.null_count == 0)
+
+
+def _valid(record: pa.RecordBatch, spec: SignalSpec, counts: NDArray[np.int64], leaves: Mapping[str, Leaf]) -> NDArray[np.bool_]:
+    """Whether each row's checksum is the one it holds, bool [B]."""
+    teachers = digests_of(record, "teacher").view(np.uint8).reshape(-1, TEACHER_DIGEST_BYTES)
+    samples = digests_of(record, "sample").view(np.uint8).reshape(-1, DIGEST_BYTES)
+    stored: NDArray[np.uint64] = record.column("checksum").to_numpy()
+    valid: NDArray[np.bool_] = stored == _checksums(spec, teachers, samples, counts, [_numpy(*leaf) for leaf in leaves.values()])
+    return valid
 
 
 def _checksums(
-    spec: SignalSpec, teachers: bytes, samples: bytes, counts: NDArray[np.int64], columns: list[NDArray[Any]]
+    spec: SignalSpec,
+    teachers: NDArray[np.uint8],
+    samples: NDArray[np.uint8],
+    counts: NDArray[np.int64],
+    columns: list[NDArray[Any]],
 ) -> NDArray[np.uint64]:
-    """teachers: one digest, or one a row."""
+    """xxh3 of each row, [B]; see the module's head. teachers, samples: digests as bytes, [B, 32] and [B, 16]."""
     start = xxhash.xxh3_64(spec.parameters.encode())
-    each = len(teachers) != TEACHER_DIGEST_BYTES
-    if not each:
-        start.update(teachers)
+    names = np.concatenate([teachers, samples], 1)
     views = [column.reshape(-1).view(np.uint8).data for column in columns]
     sizes = [column.nbytes // len(column) if len(column) else 0 for column in columns]
-    checksums = []
+    checksums = np.empty(len(counts), dtype=np.uint64)
     first = 0
     for row, count in enumerate(counts.tolist()):
         checksum = start.copy()
-        if each:
-            checksum.update(teachers[row * TEACHER_DIGEST_BYTES : (row + 1) * TEACHER_DIGEST_BYTES])
-        checksum.update(samples[row * DIGEST_BYTES : (row + 1) * DIGEST_BYTES])
+        checksum.update(names[row].data)
         last = first + count
         for view, size in zip(views, sizes, strict=True):
             checksum.update(view[first * size : last * size])
-        checksums.append(checksum.intdigest())
+        checksums[row] = checksum.intdigest()
         first = last
-    return np.array(checksums, dtype=np.uint64)
+    return checksums
 
 
-def _rows(column: pa.LargeListArray, counts: NDArray[np.int64]) -> tuple[pa.Array, int | None]:
-    """(values of all samples as one flat array, values a position, None: one alone), a view of the column.
+# ------------------------------------------------------------------------------------------------------------- reading
 
-    Raises SignalDamaged unless the samples have `counts` positions.
-    """
+
+def _leaves(record: pa.RecordBatch, spec: SignalSpec, counts: NDArray[np.int64]) -> dict[str, Leaf]:
+    """The kind's columns, views of a well-formed record. SignalDamaged unless the samples have `counts` positions."""
+    return {column.name: _leaf(record.column(column.name), counts) for column in spec.columns}
+
+
+def _leaf(column: pa.LargeListArray, counts: NDArray[np.int64]) -> Leaf:
     offsets = column.offsets.to_numpy()
     if not np.array_equal(offsets[1:] - offsets[:-1], counts):
         raise SignalDamaged("signal: its samples have other numbers of labelled positions than the batch")
@@ -219,24 +229,14 @@ def _rows(column: pa.LargeListArray, counts: NDArray[np.int64]) -> tuple[pa.Arra
 
 
 def _numpy(leaf: pa.Array, width: int | None) -> NDArray[Any]:
-    data = leaf.to_numpy(zero_copy_only=True)
+    data: NDArray[Any] = leaf.to_numpy(zero_copy_only=True)
     return data if width is None else data.reshape(-1, width)
-
-
-def _binary(column: pa.Array, width: int) -> bytes:
-    buffer = column.buffers()[1]
-    return b"" if buffer is None else buffer[column.offset * width : (column.offset + len(column)) * width].to_pybytes()
 
 
 def _tensor(leaf: pa.Array, width: int | None) -> Tensor:
     """On the array's own memory (class ids alone are widened to int64); nothing here writes to a signal."""
     if pa.types.is_unsigned_integer(leaf.type):
         return torch.from_numpy(_numpy(leaf, width).astype(np.int64))
-    tensor = torch.from_dlpack(leaf) if len(leaf) else torch.empty(0, dtype=torch.from_numpy(_numpy(leaf, None).copy()).dtype)
+    tensor = from_dlpack(leaf) if len(leaf) else torch.from_numpy(_numpy(leaf, None).copy())
     tensor = tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
     return tensor if width is None else tensor.view(-1, width)
-
-
-def _host(tensor: Tensor) -> NDArray[Any]:
-    tensor = tensor.detach().to("cpu").contiguous()
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

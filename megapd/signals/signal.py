@@ -1,4 +1,4 @@
-"""Carried out of megapd/signal.py."""
+"""Signal: a teacher's answer for one batch, and how its values are rounded to the encoding that carries them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megapd.batch import Batch
 from megapd.errors import RunFailed
-from megapd.signals.spec import DTYPES, Encoding, Kind, SignalSpec
+from megapd.signals.spec import DTYPES, Answer, Encoding, Head, LossTargets, SignalSpec
 
 
 class SignalMismatch(RunFailed):
@@ -19,17 +19,6 @@ class SignalMismatch(RunFailed):
 
 class SignalDamaged(RuntimeError):
     """A record whose bytes are not those that were written."""
-
-
-@dataclass(frozen=True)
-class Head:
-    """The teacher's output layer: weight [V, D], bias [V] or None. Travels once a rotation."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def to(self, device: torch.device) -> Head:
-        return Head(self.weight.to(device), None if self.bias is None else self.bias.to(device))
 
 
 @dataclass(frozen=True)
@@ -56,12 +45,19 @@ class Signal:
     scale: Tensor | None = None
 
     def __post_init__(self) -> None:
-        assert (self.kind == "hidden") == (self.head is not None), "hidden states travel with a head, other kinds without"
-        assert (self.kind == "topk") == (self.logprobs is not None) == (self.log_rest is not None)
+        with_head = self.spec.definition.with_head
+        assert with_head == (self.head is not None), "hidden states travel with a head, other kinds without"
+        names = {column.name for column in self.spec.columns}
+        assert all((getattr(self, name) is not None) == (name in names) for name in ("logprobs", "log_rest"))
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> str:
         return self.spec.kind
+
+    @property
+    def targets(self) -> LossTargets:
+        """What the student's head gives its loss."""
+        return self.spec.definition.targets(Answer(self.values, self.logprobs, self.log_rest), self.head)
 
     def check(self, teacher: str, batch: Batch) -> None:
         """Raise SignalMismatch unless this signal is `teacher`'s answer for `batch`."""
@@ -80,9 +76,6 @@ class Signal:
         """With each tensor but the head's changed; their first dimension is the positions."""
         logprobs, log_rest, scale = (None if t is None else change(t) for t in (self.logprobs, self.log_rest, self.scale))
         return replace(self, values=change(self.values), logprobs=logprobs, log_rest=log_rest, scale=scale)
-
-
-# ------------------------------------------------------------------------------------------------------------- signals
 
 
 def quantize(values: Tensor, encoding: Encoding) -> tuple[Tensor, Tensor | None]:
@@ -104,23 +97,23 @@ def pack(signal: Signal) -> Signal:
     int8 as integers and scale: it is rounded where the values are, once (18 ms a 6 MiB signal on a core), and moves in a byte a
     value.
     """
-    if signal.kind == "topk":
-        assert signal.logprobs is not None
-        assert signal.log_rest is not None
-        dtype = DTYPES[signal.spec.encoding]
-        return replace(signal, logprobs=signal.logprobs.to(dtype), log_rest=signal.log_rest.to(dtype))
-    if signal.kind not in ("dense", "hidden") or signal.scale is not None:
+    if signal.scale is not None:
         return signal
-    values, scale = quantize(signal.values, signal.spec.encoding)
-    return replace(signal, values=values, scale=scale)
+    encoding, columns = signal.spec.encoding, signal.spec.columns
+    if encoding == "int8":
+        values, scale = quantize(signal.values, encoding)
+        return replace(signal, values=values, scale=scale)
+    rounded = {c.name: getattr(signal, c.name).to(DTYPES[encoding]) for c in columns if c.holds == "encoded"}
+    return replace(signal, **rounded)
 
 
 def as_sent(signal: Signal) -> Signal:
     """The signal as a student decodes it: rounded to its encoding, so that all carriers give the same values."""
     packed = pack(signal)
-    return packed if packed.scale is None else replace(packed, values=_product(packed.values, packed.scale), scale=None)
+    return packed if packed.scale is None else replace(packed, values=product(packed.values, packed.scale), scale=None)
 
 
-def _product(steps: Tensor, scale: Tensor) -> Tensor:
+def product(steps: Tensor, scale: Tensor) -> Tensor:
+    """The values [N, D] of integers [N, D] and their scale [N]."""
     # In place, which takes a third of the time of a product apart: both allocate, and large memory is new to the process.
     return steps.float().mul_(scale[:, None])

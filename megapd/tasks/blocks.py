@@ -74,7 +74,8 @@ class Blocks:
             return np.empty((0, self.length), dtype=np.int64)
         batch, within = np.divmod(rows, self._rows_a_batch)
         begin = offsets[batch] + within * self.length
-        return whole[begin[:, None] + np.arange(self.length)].astype(np.int64)
+        gathered: NDArray[np.int64] = whole[begin[:, None] + np.arange(self.length)].astype(np.int64)
+        return gathered
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"task.corpus: {folder} holds no prepared corpus; run `megapd prepare` first, or correct task.corpus")
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: damaged ({error}); run `megapd prepare` again into an empty folder") from error
     if meta.get("format") != FORMAT:

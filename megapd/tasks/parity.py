@@ -79,7 +79,8 @@ class _BitsTask(ABC):
         for shift in (32, 16, 8, 4, 2, 1):
             folded ^= folded >> np.uint64(shift)
         odd = (folded & np.uint64(1)).astype(np.int64)
-        return 1 ^ odd ^ (self.supports.shape[1] & 1)
+        even: NDArray[np.int64] = 1 ^ odd ^ (self.supports.shape[1] & 1)
+        return even
 
     @abstractmethod
     def _label(self, products: NDArray[np.int64]) -> NDArray[np.int64]:

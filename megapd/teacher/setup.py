@@ -6,19 +6,16 @@ import json
 from collections.abc import Callable
 
 from megapd.config import Config
-from megapd.models.from_checkpoint import Shape, checkpoint_shape
+from megapd.models import Shape, checkpoint_shape
 from megapd.schedule.plan import Plan
-from megapd.signals.spec import Encoding, SignalSpec, negotiate
+from megapd.signals import SIGNAL_KINDS, Encoding, SignalSpec, negotiate
 from megapd.tasks import Task
-from megapd.teacher.cache.cache import SignalCache
-from megapd.teacher.cache.cached import CachedStream
-from megapd.teacher.engine.teacher import Demands, Teacher, TeacherOptions
+from megapd.teacher.cache import CachedStream, SignalCache
+from megapd.teacher.engine import Demands, Teacher, TeacherOptions
 from megapd.teacher.locate import open_endpoints
 from megapd.teacher.stream import ColocatedStream, Stream
 from megapd.trajectory import Checkpoint, Checkpoints
 from megapd.world import World
-
-DEFAULT_K = {"topk": 64, "sampled": 12}
 
 
 def teacher_options(config: Config, *, served: bool = False) -> TeacherOptions:
@@ -42,20 +39,18 @@ def signal_spec(config: Config, task: Task, plan: Plan, checkpoint: Checkpoint) 
     """The kind asked for, or for `auto` the cheapest exact one, given one of the teacher's checkpoints."""
     assert config.teacher is not None
     teacher, shape = config.teacher, checkpoint_shape(checkpoint)
-    kind = teacher.signal
+    kind: str = teacher.signal
     if kind == "auto":
         positions = config.training.global_batch * task.labelled_per_sample * plan.steps / len(plan.fixed())
         kind = negotiate(shape.classes, shape.width, config.loss.teacher_temperature, config.loss.divergence, positions)
     precision: Encoding = teacher.precision or config.training.precision
-    encoding = precision if teacher.encoding == "auto" or (teacher.encoding == "int8" and kind != "hidden") else teacher.encoding
-    if kind in ("topk", "sampled"):
-        k = min(teacher.k or DEFAULT_K[kind], shape.classes) if kind == "topk" else teacher.k or DEFAULT_K[kind]
-        seed = config.seed if kind == "sampled" else 0
-        return SignalSpec(kind, encoding, k, config.loss.teacher_temperature, seed)
-    return SignalSpec(kind, encoding)
+    definition = SIGNAL_KINDS[kind]
+    encoding = precision if teacher.encoding == "auto" or teacher.encoding not in definition.encodings else teacher.encoding
+    temperature = config.loss.teacher_temperature
+    return definition.spec(kind, encoding, classes=shape.classes, k=teacher.k, temperature=temperature, seed=config.seed)
 
 
-def describe_signal(config: Config, task: Task, spec: SignalSpec, shape: Shape) -> str:
+def describe_signal(task: Task, spec: SignalSpec, shape: Shape) -> str:
     """What the signal costs, in bytes a labelled position and a token, beside the other exact kinds."""
     share = task.labelled_per_sample / task.length
 
@@ -63,9 +58,10 @@ def describe_signal(config: Config, task: Task, spec: SignalSpec, shape: Shape) 
         size = asked.bytes_per_position(shape.classes, shape.width)
         return f"{size:,.0f} bytes a labelled position, {size * share:,.4g} a token"
 
-    others = [SignalSpec(kind, spec.encoding) for kind in ("dense", "hidden") if kind != spec.kind and spec.encoding != "int8"]
+    lossless = [name for name, kind in SIGNAL_KINDS.items() if kind.lossless and spec.encoding in kind.encodings]
+    others = [SignalSpec(name, spec.encoding) for name in lossless if name != spec.kind]
     against = "".join(f"; {other.kind} would be {cost(other)}" for other in others)
-    head = shape.classes * shape.width * 4 if spec.kind == "hidden" else 0
+    head = shape.classes * shape.width * 4 if spec.definition.with_head else 0
     once = f", and a head of up to {head:,} bytes a rotation" if head else ""
     details = "".join(f", {key} {value}" for key, value in json.loads(spec.parameters).items() if key != "kind")
     return f"signal {spec.kind}{details}: {cost(spec)}{once}{against}"

@@ -7,9 +7,8 @@ from typing import Protocol
 
 from megapd.batch import Batch
 from megapd.schedule.plan import Plan
-from megapd.signals.signal import Signal, as_sent
-from megapd.signals.spec import SignalSpec
-from megapd.teacher.engine.teacher import Teacher
+from megapd.signals import Signal, SignalSpec, as_sent
+from megapd.teacher.engine import Teacher
 from megapd.trajectory import Checkpoint
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import yaml
 
 from megapd import registry
-from megapd.config import Config, dump, flatten
+from megapd.config import RETIRED_SETTINGS, Config, dump, flatten
 from megapd.errors import UserError
 from megapd.files import write_atomic
 from megapd.models import Learner, build_model
@@ -31,7 +31,7 @@ Entry = TypeVar("Entry")
 # What may differ between a run's start and its resumption: nothing here changes what the run learns. Streams are
 # interchangeable, and schedule.json holds a resumed run to the digests of its teachers, wherever they lie. Callbacks look on; one
 # whose state the checkpoint carries must be named again.
-FREE_TEACHER = "trajectory sharding resident carrier cache endpoints data_port token root_certificate certificate key depth"
+FREE_TEACHER = "trajectory sharding resident carrier cache endpoints token root_certificate certificate key depth"
 FREE_TEACHER += " call_seconds deadline_seconds on_failure server."
 FREE_SECTIONS = (
     "checkpoint.",
@@ -169,7 +169,7 @@ def _check_folder(config: Config, store: CheckpointStore) -> bool:
     if not config.checkpoint.resume:
         raise UserError(f"{config.folder} holds a run already: set checkpoint.resume true to continue it, or choose another name")
     before, now = flatten(yaml.safe_load(saved.read_text())), flatten(config.model_dump(mode="json"))
-    for key in sorted(before.keys() | now.keys()):
+    for key in sorted((before.keys() | now.keys()) - set(RETIRED_SETTINGS)):
         if before.get(key) != now.get(key) and not key.startswith(FREE_SECTIONS):
             raise UserError(
                 f"{key} was {before.get(key)!r} when {config.folder} began and is {now.get(key)!r} now; "

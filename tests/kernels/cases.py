@@ -90,7 +90,11 @@ class Case:
         return {name: getattr(self, name) for name in parts}
 
     def loss(self, form: str, options: LossOptions, **targets: Any) -> LossResult:
-        return linear_distillation_loss(self.hidden, self.weight, self.bias, **targets, **self.teacher(form), options=options)
+        return self.linear(**targets, **self.teacher(form), options=options)
+
+    def linear(self, **arguments: Any) -> LossResult:
+        """Of a teacher among the arguments, or of none."""
+        return linear_distillation_loss(self.hidden, self.weight, bias=self.bias, **arguments)
 
     def reference(self, form: str, options: LossOptions, **targets: Any) -> LossResult:
         """In float64, from the same rounded inputs."""

@@ -132,7 +132,7 @@ def linear(
         if labels:
             targets["labels"] = case.labels
         teacher = case.teacher(form)
-        wanted = linear_distillation_loss(case.hidden, case.weight, case.bias, **teacher, **targets)
+        wanted = case.linear(**teacher, **targets)
         upstream = torch.tensor(-3.0, dtype=dtype)
         expected = torch.autograd.grad(wanted.loss, case.student, upstream)
 
@@ -143,7 +143,7 @@ def linear(
                 teacher[name] = part.rows(teacher[name])
         if "teacher_logits" in teacher:
             teacher["teacher_logits"] = teacher["teacher_logits"][:, part.mine]
-        result = linear_distillation_loss(hidden, weight, bias, **teacher, **targets, shard=part.shard)
+        result = linear_distillation_loss(hidden, weight, bias=bias, **teacher, **targets, shard=part.shard)
         dx, dw, db = torch.autograd.grad(result.loss, (hidden, weight, bias), upstream)
         first = dx.clone()
         dist.broadcast(first, group=part.shard._group(), group_src=0)
@@ -181,9 +181,10 @@ def topk(k: int, temperature: float, banned: bool) -> Callable[[Split], Errors]:
         case = make_case(v=V)
         if banned:
             ban(case, second(part.shard))
-        wanted = topk_logits(case.hidden, case.weight, case.bias, k, temperature=temperature)
-        own = [part.rows(t) for t in (case.weight, case.bias)]
-        result = topk_logits(case.hidden, *own, k, temperature=temperature, chunk_bytes=CHUNK, shard=part.shard)  # type: ignore[arg-type]
+        wanted = topk_logits(case.hidden, case.weight, k, bias=case.bias, temperature=temperature)
+        assert case.bias is not None
+        weight, bias = part.rows(case.weight), part.rows(case.bias)
+        result = topk_logits(case.hidden, weight, k, bias=bias, temperature=temperature, chunk_bytes=CHUNK, shard=part.shard)
         return top_errors(result, wanted)
 
     return run
@@ -206,8 +207,8 @@ def topk_saturated(part: Split) -> Errors:
     logits = make_case(v=V).teacher_logits().float()
     logits[:, :2] += 200.0
     eye = torch.eye(V)
-    wanted = topk_logits(logits.double(), eye.double(), None, 2)
-    errors = top_errors(topk_logits(logits, eye[part.mine], None, 2, shard=part.shard), wanted)
+    wanted = topk_logits(logits.double(), eye.double(), 2)
+    errors = top_errors(topk_logits(logits, eye[part.mine], 2, shard=part.shard), wanted)
     return {name: error / 1e6 for name, error in errors.items()}  # float32
 
 
@@ -219,7 +220,7 @@ def ties(part: Split) -> Errors:
     own = student[:, part.mine]
     result = softmax_kl(own, own.detach(), labels=labels, options=options, shard=part.shard)
     wanted = softmax_kl(student, student.detach(), labels=labels, options=options)
-    top = topk_logits(student, torch.eye(V, dtype=F64)[part.mine], None, V, shard=part.shard)
+    top = topk_logits(student, torch.eye(V, dtype=F64)[part.mine], V, shard=part.shard)
     in_order = torch.equal(top.ids, torch.arange(V).expand(V, V))
     return {**compare(result, wanted), "all correct": abs(result.correct.item() - V), "ids": 0.0 if in_order else math.inf}
 

@@ -50,7 +50,7 @@ def test_positions_that_do_not_count_may_hold_anything(form: str, how: str, dive
     keep = torch.arange(N) % 3 > 0
     per_token = {name: t[keep] if t.shape[0] == N else t for name, t in teacher.items()}
     expected = linear_distillation_loss(
-        case.hidden[keep], case.weight, case.bias, labels=case.labels[keep], **per_token, options=options
+        case.hidden[keep], case.weight, bias=case.bias, labels=case.labels[keep], **per_token, options=options
     )
     wanted = torch.autograd.grad(expected.loss, case.student)
 
@@ -61,7 +61,7 @@ def test_positions_that_do_not_count_may_hold_anything(form: str, how: str, dive
     targets: dict[str, Any] = {"labels": case.labels.masked_fill(~keep, -100)}
     if how == "weight":
         targets = {"labels": case.labels.masked_fill(~keep, 10**6), "token_weights": keep.double()}
-    result = linear_distillation_loss(dirty, case.weight, case.bias, **targets, **teacher, options=options)
+    result = linear_distillation_loss(dirty, case.weight, bias=case.bias, **targets, **teacher, options=options)
     gradients = torch.autograd.grad(result.loss, (dirty, case.weight, case.bias))
     for value, reference in zip((*result, *gradients), (*expected, *wanted), strict=True):
         assert relative(value, reference) < 1e-12
@@ -78,9 +78,7 @@ def test_positions_that_do_not_count_may_be_infinite() -> None:
     labels[::2] = -100
     for form in ("none", "ids"):
         teacher = {} if form == "none" else {"teacher_ids": torch.arange(N) + 2}
-        result = linear_distillation_loss(
-            case.hidden, case.weight, case.bias, labels=labels, **teacher, options=LossOptions(alpha=0.5)
-        )
+        result = case.linear(labels=labels, **teacher, options=LossOptions(alpha=0.5))
         student = F.linear(case.hidden, case.weight, case.bias)
         wanted = distillation_loss(student, labels=labels, **teacher, options=LossOptions(alpha=0.5))
         assert wanted.loss.isfinite()

@@ -50,7 +50,7 @@ def test_memory_of_the_linear_loss(divergence: str, recompute: bool) -> None:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    loss = linear_softmax_kl(hidden, weight, None, teacher_hidden, teacher_weight, None, options=options).loss
+    loss = linear_softmax_kl(hidden, weight, teacher_hidden, teacher_weight, options=options).loss
     between = torch.cuda.memory_allocated() - before
     loss.backward()
     torch.cuda.synchronize()
@@ -70,7 +70,7 @@ def test_16_bit_errors_are_at_most_twice_those_of_torch(divergence: str, dtype: 
     leaves = (wide[0].requires_grad_(), wide[1].requires_grad_())
     exact = distillation_loss(leaves[0] @ leaves[1].t(), teacher_logits=wide[2] @ wide[3].t(), options=options).loss
     wanted = torch.autograd.grad(exact, leaves)
-    ours = linear_softmax_kl(hidden, weight, None, teacher_hidden, teacher_weight, None, options=options).loss
+    ours = linear_softmax_kl(hidden, weight, teacher_hidden, teacher_weight, options=options).loss
     plain = distillation_loss(F.linear(hidden, weight), teacher_logits=F.linear(teacher_hidden, teacher_weight), options=options)
     assert relative(ours, exact) <= 2 * relative(plain.loss, exact) + 1e-5
     for value, other, want in zip(
@@ -118,7 +118,7 @@ def test_no_host_synchronisation(form: str, no_sync: None) -> None:
 
 def test_topk_against_torch() -> None:
     _, _, hidden, weight = problem(300, 50257, 8, 64)
-    top = topk_logits(hidden, weight, None, 32, chunk_bytes=1 << 24)
+    top = topk_logits(hidden, weight, 32, chunk_bytes=1 << 24)
     logprobs = torch.log_softmax(hidden.double() @ weight.double().t(), 1)
     assert relative(top.logprobs, logprobs.gather(1, top.ids)) < 1e-5
     assert relative(top.logprobs, logprobs.topk(32, 1).values) < 1e-5
@@ -130,7 +130,7 @@ def test_compiled_whole_graph() -> None:
     tensors = problem(256, 5000, 64, 96)
 
     def loss(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
-        return linear_softmax_kl(hidden * 2, weight, None, teacher_hidden, teacher_weight, None).loss * 3
+        return linear_softmax_kl(hidden * 2, weight, teacher_hidden, teacher_weight).loss * 3
 
     expected = torch.autograd.grad(loss(*tensors), tensors[:2])
     value = torch.compile(loss, fullgraph=True)(*tensors)

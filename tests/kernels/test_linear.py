@@ -19,7 +19,6 @@ from megapd_kernels import (
     distillation_loss,
     implementation,
     linear_cross_entropy,
-    linear_distillation_loss,
     linear_softmax_kl,
     ops,
     softmax_kl,
@@ -151,10 +150,12 @@ def test_the_thin_wrappers() -> None:
     options = LossOptions("jsd", alpha=0.5)
     targets: dict[str, Any] = {"token_weights": case.token_weights, "denominator": 3.0, "ignore_index": 5, "options": options}
     labels = case.labels.clamp(min=5)
-    head = (case.teacher_hidden, case.teacher_weight, case.teacher_bias)
-    wrapped = linear_softmax_kl(case.hidden, case.weight, case.bias, *head, labels=labels, **targets)
+    head = {"bias": case.bias, "teacher_bias": case.teacher_bias}
+    wrapped = linear_softmax_kl(
+        case.hidden, case.weight, case.teacher_hidden, case.teacher_weight, **head, labels=labels, **targets
+    )
     assert wrapped == case.loss("hidden", labels=labels, **targets)
-    wrapped = linear_cross_entropy(case.hidden, case.weight, case.bias, labels, **targets)
+    wrapped = linear_cross_entropy(case.hidden, case.weight, labels, bias=case.bias, **targets)
     assert wrapped == case.loss("none", labels=labels, **targets)
     assert implementation(case.hidden.device, F64) == "torch"
 
@@ -292,12 +293,12 @@ def test_arguments_without_a_meaning_are_refused() -> None:
     ]
     for message, arguments in cases:
         with pytest.raises(ValueError, match=message):
-            linear_distillation_loss(case.hidden, case.weight, case.bias, **arguments)
+            case.linear(**arguments)
     with pytest.raises(ValueError, match=r"^weight: expected shape"):
-        linear_cross_entropy(case.hidden, case.weight[:, :3], None, case.labels)
+        linear_cross_entropy(case.hidden, case.weight[:, :3], case.labels)
     with pytest.raises(ValueError, match=r"^hidden: expected shape"):
-        linear_cross_entropy(case.hidden[0], case.weight, None, case.labels)
+        linear_cross_entropy(case.hidden[0], case.weight, case.labels)
     with pytest.raises(ValueError, match=r"^hidden: expected a floating-point"):
-        linear_cross_entropy(case.labels[:, None], case.weight[:, :1], None, case.labels)
+        linear_cross_entropy(case.labels[:, None], case.weight[:, :1], case.labels)
     with pytest.raises(ValueError, match=r"^bias: expected shape"):
-        linear_cross_entropy(case.hidden, case.weight, torch.zeros(3), case.labels)
+        linear_cross_entropy(case.hidden, case.weight, case.labels, bias=torch.zeros(3))

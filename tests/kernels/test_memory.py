@@ -244,5 +244,5 @@ def test_no_host_sync_of_logits_and_topk() -> None:
             assert [s.shape for s in scalars] == [()] * 4
             out = torch.empty(N, V)
             logits_gradient(logits, problem, reciprocal_or_zero(torch.empty(())), statistics, out)
-        ids, logprobs, log_rest = topk_logits(torch.empty(N, D), torch.empty(V, D), None, 4, chunk_bytes=3 * row_bytes(V))
+        ids, logprobs, log_rest = topk_logits(torch.empty(N, D), torch.empty(V, D), 4, chunk_bytes=3 * row_bytes(V))
         assert (ids.shape, logprobs.shape, log_rest.shape) == ((N, 4), (N, 4), (N,))

@@ -57,7 +57,7 @@ def test_arguments_without_a_meaning_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             softmax_kl(torch.zeros(4, classes), labels=labels, shard=shard)
         with pytest.raises(ValueError, match=message):
-            topk_logits(hidden, weight[:classes], None, 2, shard=shard)
+            topk_logits(hidden, weight[:classes], 2, shard=shard)
     with pytest.raises(ValueError, match=r"^common_vocabulary: cannot be combined with a vocabulary shard"):
         softmax_kl(
             torch.zeros(4, 5),

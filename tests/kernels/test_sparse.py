@@ -67,7 +67,7 @@ def test_float32_equals_the_reference(convention: str, divergence: str) -> None:
         options = LossOptions(divergence, student_temperature=temperature, alpha=0.2, z_loss=0.01, chunk_bytes=1 << 14)
         teacher = case.sparse(convention, 8)
         wide = {name: t.double() if name == "teacher_logprobs" else t for name, t in teacher.items()}
-        result = linear_distillation_loss(*case.student, labels=case.labels, **teacher, options=options)
+        result = case.linear(labels=case.labels, **teacher, options=options)
         logits = F.linear(*(t.double() for t in case.student))
         wanted = distillation_loss(logits, labels=case.labels, **wide, options=options)
         assert_equal_results(result, case.student, wanted, 2.0, 1e-5)
@@ -80,7 +80,7 @@ def test_gradcheck(convention: str, divergence: str) -> None:
     options = LossOptions(divergence, 1.0, 2.0, 0.3, beta=0.3, scale_t2=True, chunk_bytes=2 * row_bytes(6))
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return linear_distillation_loss(hidden, weight, bias, labels=case.labels, **teacher, options=options).loss
+        return linear_distillation_loss(hidden, weight, bias=bias, labels=case.labels, **teacher, options=options).loss
 
     assert torch.autograd.gradcheck(loss, case.student, fast_mode=False)
 
@@ -274,7 +274,7 @@ def test_positions_that_do_not_count_may_hold_anything(convention: str, divergen
     options = LossOptions(divergence, alpha=0.5, chunk_bytes=3 * row_bytes(V))
     per_token = {name: t[keep] if isinstance(t, Tensor) else t for name, t in teacher.items()}
     expected = linear_distillation_loss(
-        case.hidden[keep], case.weight, case.bias, labels=case.labels[keep], **per_token, options=options
+        case.hidden[keep], case.weight, bias=case.bias, labels=case.labels[keep], **per_token, options=options
     )
     wanted = torch.autograd.grad(expected.loss, case.student)
     dirty = case.hidden.detach().masked_fill(~keep[:, None], math.nan).requires_grad_()
@@ -285,7 +285,7 @@ def test_positions_that_do_not_count_may_hold_anything(convention: str, divergen
         {"labels": case.labels.masked_fill(~keep, -100)},
         {"labels": case.labels.masked_fill(~keep, 10**6), "token_weights": keep.double()},
     ):
-        result = linear_distillation_loss(dirty, case.weight, case.bias, **targets, **teacher, options=options)
+        result = linear_distillation_loss(dirty, case.weight, bias=case.bias, **targets, **teacher, options=options)
         gradients = torch.autograd.grad(result.loss, (dirty, case.weight, case.bias))
         for value, reference in zip((*result, *gradients), (*expected, *wanted), strict=True):
             assert relative(value, reference) < 1e-12
@@ -305,7 +305,7 @@ def test_a_nan_that_counts_is_not_hidden(convention: str, divergence: str) -> No
     case = make_case(ignored=0)
     teacher = case.sparse(convention)
     teacher["teacher_logprobs"][3, 2] = math.nan
-    result = linear_distillation_loss(*case.student, **teacher, options=LossOptions(divergence))
+    result = case.linear(**teacher, options=LossOptions(divergence))
     assert result.loss.isnan()
     assert torch.autograd.grad(result.loss, case.hidden)[0][3].isnan().any()
 
@@ -327,7 +327,7 @@ def test_classes_banned_outside_and_ids_without_mass(convention: str, divergence
         bias[banned] = -math.inf
         leaves = (case.hidden, case.weight, bias.requires_grad_())
         arguments = {"teacher_ids": ids, "teacher_logprobs": logprobs, "convention": convention, "options": options}
-        result = linear_distillation_loss(*leaves, **arguments)
+        result = linear_distillation_loss(*leaves[:2], bias=bias, **arguments)
         wanted = distillation_loss(F.linear(*leaves), **arguments)
         if convention == "tail" and banned == slice(5, None) and divergence in ("forward_kl", "soft_cross_entropy"):
             assert result.loss.item() == wanted.loss.item() == math.inf  # the teacher has mass where the student has none
@@ -356,18 +356,18 @@ def test_linear_sparse_kl_is_a_thin_wrapper() -> None:
     wrapped = linear_sparse_kl(
         case.hidden,
         case.weight,
-        case.bias,
         teacher["teacher_ids"],
         teacher["teacher_logprobs"],
+        bias=case.bias,
+        teacher_log_rest=rest,
         convention="tail",
-        log_rest=rest,
         labels=case.labels,
         options=options,
     )
-    whole = linear_distillation_loss(*case.student, **teacher, teacher_log_rest=rest, labels=case.labels, options=options)
+    whole = case.linear(**teacher, teacher_log_rest=rest, labels=case.labels, options=options)
     assert wrapped == whole
     argmax = case.teacher("ids")["teacher_ids"]
-    assert linear_sparse_kl(case.hidden, case.weight, case.bias, argmax, options=LossOptions("jsd")) == case.loss(
+    assert linear_sparse_kl(case.hidden, case.weight, argmax, bias=case.bias, options=LossOptions("jsd")) == case.loss(
         "ids", LossOptions("jsd")
     )
 
@@ -431,7 +431,7 @@ def test_arguments_without_a_meaning_are_refused(message: str, changes: dict[str
     case = make_case()
     arguments = {"teacher_ids": IDS, "teacher_logprobs": LOGPROBS, "convention": "tail", **changes}
     with pytest.raises(ValueError, match=message):
-        linear_distillation_loss(*case.student, **arguments)
+        case.linear(**arguments)
     with pytest.raises(ValueError, match=message):
         distillation_loss(torch.zeros(N, V, dtype=F64), **arguments)
 
@@ -439,7 +439,7 @@ def test_arguments_without_a_meaning_are_refused(message: str, changes: dict[str
 def test_a_teacher_by_ids_beside_another_is_refused() -> None:
     case = make_case()
     with pytest.raises(ValueError, match=r"at most one form"):
-        linear_distillation_loss(*case.student, **case.sparse("tail"), **case.teacher("logits"))
+        case.linear(**case.sparse("tail"), **case.teacher("logits"))
 
 
 def test_an_out_of_range_id_is_an_error() -> None:
@@ -449,7 +449,7 @@ def test_an_out_of_range_id_is_an_error() -> None:
         teacher["teacher_ids"] = teacher["teacher_ids"].clone()
         teacher["teacher_ids"][5, 1] = V
         with pytest.raises(RuntimeError, match=r"out of bounds"):
-            linear_distillation_loss(*case.student, **teacher)
+            case.linear(**teacher)
 
 
 def test_the_teacher_is_a_constant() -> None:
@@ -457,6 +457,6 @@ def test_the_teacher_is_a_constant() -> None:
     teacher = case.sparse("tail")
     rest = torch.log1p(-teacher["teacher_logprobs"].exp().sum(1)).requires_grad_()
     teacher["teacher_logprobs"].requires_grad_()
-    linear_distillation_loss(*case.student, **teacher, teacher_log_rest=rest).loss.backward()
+    case.linear(**teacher, teacher_log_rest=rest).loss.backward()
     assert teacher["teacher_logprobs"].grad is None
     assert rest.grad is None

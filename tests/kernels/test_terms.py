@@ -78,7 +78,7 @@ def test_labels_alone_equal_torch(smoothing: float, dtype: torch.dtype) -> None:
     wanted = F.cross_entropy(logits, case.labels, label_smoothing=smoothing)
     expected = torch.autograd.grad(wanted, case.student, retain_graph=True)
     options = LossOptions(label_smoothing=smoothing, chunk_bytes=3 * row_bytes(V))
-    result = linear_cross_entropy(case.hidden, case.weight, case.bias, case.labels, options=options)
+    result = linear_cross_entropy(case.hidden, case.weight, case.labels, bias=case.bias, options=options)
     for value, want in zip((result.loss, *torch.autograd.grad(result.loss, case.student)), (wanted, *expected), strict=True):
         assert relative(value, want) < bound
     leaf = logits.detach().requires_grad_()
@@ -109,7 +109,7 @@ def test_gradcheck_of_all_terms_together() -> None:
         def loss(hidden: Tensor, weight: Tensor, bias: Tensor, form: str = form, options: LossOptions = options) -> Tensor:
             teacher = case.sparse("tail", 2) if form == "tail" else case.teacher(form)
             targets = {"labels": case.labels, "token_weights": case.token_weights}
-            return linear_distillation_loss(hidden, weight, bias, **teacher, **targets, options=options).loss
+            return linear_distillation_loss(hidden, weight, bias=bias, **teacher, **targets, options=options).loss
 
         assert torch.autograd.gradcheck(loss, case.student, fast_mode=False)
 
@@ -123,7 +123,7 @@ def test_positions_that_do_not_count_reach_neither_term() -> None:
     options = LossOptions(label_smoothing=0.2, z_loss=0.1, chunk_bytes=3 * row_bytes(V))
     result = case.loss("none", options, labels=labels)
     kept = case.hidden[4:].detach().requires_grad_()
-    wanted = linear_cross_entropy(kept, case.weight, case.bias, labels[4:], options=options)
+    wanted = linear_cross_entropy(kept, case.weight, labels[4:], bias=case.bias, options=options)
     gradients = torch.autograd.grad(result.loss, case.student)
     expected = torch.autograd.grad(wanted.loss, (kept, case.weight, case.bias))
     assert relative(result.loss, wanted.loss) < 1e-12
@@ -287,7 +287,7 @@ def test_vocabularies_of_two_sizes_are_refused_unless_asked_for() -> None:
             ValueError, match=rf"^teacher_\w+: the teacher has 30 classes, the student {V}; .*common_vocabulary=True"
         ):
             case.loss(form, LossOptions())
-    for call in (softmax_kl, lambda s, t: distillation_loss(s, teacher_logits=t)):
+    for call in (softmax_kl, distillation_loss):
         with pytest.raises(ValueError, match=r"^teacher_logits: the teacher has 30 classes"):
             call(torch.zeros(2, 37), torch.zeros(2, 30))
     with pytest.raises(RuntimeError, match=r"out of bounds"):  # a label that the teacher lacks
@@ -304,7 +304,7 @@ def test_sizes_of_the_vocabulary(classes: int, form: str) -> None:
     case = make_case(n, classes, 4, 3, ignored=1)
     teacher = case.sparse(form, min(2, classes)) if form in SPARSE else case.teacher(form)
     options = LossOptions(alpha=0.3, student_temperature=2.0, label_smoothing=0.1, z_loss=0.1, chunk_bytes=2 * row_bytes(classes))
-    result = linear_distillation_loss(*case.student, labels=case.labels, **teacher, options=options)
+    result = case.linear(labels=case.labels, **teacher, options=options)
     if form == "hidden":
         teacher = case.teacher("logits")
     logits = F.linear(case.hidden, case.weight, case.bias)
@@ -358,7 +358,7 @@ def test_any_shape_and_options(data: st.DataObject) -> None:
         targets["token_weights"] = case.token_weights
     if draw(st.booleans()):
         targets["denominator"] = 7.0
-    result = linear_distillation_loss(case.hidden, case.weight, case.bias, **targets, **teacher)
+    result = case.linear(**targets, **teacher)
     logits = F.linear(case.hidden, case.weight, case.bias)
     wanted = distillation_loss(logits, **targets, **(case.teacher("logits") if form == "hidden" else teacher))
     # One class, or nothing counted: the exact answer is 0, which a relative bound does not fit.

@@ -33,7 +33,7 @@ def test_equals_torch_over_whole_logits(dtype: torch.dtype, bias: bool) -> None:
     for k, temperature, rows in itertools.product((1, 5, V - 1), (1.0, 0.5, 3.0), (1, 4, 1000)):
         itemsize = 8 if dtype == F64 else 4
         ids, logprobs, log_rest = topk_logits(
-            case.hidden, case.weight, case.bias, k, temperature=temperature, chunk_bytes=rows * 2 * V * itemsize
+            case.hidden, case.weight, k, bias=case.bias, temperature=temperature, chunk_bytes=rows * 2 * V * itemsize
         )
         wanted = plain(logits, k, temperature)
         assert torch.equal(ids, wanted.ids)
@@ -45,7 +45,7 @@ def test_equals_torch_over_whole_logits(dtype: torch.dtype, bias: bool) -> None:
 
 def test_every_class() -> None:
     case = make_case()
-    ids, logprobs, log_rest = topk_logits(case.hidden, case.weight, case.bias, V)
+    ids, logprobs, log_rest = topk_logits(case.hidden, case.weight, V, bias=case.bias)
     wanted = plain(F.linear(case.hidden, case.weight, case.bias), V, 1.0)
     assert torch.equal(ids, wanted.ids)
     assert relative(logprobs, wanted.logprobs) < 1e-12
@@ -54,7 +54,7 @@ def test_every_class() -> None:
 
 def test_ties_come_by_rising_id() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, 3.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0, 9.0]])
-    ids, logprobs, log_rest = topk_logits(logits, torch.eye(6), None, 5)
+    ids, logprobs, log_rest = topk_logits(logits, torch.eye(6), 5)
     assert ids[0].tolist() == [1, 3, 5, 2, 4]
     assert ids[1, 0] == 5
     assert ids[1, 1:].tolist() == sorted(ids[1, 1:].tolist())
@@ -68,7 +68,7 @@ def test_the_rest_keeps_its_digits_where_the_k_hold_nearly_all() -> None:
     logits[0, :3] += 50.0
     logits[1, :3] += 200.0
     logits[2] += 1e4
-    result = topk_logits(logits, torch.eye(50), None, 3)
+    result = topk_logits(logits, torch.eye(50), 3)
     wanted = plain(logits.double(), 3, 1.0)
     assert wanted.log_rest[1] < -150
     for row in range(4):
@@ -80,18 +80,18 @@ def test_banned_classes_and_no_rows() -> None:
     bias = torch.zeros(5, dtype=F64)
     bias[1:4] = -math.inf
     hidden = torch.eye(5, dtype=F64)
-    ids, logprobs, log_rest = topk_logits(hidden, torch.eye(5, dtype=F64), bias, 2)
+    ids, logprobs, log_rest = topk_logits(hidden, torch.eye(5, dtype=F64), 2, bias=bias)
     assert {tuple(sorted(row)) for row in ids.tolist()} == {(0, 4)}
     assert relative(logprobs.exp().sum(1), torch.ones(5)) < 1e-12
     assert (log_rest == -math.inf).all()
-    ids, logprobs, log_rest = topk_logits(hidden[:0], torch.eye(5, dtype=F64), None, 2)
+    ids, logprobs, log_rest = topk_logits(hidden[:0], torch.eye(5, dtype=F64), 2)
     assert (ids.shape, logprobs.shape, log_rest.shape) == ((0, 2), (0, 2), (0,))
 
 
 def test_nothing_of_tokens_times_vocabulary_is_made() -> None:
     hidden, weight = torch.randn(256, 4), torch.randn(300, 4)
     with Recorder() as recorder:
-        topk_logits(hidden, weight, None, 7, chunk_bytes=16 * 2 * 300 * 4)
+        topk_logits(hidden, weight, 7, chunk_bytes=16 * 2 * 300 * 4)
     assert recorder.largest == 16 * 300
 
 
@@ -100,16 +100,16 @@ def test_nothing_of_tokens_times_vocabulary_is_made() -> None:
 def test_fed_into_the_tail(divergence: str, teacher_temperature: float) -> None:
     """With K = V - 1 the tail is the dense loss, so teacher, top-k and loss together can be held against it."""
     case = make_case()
-    top = topk_logits(case.teacher_hidden, case.teacher_weight, case.teacher_bias, V - 1, temperature=teacher_temperature)
+    top = topk_logits(case.teacher_hidden, case.teacher_weight, V - 1, bias=case.teacher_bias, temperature=teacher_temperature)
     options: dict[str, Any] = {"student_temperature": 1.5, "alpha": 0.2}
     result = linear_sparse_kl(
         case.hidden,
         case.weight,
-        case.bias,
         top.ids,
         top.logprobs,
+        bias=case.bias,
         convention="tail",
-        log_rest=top.log_rest,
+        teacher_log_rest=top.log_rest,
         labels=case.labels,
         options=LossOptions(divergence, **options),
     )
@@ -121,15 +121,15 @@ def test_arguments_without_a_meaning_are_refused() -> None:
     hidden, weight, bias = torch.zeros(N, D), torch.zeros(V, D), torch.zeros(V)
     for k in (0, -1, V + 1):
         with pytest.raises(ValueError, match=rf"^k: must lie in \[1, {V}\]"):
-            topk_logits(hidden, weight, bias, k)
+            topk_logits(hidden, weight, k, bias=bias)
     for temperature in (0.0, -1.0, math.inf, math.nan, 1e-40):
         with pytest.raises(ValueError, match=r"^temperature: must be at least"):
-            topk_logits(hidden, weight, bias, 2, temperature=temperature)
+            topk_logits(hidden, weight, 2, bias=bias, temperature=temperature)
     with pytest.raises(ValueError, match=r"^chunk_bytes: must be at least 1"):
-        topk_logits(hidden, weight, bias, 2, chunk_bytes=0)
+        topk_logits(hidden, weight, 2, bias=bias, chunk_bytes=0)
     with pytest.raises(ValueError, match=r"^weight: expected shape"):
-        topk_logits(hidden, weight[:, :3], bias, 2)
+        topk_logits(hidden, weight[:, :3], 2, bias=bias)
     with pytest.raises(ValueError, match=r"^bias: expected shape"):
-        topk_logits(hidden, weight, bias[:3], 2)
+        topk_logits(hidden, weight, 2, bias=bias[:3])
     with pytest.raises(ValueError, match=r"^hidden: expected a floating-point"):
-        topk_logits(hidden.long(), weight, bias, 2)
+        topk_logits(hidden.long(), weight, 2, bias=bias)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megapd_kernels import LossOptions, LossResult, distillation_loss, linear_distillation_loss, softmax_kl
+from megapd_kernels import LossOptions, LossResult, distillation_loss, softmax_kl
 
 from .cases import DIVERGENCES, F64, FORMS, Case, make_case, possible, relative
 
@@ -282,9 +282,7 @@ def test_sparse_teachers(convention: str, divergence: str) -> None:
         options = LossOptions(divergence, beta=0.3, chunk_bytes=2000, **extras)
         teacher: dict[str, Any] = {"teacher_ids": ids, "convention": convention}
         targets = {"labels": case.labels, "token_weights": case.token_weights}
-        result = linear_distillation_loss(
-            case.hidden, case.weight, case.bias, teacher_logprobs=logprobs, **teacher, **targets, options=options
-        )
+        result = case.linear(teacher_logprobs=logprobs, **teacher, **targets, options=options)
         wide = moved(case, F64)
         logits = torch.nn.functional.linear(wide.hidden, wide.weight, wide.bias)
         targets = {"labels": case.labels, "token_weights": case.token_weights.double()}

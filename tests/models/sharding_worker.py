@@ -111,10 +111,10 @@ def compare(model: nn.Module, whole: nn.Module, vocab: int, rank: int) -> dict[s
         for head in (model.head, whole.head)
     ]
     loss = linear_distillation_loss(
-        2.0 * teacher, *parts, **arguments, teacher_weight=parts[0], teacher_bias=parts[1], shard=shard_, options=LossOptions()
+        2.0 * teacher, parts[0], bias=parts[1], **arguments, teacher_weight=parts[0], teacher_bias=parts[1], shard=shard_
     )
     wanted = linear_distillation_loss(
-        2.0 * teacher, *full, **arguments, teacher_weight=full[0], teacher_bias=full[1], options=LossOptions()
+        2.0 * teacher, full[0], bias=full[1], **arguments, teacher_weight=full[0], teacher_bias=full[1]
     )
     errors["loss of the shards"] = error(loss.loss, wanted.loss)
     return errors

@@ -8,9 +8,7 @@ from torch.nn import functional as F
 
 from megapd.config import MLPConfig
 from megapd.models import LossHead, build_model
-from megapd.signals.signal import Head, Signal
-from megapd.signals.spec import SignalSpec
-from megapd.teacher.engine.answers import answer
+from megapd.signals import Head, Signal, SignalSpec, TeacherOutput
 from megapd_kernels import LossOptions
 
 from .test_transformer import KINDS, VOCAB, build, config, make_batch
@@ -48,7 +46,7 @@ def test_sparse_signals_have_the_teachers_temperature_already():
     head = Head(teacher.head.weight.detach(), None)
     found = {}
     for spec in (SignalSpec("topk", "fp32", VOCAB, 2.0), SignalSpec("sampled", "fp32", 20_000, 2.0)):
-        values, logprobs, log_rest = answer(spec, batch, hidden, head)
+        values, logprobs, log_rest = spec.answer(batch, TeacherOutput(hidden, head))
         sparse = Signal(spec, "t", batch.digest, values, None, logprobs, log_rest)
         found[spec.kind] = student(batch, sparse)[0].item()
     assert found["topk"] == pytest.approx(dense.item(), rel=1e-4)

@@ -243,9 +243,9 @@ def test_only_a_ranks_parts_are_read(saved, kind, monkeypatch):
     reference, folder = saved[kind]
     stored = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
     monkeypatch.setattr(pretrained, "_read_renamed", None)
-    log, plain = [], pretrained._stored_tensors
+    log, plain = [], pretrained.stored_tensors
     monkeypatch.setattr(
-        pretrained, "_stored_tensors", lambda folder: ((path, name, Reader(source, log)) for path, name, source in plain(folder))
+        pretrained, "stored_tensors", lambda folder: ((path, name, Reader(source, log)) for path, name, source in plain(folder))
     )
     model = build_pretrained(settings(kind), torch.float32, META)
     parts = shard(model, plan_for(model), 1, 2, None)

@@ -20,19 +20,10 @@ from starlette.testclient import TestClient
 
 from megapd.config import SchedulerConfig
 from megapd.scheduler.app import build_app
-from megapd.scheduler.service.hub import Service
-from megapd.scheduler.store import tokens as journal
-from megapd.scheduler.store.database import Store
+from megapd.scheduler.service import Service
+from megapd.scheduler.store import Store, tokens
 
 ROOT = Path(__file__).resolve().parents[2]
-
-_SERVE = """
-import sys
-from megapd.scheduler.server import serve
-from megapd.config import SchedulerConfig
-settings = SchedulerConfig(database=sys.argv[1], port=int(sys.argv[2]), lease_seconds=float(sys.argv[3]))
-serve(settings, ready=lambda port: print(port, flush=True))
-"""
 
 
 @contextlib.contextmanager
@@ -48,7 +39,7 @@ def client(folder: Path, **settings) -> Iterator[TestClient]:
 
 def token(store: Store, role: str) -> dict[str, str]:
     """The header of a new token."""
-    made = store.write(lambda connection: journal.create_token(connection, role, role))
+    made = store.write(lambda connection: tokens.create_token(connection, role, role))
     return {"Authorization": f"Bearer {made}"}
 
 
@@ -65,7 +56,7 @@ class Process:
 
     def start(self) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        arguments = [sys.executable, "-c", _SERVE, self.database, str(self.port), str(self.lease_seconds)]
+        arguments = [sys.executable, "-m", "tests.scheduler.serve", self.database, str(self.port), str(self.lease_seconds)]
         self.process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()

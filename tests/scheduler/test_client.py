@@ -16,7 +16,7 @@ from megapd.schedule.policies import build_plan
 from megapd.scheduler.client import changes as client
 from megapd.scheduler.client.changes import Registration, ServiceSource
 from megapd.scheduler.client.http import Api
-from megapd.scheduler.store.database import Store
+from megapd.scheduler.store import Store
 from tests.scheduler import services
 
 THERE = tuple(range(10, 110, 10))

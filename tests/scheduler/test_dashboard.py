@@ -12,10 +12,8 @@ import httpx
 import pytest
 from sqlalchemy import insert
 
+from megapd.scheduler.store import Store, runs, tokens
 from megapd.scheduler.store import events as journal
-from megapd.scheduler.store import runs
-from megapd.scheduler.store import tokens as tokens_module
-from megapd.scheduler.store.database import Store
 from megapd.scheduler.store.tables import runs as runs_table
 from tests.scheduler import services
 
@@ -156,10 +154,7 @@ def enter_token(page: Page, secret: str) -> None:
 
 def make_tokens(served: services.Process) -> dict[str, str]:
     with contextlib.closing(Store(served.database)) as store:
-        return {
-            role: store.write(lambda c, role=role: tokens_module.create_token(c, role, f"my-{role}"))
-            for role in tokens_module.ROLES
-        }
+        return {role: store.write(lambda c, role=role: tokens.create_token(c, role, f"my-{role}")) for role in tokens.ROLES}
 
 
 # ---------------------------------------------------------------------------------------------------------- in a browser

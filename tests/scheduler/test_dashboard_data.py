@@ -101,7 +101,7 @@ def test_newest_events_are_the_last_ones_in_order(client):
 
 def test_page_is_for_everybody_and_its_data_for_those_with_a_token(client):
     read = services.token(client.service.store, "read")
-    client.service.tokens.forget()
+    client.service.authenticator.forget()
     paths = ["caller", "events", "runs/none/timeline", "runs/none/curve", "trajectories/parity/curve"]
     for path in paths:
         assert client.get(f"/v1/page/{path}").status_code == 401

@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 
-from megapd.scheduler.service.leases import Leases
+from megapd.scheduler.service.lease_table import LeaseTable
 from megapd.scheduler.store import events as journal
 from megapd.scheduler.store import runs
 from megapd.scheduler.store.database import Conflict, NotFound, Store
@@ -33,7 +33,7 @@ def clock():
 
 @pytest.fixture
 def leases(store, clock):
-    return Leases(store, 10.0, clock)
+    return LeaseTable(store, 10.0, clock)
 
 
 def run(store: Store, name: str, group: str = "g") -> None:
@@ -44,13 +44,13 @@ def assignment(store: Store, name: str) -> dict:
     return store.read(lambda c: runs.assignment(c, name))
 
 
-def pass_time(leases: Leases, clock: Clock, seconds: float, beating: tuple[str, ...] = ()) -> None:
+def pass_time(leases: LeaseTable, clock: Clock, seconds: float, beating: tuple[str, ...] = ()) -> None:
     """Time goes by, swept as the service does it."""
     end = clock.now + seconds
     while clock.now < end:
         clock.now += leases.interval
         for id in beating:
-            leases.beat(id, {})
+            leases.heartbeat(id, {})
         for write in leases.sweep():
             write.result(10)
 
@@ -65,7 +65,7 @@ def test_lists_follow_the_replicas(store, leases):
     assert set(assignment(store, "r")["endpoints"]) == {"grpc://a:1", "grpc://b:1"}
     leases.drain("a").result(10)
     assert assignment(store, "r") == {"version": 3, "endpoints": ["grpc://b:1"]}
-    assert leases.beat("a", {}).state == "draining"
+    assert leases.heartbeat("a", {}).state == "draining"
     leases.leave("a").result(10)
     assert assignment(store, "r")["version"] == 3  # the list did not change
     leases.leave("b").result(10)
@@ -100,7 +100,7 @@ def test_the_silent_are_dropped_and_told_so(store, leases, clock):
     assert [lease.id for lease in leases.held()] == ["a"]
     assert assignment(store, "r")["endpoints"] == ["grpc://a:1"]
     with pytest.raises(NotFound):
-        leases.beat("b", {})
+        leases.heartbeat("b", {})
     events = store.read(lambda c: journal.events_after(c, 0, 100))
     assert [e["body"]["reason"] for e in events if e["kind"] == "replica" and e["body"]["state"] == "gone"] == ["expired"]
     assert not leases.register("b", "g", "grpc://b:1", {}).result(10)  # known, and back
@@ -112,7 +112,7 @@ def test_a_restart_gives_a_whole_lease(store, leases, clock):
         leases.register(id, "g", f"grpc://{id}:1", {}).result(10)
     leases.drain("b").result(10)
     clock.now += 500.0  # the service was away, and with it what it had heard
-    again = Leases(store, 10.0, clock)
+    again = LeaseTable(store, 10.0, clock)
     assert {lease.id: lease.state for lease in again.held()} == {"a": "live", "b": "draining"}
     pass_time(again, clock, 9.0)
     assert len(again) == 2
@@ -131,7 +131,7 @@ def test_a_service_that_stood_still_drops_nobody_for_it(leases, clock):
     assert len(leases) == 0
 
 
-def test_a_beat_that_comes_before_the_drop_is_written_keeps_the_lease(store, leases, clock):
+def test_a_heartbeat_that_comes_before_the_drop_is_written_keeps_the_lease(store, leases, clock):
     import threading
 
     leases.register("a", "g", "grpc://a:1", {}).result(10)
@@ -148,7 +148,7 @@ def test_a_beat_that_comes_before_the_drop_is_written_keeps_the_lease(store, lea
     begun.wait(10)
     clock.now += leases.interval
     (drop,) = leases.sweep()
-    leases.beat("a", {})
+    leases.heartbeat("a", {})
     release.set()
     drop.result(10)
     assert len(leases) == 1
@@ -170,7 +170,7 @@ def test_a_replica_started_again_replaces_the_one_before(store, leases):
     assert [lease.id for lease in leases.held()] == ["a2"]
     assert assignment(store, "r")["endpoints"] == ["grpc://a:1"]
     with pytest.raises(NotFound):
-        leases.beat("a", {})
+        leases.heartbeat("a", {})
 
 
 def test_what_there_is_not_cannot_drain(leases):

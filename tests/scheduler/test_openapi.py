@@ -23,7 +23,7 @@ def client(tmp_path_factory):
         assert found.put("/v1/runs/a/schedule", json=body).status_code == 201
         assert found.put("/v1/replicas/a", json={"group": "a", "endpoint": "grpc://a:1"}).status_code == 201
         found.headers.update(services.token(found.service.store, "admin"))
-        found.service.tokens.forget()
+        found.service.authenticator.forget()
         yield found
 
 

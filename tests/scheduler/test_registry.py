@@ -15,18 +15,13 @@ from hypothesis import strategies as st
 
 from megapd.config import SchedulerConfig
 from megapd.errors import UserError
-from megapd.scheduler.registry.files import (
-    LocalRegistry,
-    RemoteRegistry,
-    changed,
-    head_digest,
-    import_trajectory,
-    verify_trajectory,
-    watch_trajectory,
-)
-from megapd.scheduler.registry.verify import judge, unruly
+from megapd.scheduler.local import open_api
+from megapd.scheduler.registry import Registry, import_trajectory, verify_trajectory, watch_trajectory
+from megapd.scheduler.registry.importing import head_digest
+from megapd.scheduler.registry.rules import judge, unruly
+from megapd.scheduler.registry.verify import changed
+from megapd.scheduler.store import Store
 from megapd.scheduler.store import trajectories as catalogue
-from megapd.scheduler.store.database import Store
 from tests.scheduler import services
 from tests.trajectory.checkpoints import weights, write
 
@@ -38,8 +33,15 @@ def store(tmp_path):
 
 
 @pytest.fixture
-def registry(store):
-    return LocalRegistry(store)
+def registry(store, tmp_path):
+    with opened(SchedulerConfig(database=f"sqlite:///{tmp_path}/s.db")) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def opened(settings):
+    with open_api(settings) as api:
+        yield Registry(api)
 
 
 def teacher(folder, steps=(10, 20, 30), **metrics):
@@ -187,21 +189,21 @@ def test_the_service_s_registry_is_the_same(tmp_path):
     with contextlib.closing(services.Process(database)) as process:
         path = tmp_path / "token"
         path.write_text(given)
-        remote = RemoteRegistry(SchedulerConfig(url=process.url, token=path))
-        first = import_trajectory(remote, source, name="t")
-        assert first.added == (10, 20, 30, 40, 50)
-        assert import_trajectory(remote, source, name="t").known == first.added
-        (tmp_path / "t" / "step_20" / "model.safetensors.index.json").write_text("{}")
-        (flagged,) = verify_trajectory(remote, "t", accept=True)
-        assert (flagged["step"], flagged["flags"][0]["accepted_by"]) == (20, "admin")
-        shown = remote.checkpoints(first.digest)
-        with pytest.raises(UserError, match="none called"):
-            remote.find_trajectory("unknown")
-        with pytest.raises(UserError, match="bearer token"):
-            RemoteRegistry(SchedulerConfig(url=process.url)).find_trajectory("t")
-    with contextlib.closing(Store(database)) as store:
-        assert LocalRegistry(store).checkpoints(first.digest) == shown
-        assert import_trajectory(LocalRegistry(store), source, name="t").digest == first.digest
+        with opened(SchedulerConfig(url=process.url, token=path)) as remote:
+            first = import_trajectory(remote, source, name="t")
+            assert first.added == (10, 20, 30, 40, 50)
+            assert import_trajectory(remote, source, name="t").known == first.added
+            (tmp_path / "t" / "step_20" / "model.safetensors.index.json").write_text("{}")
+            (flagged,) = verify_trajectory(remote, "t", accept=True)
+            assert (flagged["step"], flagged["flags"][0]["accepted_by"]) == (20, "admin")
+            shown = remote.checkpoints(first.digest)
+            with pytest.raises(UserError, match="none called"):
+                remote.find_trajectory("unknown")
+        with opened(SchedulerConfig(url=process.url)) as stranger, pytest.raises(UserError, match="bearer token"):
+            stranger.find_trajectory("t")
+    with opened(SchedulerConfig(database=database)) as local:
+        assert local.checkpoints(first.digest) == shown
+        assert import_trajectory(local, source, name="t").digest == first.digest
 
 
 # ------------------------------------------------------------------------------------------------------------- the rules
@@ -306,8 +308,7 @@ def test_the_verbs_import_probe_and_verify(tmp_path, capsys):
     assert verify_checkpoints(given, "t") == 1
     assert "step 1: changed" in capsys.readouterr().out
     assert verify_checkpoints(given, "t", accept=True) == 0
-    with contextlib.closing(Store(scheduler.database)) as store:
-        registry = LocalRegistry(store)
+    with opened(scheduler) as registry:
         records = registry.checkpoints(registry.find_trajectory("t")["digest"])
     assert [record["step"] for record in records] == [1, 2]
     losses = [record["probe_loss"] for record in records]

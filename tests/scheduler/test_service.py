@@ -17,10 +17,9 @@ import pytest
 from megapd.config import SchedulerConfig
 from megapd.errors import UserError
 from megapd.scheduler.server import serve
-from megapd.scheduler.service.access import is_loopback
-from megapd.scheduler.store import tokens as journal
+from megapd.scheduler.service import is_loopback
+from megapd.scheduler.store import ROLES, Store
 from megapd.scheduler.store import trajectories as catalogue
-from megapd.scheduler.store.database import Store
 from tests.scheduler import services
 from tests.teacher.certificates import make_authority
 
@@ -42,7 +41,7 @@ def serving(settings: SchedulerConfig):
 
     def run():
         try:
-            serve(settings, ready=lambda port: (ports.append(port), ready.set()), stop=stop)
+            serve(settings, stop, ready=lambda port: (ports.append(port), ready.set()))
         except BaseException as error:
             errors.append(error)
             ready.set()
@@ -114,8 +113,8 @@ OPERATIONS = [
 
 def test_every_operation_asks_for_its_role(client):
     fill(client)
-    headers = {role: services.token(client.service.store, role) for role in journal.ROLES}
-    client.service.tokens.forget()
+    headers = {role: services.token(client.service.store, role) for role in ROLES}
+    client.service.authenticator.forget()
     digest = client.get("/v1/trajectories/t/checkpoints", headers=headers["read"]).json()[0]["digest"]
     for method, path, body, least in OPERATIONS:
         path = path.replace("CHECKPOINT", digest)
@@ -129,8 +128,8 @@ def test_every_operation_asks_for_its_role(client):
         assert nobody.headers["www-authenticate"] == "Bearer"
         assert ask({"Authorization": "Bearer megapd_wrong"}).status_code == 401
         assert ask({"Authorization": "Basic " + headers["admin"]["Authorization"].split()[1]}).status_code == 401
-        for role in journal.ROLES:
-            if journal.ROLES.index(role) < journal.ROLES.index(least):
+        for role in ROLES:
+            if ROLES.index(role) < ROLES.index(least):
                 refused = ask(headers[role])
                 assert refused.status_code == 403, (method, path, role, refused.text)
                 assert "needs a token of role" in refused.json()["detail"]
@@ -157,7 +156,7 @@ def _template(path: str) -> str:
 
 def test_revoked_tokens_and_health(client):
     admin = services.token(client.service.store, "admin")
-    client.service.tokens.forget()
+    client.service.authenticator.forget()
     assert client.get("/health").status_code == 200
     assert client.get("/").status_code == 200
     made = client.post("/v1/tokens", json={"name": "r", "role": "run"}, headers=admin).json()["token"]
@@ -252,15 +251,14 @@ def test_no_location_is_ever_opened(client, tmp_path):
             assert "root:" not in answer.text
 
 
-def test_the_short_way_and_the_route_say_the_same(client):
+def test_what_is_asked_most(client):
     fill(client)
     client.put("/v1/runs/r/schedule", json=SCHEDULE)
     client.put("/v1/replicas/p", json={"group": "r", "endpoint": "grpc://h:1"})
+    assert client.get("/v1/runs/r/assignment").json() == {"version": 1, "endpoints": ["grpc://h:1"]}
+    assert client.get("/v1/runs/r/schedule").json()["version"] == 1
     for kind in ("assignment", "schedule"):
-        short = client.get(f"/v1/runs/r/{kind}")
-        long = client.get(f"/v1/runs/r/{kind}?unknown=1")  # a query takes the route
-        assert short.status_code == long.status_code == 200
-        assert short.json() == long.json()
+        assert client.get(f"/v1/runs/r/{kind}?unknown=1").json() == client.get(f"/v1/runs/r/{kind}").json()
         assert client.get(f"/v1/runs/none/{kind}").status_code == 404
     beat = client.post("/v1/replicas/p/beat", json={"figures": {"tokens_per_second": 5}})
     assert beat.json() == client.post("/v1/replicas/p/beat?x=1", json={"figures": {"tokens_per_second": 5}}).json()
@@ -352,12 +350,13 @@ def test_an_open_stream_does_not_keep_the_service_from_ending(tmp_path):
 
 
 def test_other_machines_need_tls_and_tokens(tmp_path):
+    never = threading.Event()
     database = f"sqlite:///{tmp_path}/s.db"
     pair = make_authority(tmp_path / "tls").server
     with pytest.raises(UserError, match=r"scheduler\.certificate"):
-        serve(SchedulerConfig(database=database, host="0.0.0.0", port=0))
+        serve(SchedulerConfig(database=database, host="0.0.0.0", port=0), never)
     with pytest.raises(UserError, match="megapd scheduler token"):
-        serve(SchedulerConfig(database=database, host="0.0.0.0", port=0, certificate=pair.certificate, key=pair.key))
+        serve(SchedulerConfig(database=database, host="0.0.0.0", port=0, certificate=pair.certificate, key=pair.key), never)
 
 
 def test_tls(tmp_path):
@@ -379,16 +378,17 @@ def test_tls(tmp_path):
 
 
 def test_mistakes_of_the_settings_are_told(tmp_path):
+    never = threading.Event()
     database = f"sqlite:///{tmp_path}/s.db"
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(UserError, match=r"scheduler\.port"):
-            serve(SchedulerConfig(database=database, port=taken.getsockname()[1]))
+            serve(SchedulerConfig(database=database, port=taken.getsockname()[1]), never)
     (tmp_path / "bad.pem").write_text("no certificate")
     bad = tmp_path / "bad.pem"
     with pytest.raises(UserError, match=r"scheduler\.certificate"):
-        serve(SchedulerConfig(database=database, port=0, certificate=bad, key=bad))
+        serve(SchedulerConfig(database=database, port=0, certificate=bad, key=bad), never)
     for wrong in ({"database": "mysql://x"}, {"certificate": bad}, {"url": "ftp://x"}, {"lease_seconds": 0.0}):
         with pytest.raises(ValueError, match=next(iter(wrong)) if "certificate" not in wrong else "key"):
             SchedulerConfig(**wrong)
@@ -397,7 +397,7 @@ def test_mistakes_of_the_settings_are_told(tmp_path):
 def test_a_second_service_of_a_store_is_refused(tmp_path):
     settings = SchedulerConfig(database=f"sqlite:///{tmp_path}/s.db", port=0)
     with serving(settings), pytest.raises(UserError, match="another scheduler"):
-        serve(settings)
+        serve(settings, threading.Event())
 
 
 def test_sigterm_ends_it_with_code_0_and_silent_replicas_are_dropped(tmp_path):

@@ -10,10 +10,9 @@ import httpx
 import pytest
 from sqlalchemy import select
 
+from megapd.scheduler.store import Store, runs
 from megapd.scheduler.store import events as journal
-from megapd.scheduler.store import runs
 from megapd.scheduler.store import trajectories as catalogue
-from megapd.scheduler.store.database import Store
 from megapd.scheduler.store.tables import replicas
 from tests.scheduler.services import Process, postgres, postgres_binaries
 

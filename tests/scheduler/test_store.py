@@ -15,8 +15,7 @@ from sqlalchemy import create_engine, select
 
 from megapd.errors import UserError
 from megapd.scheduler.store import events as journal
-from megapd.scheduler.store import runs
-from megapd.scheduler.store import tokens as tokens_module
+from megapd.scheduler.store import runs, tokens
 from megapd.scheduler.store import trajectories as catalogue
 from megapd.scheduler.store.control import control
 from megapd.scheduler.store.database import HEAD, Conflict, NotFound, Refused, Store
@@ -404,19 +403,19 @@ def test_control_sets_versions_of_the_schedule(sqlite):
 
 
 def test_tokens_are_kept_as_hashes(store):
-    token = store.write(lambda c: tokens_module.create_token(c, "admin", "ann"))
-    assert store.read(lambda c: tokens_module.find_token(c, tokens_module.token_hash(token))) == ("ann", "admin")
+    token = store.write(lambda c: tokens.create_token(c, "admin", "ann"))
+    assert store.read(lambda c: tokens.find_token(c, tokens.token_hash(token))) == ("ann", "admin")
     assert token not in str(store.read(lambda c: c.exec_driver_sql("SELECT * FROM tokens").all()))
     with pytest.raises(Conflict):
-        store.write(lambda c: tokens_module.create_token(c, "read", "ann"))
-    store.write(lambda c: tokens_module.revoke_token(c, "ann"))
-    assert store.read(lambda c: tokens_module.find_token(c, tokens_module.token_hash(token))) is None
+        store.write(lambda c: tokens.create_token(c, "read", "ann"))
+    store.write(lambda c: tokens.revoke_token(c, "ann"))
+    assert store.read(lambda c: tokens.find_token(c, tokens.token_hash(token))) is None
 
 
 def test_look_ups_use_indices(sqlite):
     """The plans of the statements that every run repeats hold no scan: their time does not grow with the history."""
     dialect = create_engine("sqlite://").dialect
-    for statement in (runs._ASSIGNMENT, runs._NEWEST, tokens_module._TOKEN):
+    for statement in (runs._ASSIGNMENT, runs._NEWEST, tokens._TOKEN):
         sql = f"EXPLAIN QUERY PLAN {statement.compile(dialect=dialect)}"
         rows = sqlite.read(lambda c, sql=sql: c.exec_driver_sql(sql, ("x",)).all())
         assert rows

@@ -4,8 +4,7 @@ import pyarrow as pa
 import torch
 
 from megapd.batch import Batch
-from megapd.signals.signal import Head, Signal
-from megapd.signals.spec import SignalSpec
+from megapd.signals import Head, Signal, SignalSpec
 
 TEACHER, OTHER = "0123456789abcdef" * 4, "fe" * 32
 LENGTH, CLASSES, WIDTH = 6, 11, 5

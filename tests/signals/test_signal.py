@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapd.batch import Batch
-from megapd.signals.arrow import check_form, decode, encode, valid_rows
-from megapd.signals.signal import Signal, as_sent, quantize
-from megapd.signals.spec import DTYPES, SignalSpec, negotiate
+from megapd.signals import DTYPES, Signal, SignalSpec, as_sent, check_form, decode, encode, negotiate, valid_rows
+from megapd.signals.signal import quantize
 from tests.signals.examples import (
     CLASSES,
     LENGTH,

@@ -4,8 +4,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from megapd.signals.heads import HEAD_CHUNK_BYTES, decode_head, encode_head
-from megapd.signals.signal import Head, SignalDamaged, SignalMismatch
+from megapd.signals import Head, SignalDamaged, SignalMismatch, decode_head, encode_head
+from megapd.signals.heads import HEAD_CHUNK_BYTES
 from tests.signals.examples import (
     OTHER,
     TEACHER,

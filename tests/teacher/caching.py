@@ -8,10 +8,8 @@ import torch
 from megapd.batch import Batch
 from megapd.errors import UserError
 from megapd.schedule.plan import Plan
-from megapd.signals.signal import Head, Signal
-from megapd.signals.spec import SignalSpec
-from megapd.teacher.cache.cache import SignalCache
-from megapd.teacher.cache.cached import CachedStream
+from megapd.signals import Head, Signal, SignalSpec
+from megapd.teacher.cache import CachedStream, SignalCache
 from megapd.trajectory import Checkpoint
 
 STEPS, GLOBAL = 8, 6

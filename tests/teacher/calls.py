@@ -11,25 +11,51 @@ import pyarrow as pa
 import pyarrow.flight as flight
 import pytest
 
+from megapd.signals.heads import decode_head
+from megapd.signals.signal import Head
+from megapd.teacher.wire.calls import encode_head_question
+from megapd.teacher.wire.messages import HEAD, SIGNAL, answer_length, fill, read_record, read_stream, stream_bytes
 from megapd.teacher.wire.refusals import refusal
-from megapd.teacher.wire.requests import COMMAND
+from megapd.teacher.wire.requests import Request, decode_request
 
 
 def exchange(
     client: flight.FlightClient,
-    record: pa.RecordBatch,
-    command: bytes | flight.FlightDescriptor = COMMAND,
+    asked: pa.RecordBatch | bytes | flight.FlightDescriptor,
     token: bytes | None = None,
     seconds: float = 10.0,
-) -> flight.FlightStreamChunk:
-    """The first chunk of the answer."""
-    descriptor = flight.FlightDescriptor.for_command(command) if isinstance(command, bytes) else command
+) -> pa.RecordBatch:
+    """The signal that answers a question: its record batch, a call's whole command, or a descriptor."""
+    return read_record(answer(client, asked, token, seconds))
+
+
+def head(client: flight.FlightClient, step: int, teacher: str, token: bytes | None = None) -> Head:
+    """The output layer of a checkpoint."""
+    return decode_head(*read_stream(answer(client, HEAD + encode_head_question(step, teacher), token)), teacher)
+
+
+def answer(
+    client: flight.FlightClient,
+    asked: pa.RecordBatch | bytes | flight.FlightDescriptor,
+    token: bytes | None = None,
+    seconds: float = 10.0,
+) -> pa.Buffer:
+    """What comes back, whole."""
+    if isinstance(asked, pa.RecordBatch):
+        asked = SIGNAL + stream_bytes(asked)
+    descriptor = flight.FlightDescriptor.for_command(asked) if isinstance(asked, bytes) else asked
     writer, reader = client.do_exchange(descriptor, options(token, seconds))
     with writer:
-        writer.begin(record.schema)
-        writer.write_batch(record)
         writer.done_writing()
-        return reader.read_chunk()
+        length, first = answer_length(reader.read_chunk().app_metadata)
+        found = bytearray(length)
+        fill(memoryview(found), [first, *(chunk.app_metadata for chunk in reader)])
+    return pa.py_buffer(found)
+
+
+def asked(record: pa.RecordBatch) -> Request:
+    """The request in a record batch, as it arrives."""
+    return decode_request(pa.py_buffer(stream_bytes(record)))
 
 
 def act(client: flight.FlightClient, name: str, body: object = b"", token: bytes | None = None) -> Any:

@@ -6,14 +6,12 @@ import contextlib
 import random
 import socket
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import psutil
 
-from megapd.teacher.wire.frames import HEADER, Frame
-
 LARGE = 1000  # bytes of a DATA frame that may be damaged: one that carries ids or values, not headers alone
+HEADER_BYTES = 9  # of an HTTP/2 frame
 PREFACE = len(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
 
 
@@ -38,17 +36,11 @@ def http2(header: bytes) -> tuple[int, bool]:
     return int.from_bytes(header[:3]), header[3] == 0
 
 
-def data_port(header: bytes) -> tuple[int, bool]:
-    """The same of megapd.teacher.wire.frames."""
-    _, kind, length, _ = HEADER.unpack(header)
-    return length, kind in (Frame.QUESTION, Frame.RECORD)
-
-
 class _Frames:
-    """Follows the frames of one direction of a connection, which begins with `skip` bytes that are none."""
+    """Follows the HTTP/2 frames of one direction of a connection, which begins with `skip` bytes that are none."""
 
-    def __init__(self, damage: Damage, size: int, parse: Callable[[bytes], tuple[int, bool]], skip: int) -> None:
-        self._damage, self._size, self._parse, self._skip = damage, size, parse, skip
+    def __init__(self, damage: Damage, skip: int) -> None:
+        self._damage, self._skip = damage, skip
         self._header = bytearray()
         self._length = self._left = 0
 
@@ -57,11 +49,11 @@ class _Frames:
         self._skip -= at
         while at < len(data):
             if self._left == 0:
-                taken = data[at : at + self._size - len(self._header)]
+                taken = data[at : at + HEADER_BYTES - len(self._header)]
                 self._header += taken
                 at += len(taken)
-                if len(self._header) == self._size:
-                    self._length, self._is_data = self._parse(bytes(self._header))
+                if len(self._header) == HEADER_BYTES:
+                    self._length, self._is_data = http2(bytes(self._header))
                     self._left = self._length
                     self._header.clear()
                 continue
@@ -74,15 +66,10 @@ class _Frames:
 
 
 class Proxy:
-    """Listens on a port of its own and passes everything on to `target`. answers, requests: damage to either direction.
+    """Listens on a port of its own and passes everything on to `target`. answers, requests: damage to either direction."""
 
-    flight: whether Flight is behind it, else a data port.
-    """
-
-    def __init__(self, target: int, *, flight: bool = True) -> None:
+    def __init__(self, target: int) -> None:
         self.target = target
-        self._form: tuple[Any, ...] = (9, http2) if flight else (HEADER.size, data_port)
-        self._skip = PREFACE if flight else 0
         self.answers, self.requests = Damage(), Damage()
         self._dropped: set[int] = set()
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
@@ -90,6 +77,11 @@ class Proxy:
         self._listener: socket.socket | None = None
         self.port = 0
         self.mend()
+
+    @property
+    def connections(self) -> list[tuple[socket.socket, socket.socket]]:
+        with self._lock:
+            return list(self._pairs)
 
     @property
     def endpoint(self) -> str:
@@ -111,6 +103,8 @@ class Proxy:
             self._listener.close()
             self._listener = None
         self._close(lambda peer: True)
+
+    close = cut
 
     def drop(self, processes: Sequence[int]) -> None:
         """Close the connections of these processes, present and future; those of others go on."""
@@ -152,14 +146,12 @@ class Proxy:
             except OSError:
                 client.close()
                 continue
+            for end in (client, server):
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:
                 self._pairs.append((client, server))
-            for source, sink, damage, skip in (
-                (client, server, self.requests, self._skip),
-                (server, client, self.answers, 0),
-            ):
-                source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                threading.Thread(target=_pump, args=(source, sink, _Frames(damage, *self._form, skip)), daemon=True).start()
+            for source, sink, damage, skip in ((client, server, self.requests, PREFACE), (server, client, self.answers, 0)):
+                threading.Thread(target=_pump, args=(source, sink, _Frames(damage, skip)), daemon=True).start()
 
 
 def _pump(source: socket.socket, sink: socket.socket, frames: _Frames) -> None:

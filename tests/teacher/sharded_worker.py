@@ -11,11 +11,9 @@ from typing import Any
 import torch
 
 from megapd.errors import UserError
-from megapd.signals.signal import Signal
-from megapd.signals.spec import SignalSpec
+from megapd.signals import Signal, SignalSpec
 from megapd.tasks import build_task
-from megapd.teacher.engine.replica import Replica
-from megapd.teacher.engine.teacher import Demands, Teacher, TeacherOptions
+from megapd.teacher.engine import Demands, Replica, Teacher, TeacherOptions
 from megapd.trajectory import Trajectory
 from megapd.world import World, join_world
 from tests.teacher.teachers import MODELS, STEPS, configuration

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from megapd.schedule.plan import Plan
-from megapd.signals.signal import as_sent
-from megapd.signals.spec import SignalSpec
-from megapd.teacher.cache.cached import CachedStream
+from megapd.signals import SignalSpec, as_sent
+from megapd.teacher.cache import CachedStream
 from megapd.teacher.cache.parts import Index
 from tests.teacher.caching import (
     CLASSES,
@@ -226,7 +225,7 @@ def test_the_index_finds_what_was_added_first():
     missing = digests.copy().view(np.uint8).reshape(-1, 16)
     missing[:, 3] = 9
     assert (index.find(missing.reshape(-1).view("S16"))[0] == -1).all()
-    index.drop(0)
+    index.drop("part-0")
     part, _ = index.find(digests)
     assert 0 not in part.tolist()
     assert set(part[1500:].tolist()) <= {1, 2, 3}

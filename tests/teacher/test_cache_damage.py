@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megapd.signals.signal import as_sent
-from megapd.teacher.cache.cached import CachedStream
+from megapd.signals import as_sent
+from megapd.teacher.cache import CachedStream
 from megapd.teacher.cache.parts import read_records
 from tests.teacher.caching import (
     CLASSES,
@@ -195,7 +195,7 @@ def test_a_part_that_another_process_set_aside_is_missing(tmp_path, caplog):
     cache = make_cache(tmp_path)
     assert cache.present(digest(10), SPECS[0], batch).all()
     path.rename(path.with_name(f"damaged-{path.name}"))
-    cache._open.clear()
+    cache._reader._open.clear()
     assert cache.lookup(digest(10), SPECS[0], batch) is None
     assert cache.counts["damaged"] == 0
     assert not caplog.messages

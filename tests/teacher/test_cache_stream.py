@@ -3,7 +3,7 @@
 import pytest
 
 from megapd.errors import TeacherLost, UserError
-from megapd.teacher.cache.cached import CachedStream
+from megapd.teacher.cache import CachedStream
 from tests.teacher.caching import (
     CLASSES,
     PLAN,

@@ -10,9 +10,9 @@ import pytest
 from megapd.commands.record import record
 from megapd.config import load
 from megapd.errors import UserError
-from megapd.signals.signal import as_sent
+from megapd.signals import as_sent
 from megapd.tasks import build_task
-from megapd.teacher.cache.cached import CachedStream
+from megapd.teacher.cache import CachedStream
 from megapd.teacher.cache.parts import read_records
 from tests.teacher.caching import (
     CLASSES,
@@ -140,7 +140,7 @@ def fill_disk(folder):
     """The system refuses to let any file grow beyond 1,500 bytes, as a full disk does."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
     messages = []
-    log = logging.getLogger("megapd.teacher.cache.cache")
+    log = logging.getLogger("megapd.teacher.cache.writer")
     log.handle = lambda line: messages.append(line.getMessage())
     taken = recorded(folder, SPECS[0])
     assert len(taken) == STEPS

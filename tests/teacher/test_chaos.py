@@ -20,6 +20,7 @@ import pytest
 
 from megapd.commands import teacher as command
 from megapd.config import load
+from megapd.processes import supervisor
 from tests.teacher.chaos import (
     COMMON,
     REFRESH,
@@ -60,9 +61,6 @@ def undisturbed(stage):
     return found
 
 
-FLIGHT = "--teacher.data_port=false"  # a proxy forwards one port
-
-
 @pytest.fixture
 def first(stage, undisturbed):
     """The teacher alone, which runs."""
@@ -82,7 +80,7 @@ def proxied(first):
 
 
 def test_flipped_bits_are_refused_and_asked_for_again(proxied, stage, undisturbed):
-    job = stage.student("flipped", [proxied.endpoint], FLIGHT, pauses=(5, 15, 25))
+    job = stage.student("flipped", [proxied.endpoint], pauses=(5, 15, 25))
     for step in (5, 15, 25):
         job.at(step)
         proxied.answers.left, proxied.requests.left = 2, 1
@@ -209,14 +207,13 @@ def test_one_replica_of_two_drains(stage, undisturbed):
 
 def test_without_signals_all_ranks_learn_from_the_cache(proxied, stage, undisturbed):
     cache = f"--teacher.cache={stage.folder / 'cache'}"
-    job = stage.student("recorded", [proxied.endpoint], FLIGHT, cache)
+    job = stage.student("recorded", [proxied.endpoint], cache)
     job.finished()
     assert metrics(job.folder) == undisturbed
 
     job = stage.student(
         "cache",
         [proxied.endpoint],
-        FLIGHT,
         cache,
         "--teacher.on_failure=cache",
         "--teacher.deadline_seconds=0.5",
@@ -237,9 +234,9 @@ def test_without_signals_all_ranks_learn_from_the_cache(proxied, stage, undistur
 
 def test_what_the_cache_lacks_ends_the_run(proxied, stage, undisturbed):
     cache = f"--teacher.cache={stage.folder / 'short-cache'}"
-    stage.student("short", [proxied.endpoint], FLIGHT, cache, "--training.steps=16").finished()
+    stage.student("short", [proxied.endpoint], cache, "--training.steps=16").finished()
     job = stage.student(
-        "lacking", [proxied.endpoint], FLIGHT, cache, "--teacher.on_failure=cache", "--teacher.deadline_seconds=0.5", pauses=(12,)
+        "lacking", [proxied.endpoint], cache, "--teacher.on_failure=cache", "--teacher.deadline_seconds=0.5", pauses=(12,)
     )
     job.at(12)
     proxied.cut()
@@ -256,7 +253,7 @@ def test_what_the_cache_lacks_ends_the_run(proxied, stage, undisturbed):
 
 
 def test_without_signals_the_run_ends_at_the_deadline(proxied, stage, undisturbed):
-    job = stage.student("waits", [proxied.endpoint], FLIGHT, "--teacher.deadline_seconds=3", pauses=(10,))
+    job = stage.student("waits", [proxied.endpoint], "--teacher.deadline_seconds=3", pauses=(10,))
     job.at(10)
     proxied.cut()
     job.go(10)
@@ -275,7 +272,7 @@ def test_without_signals_the_run_ends_at_the_deadline(proxied, stage, undisturbe
 @pytest.mark.parametrize("policy", ["labels", "wait"])
 def test_one_rank_alone_loses_its_signals(proxied, stage, undisturbed, policy):
     arguments = [f"--teacher.on_failure={policy}", "--teacher.deadline_seconds=2"]
-    job = stage.student(f"one-rank-{policy}", [proxied.endpoint], FLIGHT, *arguments, pauses=(10, 15))
+    job = stage.student(f"one-rank-{policy}", [proxied.endpoint], *arguments, pauses=(10, 15))
     job.at(10)
     proxied.drop(stage.students.ranks()[1:])
     job.go(10)
@@ -318,7 +315,7 @@ def test_without_signals_all_ranks_learn_from_the_labels(stage, first, undisturb
     assert before[:10] == ["teacher"] * 10
     assert before[-1] == "labels"
 
-    job = stage.student("labels", [proxied.endpoint], FLIGHT, *policy, pauses=(17, 21))
+    job = stage.student("labels", [proxied.endpoint], *policy, pauses=(17, 21))
     job.at(17)
     proxied.cut()
     job.go(17)
@@ -354,7 +351,7 @@ def test_no_rank_outlives_its_supervisor(monkeypatch, tmp_path):
     launcher, pid = "import time; time.sleep(300)", tmp_path / "pid"
     runner = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', sys.argv[1]]);"
     runner += "open(sys.argv[2], 'w').write(str(p.pid)); p.wait()"
-    monkeypatch.setattr(command, "local_command", lambda *_: [sys.executable, "-c", runner, launcher, str(pid)])
+    monkeypatch.setattr(supervisor, "local_command", lambda *_: [sys.executable, "-c", runner, launcher, str(pid)])
     config = load(None, [*COMMON, *MODELS["gpt"], "--teacher.trajectory=none", "--teacher.server.ranks=2"])
 
     def stop():

@@ -142,7 +142,7 @@ def lease_of(service, endpoint, group=None, **settings):
 
 
 def told(caplog, text):
-    return sum(text in record.getMessage() for record in caplog.records if record.name == "megapd.scheduler.client.lease")
+    return sum(text in record.getMessage() for record in caplog.records if record.name.startswith("megapd.scheduler.client."))
 
 
 def polling():

@@ -7,9 +7,8 @@ import pyarrow.flight as flight
 import pytest
 
 from megapd.errors import TeacherLost, UserError
-from megapd.teacher.wire.calls import head_ticket
 from megapd.teacher.wire.requests import encode_request
-from tests.teacher.calls import act, exchange, options
+from tests.teacher.calls import act, exchange, head, options
 from tests.teacher.certificates import make_authority
 from tests.teacher.serving import (
     DENSE,
@@ -36,13 +35,14 @@ def test_without_the_token_nothing_is_answered(token_file):
             for call in (
                 lambda token=token: exchange(client, record, token=token),
                 lambda token=token: act(client, "health", token=token),
-                lambda token=token: client.do_get(head_ticket(20, DIGESTS[20]), options(token)).read_all(),
+                lambda token=token: head(client, 20, DIGESTS[20], token),
+                lambda token=token: client.do_get(flight.Ticket(b""), options(token)).read_all(),
                 lambda token=token: list(client.list_flights(options=options(token))),
             ):
                 with pytest.raises((flight.FlightUnauthenticatedError, flight.FlightInternalError)):
                     call()
         assert not server.replica.asked
-        assert exchange(client, record, token=b"Bearer " + TOKEN).data.num_rows == 3
+        assert exchange(client, record, token=b"Bearer " + TOKEN).num_rows == 3
 
 
 def test_tokens_that_are_none(tmp_path):
@@ -100,7 +100,7 @@ def shown(root, pair=None):
 
 
 def test_mutual_tls(authorities, shared_memory, monkeypatch):
-    monkeypatch.setattr("megapd.teacher.client.replicas.SOCKET_SECONDS", 0.2)
+    monkeypatch.setattr("megapd.teacher.client.replicas.SILENT_SECONDS", 0.2)
     ours, theirs = authorities
     with served(None, *tls(ours, mutual=True)) as server:
         good = shown(ours.root, ours.client)

@@ -16,15 +16,15 @@ import torch
 from megapd.errors import TeacherLost, UserError
 from megapd.signals.spec import SignalSpec
 from megapd.teacher.client.served import FixedEndpoints, RemoteTrajectory
-from megapd.teacher.engine.replica import Replica
-from megapd.teacher.engine.teacher import Teacher, TeacherOptions
+from megapd.teacher.engine import Replica, Teacher, TeacherOptions
 from megapd.teacher.server.dispatch import PATIENCE_SECONDS, Dispatcher, Job
 from megapd.teacher.server.metrics import Metrics
 from megapd.teacher.wire.refusals import Refused
-from megapd.teacher.wire.requests import Memory, decode_request, encode_request
+from megapd.teacher.wire.requests import Memory, encode_request
 from megapd.teacher.wire.shared_memory import Mappings, Slot, Slots, write
 from megapd.trajectory import CheckpointTimeout
 from megapd.world import join_world
+from tests.teacher.calls import asked
 from tests.teacher.serving import (
     PLAN,
     SPECS,
@@ -117,12 +117,12 @@ def test_requests_in_the_smallest_types_come_back_whole():
         record = encode_request(10, teacher, SPECS["topk"], batch)
         assert record.schema.field("ids").type.value_type == expected
         assert record.schema.field("segments").type.value_type == pa.uint8()
-        request = decode_request(record)
+        request = asked(record)
         assert (request.step, request.teacher, request.spec) == (10, teacher, SPECS["topk"])
         for name in ("ids", "segments", "positions"):
             assert torch.equal(getattr(request.batch, name), getattr(batch, name))
         assert not request.batch.labels.any()  # they never travel
-    assert decode_request(record).id == decode_request(encode_request(10, teacher, SPECS["topk"], batch)).id
+    assert asked(record).id == asked(encode_request(10, teacher, SPECS["topk"], batch)).id
     with pytest.raises(ValueError, match="negative"):
         encode_request(10, teacher, SPECS["topk"], type(batch)(-batch.ids - 1, None, *[batch.positions] * 2, batch.sample_ids))
 
@@ -291,7 +291,7 @@ def test_requests_for_the_present_checkpoint_go_first_but_nobody_waits_long():
 
     def submit(step):
         teacher, batch = replica.trajectory.checkpoint(step).digest, make_batch(len(replica.prepared))
-        request = decode_request(encode_request(step, teacher, SPECS["dense"], batch))
+        request = asked(encode_request(step, teacher, SPECS["dense"], batch))
         job = Job(step, teacher, request, lambda: False)
         dispatcher.submit(job)
         return job

@@ -20,9 +20,9 @@ from megapd.signals.heads import decode_head
 from megapd.teacher.server.dispatch import Dispatcher, Job
 from megapd.teacher.server.flight import TeacherFlight
 from megapd.teacher.server.metrics import Metrics, MetricsServer
-from megapd.teacher.wire.calls import head_ticket
+from megapd.teacher.wire.messages import HEAD, stream_bytes
 from megapd.teacher.wire.requests import encode_request
-from tests.teacher.calls import act, exchange, options, refused
+from tests.teacher.calls import act, exchange, head, options, refused
 from tests.teacher.serving import (
     DENSE,
     DIGESTS,
@@ -49,23 +49,22 @@ pytestmark = pytest.mark.usefixtures("_soon")
 
 def test_a_request_is_answered(server, client):
     batch = make_batch(0, segments=True)
-    record = exchange(client, encode_request(20, DIGESTS[20], DENSE, batch)).data
+    record = exchange(client, encode_request(20, DIGESTS[20], DENSE, batch))
     assert same(decode(record, DENSE, DIGESTS[20], batch), server.replica.expected(20, batch, DENSE))
-    again = exchange(client, encode_request(20, DIGESTS[20], DENSE, batch)).data
+    again = exchange(client, encode_request(20, DIGESTS[20], DENSE, batch))
     assert again.equals(record)  # whatever was asked before
 
 
 def test_a_huge_answer_comes_in_parts(server, client, monkeypatch):
-    monkeypatch.setattr("megapd.teacher.server.flight.MESSAGE_BYTES", 1000)
+    monkeypatch.setattr("megapd.teacher.wire.messages.PIECE_BYTES", 1000)
+    monkeypatch.setattr("megapd.teacher.wire.messages.SMALL_BYTES", 500)
     batches = [make_batch(0, samples=30)]
     with stream_of(server) as stream:
         assert same(stream.signals(4, batches)[0], server.replica.expected(20, batches[0], DENSE))
 
 
 def test_the_head_of_a_checkpoint(server, client):
-    reader = client.do_get(head_ticket(20, DIGESTS[20]), options())
-    head = decode_head(reader.schema, (chunk.data for chunk in reader), DIGESTS[20])
-    assert torch.equal(head.weight, server.replica.head(20).weight)
+    assert torch.equal(head(client, 20, DIGESTS[20]).weight, server.replica.head(20).weight)
 
 
 def test_a_head_on_its_way_does_not_change_with_the_replica():
@@ -126,7 +125,7 @@ def test_a_digest_of_another_run_is_refused_with_both(client):
     other = FakeTrajectory("other").checkpoint(20).digest
     calls = (
         lambda: exchange(client, encode_request(20, other, DENSE, make_batch(0))),
-        lambda: client.do_get(head_ticket(20, other), options()).read_all(),
+        lambda: head(client, 20, other),
         lambda: act(client, "prepare", {"step": 20, "teacher": other}),
     )
     for call in calls:
@@ -143,7 +142,7 @@ def test_steps_that_are_not_there_and_paths_are_refused(client):
         with refused("invalid"):
             act(client, "prepare", {"step": step, "teacher": DIGESTS[20]})
         with refused("invalid"):
-            client.do_get(flight.Ticket(json.dumps({"head": step, "teacher": DIGESTS[20]}).encode()), options()).read_all()
+            exchange(client, HEAD + json.dumps({"head": step, "teacher": DIGESTS[20]}).encode())
         record = encode_request(20, DIGESTS[20], DENSE, make_batch(0))
         changed = record.replace_schema_metadata({**record.schema.metadata, b"step": str(step).encode()})
         with refused("invalid"):
@@ -168,8 +167,8 @@ def test_calls_that_a_teacher_does_not_know(client):
         put,
         lambda: act(client, "shutdown"),
         lambda: act(client, "../trajectory"),
-        lambda: exchange(client, record, b"signals"),
-        lambda: exchange(client, record, path),
+        lambda: exchange(client, b"signals " + stream_bytes(record)),
+        lambda: exchange(client, path),
         lambda: client.do_get(flight.Ticket(b"/etc/passwd"), options()).read_all(),
         lambda: act(client, "trajectory", {"steps": ["../.."]}),
         lambda: act(client, "prepare", {"step": 20, "teacher": DIGESTS[20], "wait": 1e9}),
@@ -219,7 +218,7 @@ def test_requests_that_are_not_as_they_must_be(client):
     for text, record in cases.items():
         with refused("invalid", text):
             exchange(client, record)
-    assert exchange(client, good).data.num_rows == 3
+    assert exchange(client, good).num_rows == 3
 
 
 def test_what_fails_in_the_replica_is_told_to_its_client_alone():
@@ -231,7 +230,7 @@ def test_what_fails_in_the_replica_is_told_to_its_client_alone():
     with served(replica) as server, flight.FlightClient(server.address) as client:
         with refused("failed", "this id cannot be answered"):
             exchange(client, encode_request(20, DIGESTS[20], DENSE, bad))
-        assert exchange(client, encode_request(20, DIGESTS[20], DENSE, good)).data.num_rows == 3
+        assert exchange(client, encode_request(20, DIGESTS[20], DENSE, good)).num_rows == 3
 
 
 def test_a_replica_that_answers_with_another_checkpoint_is_told():
@@ -311,7 +310,7 @@ def test_metrics_and_health_over_http():
         assert value("rotations_total") == 2
         assert value("resident") == 1
         assert value("queue") == 0
-        assert value("sent_bytes_total") >= 2 * answer.data.column("values").values.nbytes
+        assert value("sent_bytes_total") >= 2 * answer.column("values").values.nbytes
         assert value('seconds_count{phase="forward"}') == value('seconds_count{phase="queue"}') == 2
         assert value('batch_samples_bucket{le="4.0"}') == 2
         assert fetch(f"{url}/health") == (200, "ok\n")

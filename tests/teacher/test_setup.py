@@ -7,13 +7,11 @@ import pytest
 import torch
 
 from megapd.errors import UserError
-from megapd.models.from_checkpoint import canary, checkpoint_shape
+from megapd.models import canary, checkpoint_shape
 from megapd.schedule.plan import Plan
-from megapd.signals.signal import Head
-from megapd.signals.spec import SignalSpec
+from megapd.signals import Head, SignalSpec, TeacherOutput
 from megapd.tasks import build_task
-from megapd.teacher.engine.answers import answer
-from megapd.teacher.engine.teacher import Demands, Teacher, TeacherOptions
+from megapd.teacher.engine import Demands, Teacher, TeacherOptions
 from megapd.teacher.setup import describe_signal, signal_spec, teacher_options
 from megapd.world import join_world
 from tests.teacher.teachers import STEPS, configuration, write_trajectory
@@ -51,7 +49,7 @@ def test_approximate_kinds_are_asked_for(trajectory):
 def test_the_cost_is_told_in_bytes_a_token(trajectory):
     config = configuration("gpt", *TEACHER)
     shape = checkpoint_shape(trajectory.checkpoint(10))
-    text = describe_signal(config, build_task(config), SignalSpec("hidden", "bf16"), shape)
+    text = describe_signal(build_task(config), SignalSpec("hidden", "bf16"), shape)
     assert "hidden, encoding bf16: 32 bytes a labelled position" in text
     assert f"{32 / 21:,.4g} a token" in text
     assert "dense would be 16 bytes" in text
@@ -103,7 +101,7 @@ def test_no_more_checkpoints_are_staged_than_are_needed(trajectory):
     teacher = Teacher(trajectory, join_world(), TeacherOptions())
     teacher.rotate(10)
     waiting = [teacher.prepare(step) for step in range(100, 120)]
-    assert len(teacher._ahead) <= 5
+    assert len(teacher._staging._ahead) <= 5
     teacher.close()
     assert all(future.done() or future.cancel() or future.exception(10) for future in waiting)
 
@@ -115,13 +113,13 @@ def test_draws_follow_the_distribution_and_the_sample(trajectory):
     generator = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(6, 5, generator=generator), Head(torch.randn(8, 5, generator=generator), torch.randn(8))
     asked = SignalSpec("sampled", k=40_000, temperature=1.5, seed=1)
-    ids = answer(asked, batch, hidden, head, chunk_bytes=200).values
+    ids = asked.answer(batch, TeacherOutput(hidden, head, chunk_bytes=200)).values
     shares = torch.stack([row.bincount(minlength=8) for row in ids]) / asked.k
     probabilities = torch.softmax((hidden @ head.weight.T + head.bias) / 1.5, -1)
     assert (shares - probabilities).abs().max() < 5 * 0.5 / np.sqrt(asked.k)
-    part = answer(asked, batch.select(slice(2, 5)), hidden[2:5], head).values
+    part = asked.answer(batch.select(slice(2, 5)), TeacherOutput(hidden[2:5], head)).values
     assert torch.equal(part, ids[2:5])
-    other = answer(SignalSpec("sampled", k=40_000, temperature=1.5, seed=2), batch, hidden, head).values
+    other = SignalSpec("sampled", k=40_000, temperature=1.5, seed=2).answer(batch, TeacherOutput(hidden, head)).values
     assert not torch.equal(other, ids)
 
 

@@ -10,10 +10,9 @@ import torch
 from megapd.config import load
 from megapd.errors import UserError
 from megapd.schedule.plan import Plan
-from megapd.signals.signal import Signal, SignalMismatch
-from megapd.signals.spec import SignalSpec, negotiate
+from megapd.signals import Signal, SignalMismatch, SignalSpec, negotiate
 from megapd.tasks import build_task
-from megapd.teacher.engine.teacher import Demands, Teacher, TeacherOptions
+from megapd.teacher.engine import Demands, Teacher, TeacherOptions
 from megapd.teacher.stream import ColocatedStream
 from megapd.training import build_student, checkpoint_config
 from megapd.trajectory import CheckpointTimeout, Trajectory
@@ -156,7 +155,7 @@ def test_the_wait_for_a_checkpoint_counts_from_when_it_is_needed(trajectory, tas
 def test_a_wait_that_is_given_up_ends_at_once(trajectory, task):
     teacher = make_teacher(trajectory, task, wait_seconds=60.0)
     teacher.prepare(25)
-    waiting = teacher._ahead[25]
+    waiting = teacher._staging._ahead[25]
     teacher.close()
     with pytest.raises(CancelledError):
         waiting.result(timeout=5)

@@ -6,6 +6,7 @@ import signal
 import threading
 
 import pytest
+import yaml
 
 from megapd.cli import main
 from megapd.config import load
@@ -205,6 +206,23 @@ def test_a_changed_setting_is_refused_on_resume(trajectory, tmp_path, capsys, ch
     assert main(arguments) == 0
     assert main([*arguments, change]) == 2
     assert named in capsys.readouterr().err
+
+
+def test_a_run_that_began_with_settings_of_before_is_resumed(trajectory, tmp_path):
+    """By the same arguments, and by its own config.yaml."""
+    arguments = runs.student(tmp_path, "s", trajectory, "--schedule.refresh=50", "--checkpoint.every=10")
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "stop").touch()
+    assert main(arguments) == 0  # stops before its first step
+    (tmp_path / "s" / "stop").unlink(missing_ok=True)
+    saved = tmp_path / "s" / "config.yaml"
+    for again in (["train", str(saved), "--training.prefetch=1"], arguments):
+        tree = yaml.safe_load(saved.read_text())
+        tree["teacher"]["data_port"] = True
+        tree["teacher"]["server"]["data_port"] = 0
+        saved.write_text(yaml.safe_dump(tree))
+        assert main(again) == 0
+    assert runs.last_step(tmp_path / "s") == 30
 
 
 def test_other_rank_count_is_refused(long_student):

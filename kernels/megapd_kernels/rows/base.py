@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..options import LossOptions, Targets, reciprocal_or_zero
+from ..options import LossOptions, Targets, known_names, reciprocal_or_zero
 from ..shard import VocabularyShard
 from ..sparse import SparseTeacher, one_hot_teacher
 from .divergences import local_total, sparse_divergence
@@ -252,6 +252,7 @@ class RowLoss(ABC):
         return at_ids, outside, outside_one
 
 
+@known_names
 def default_chunk_bytes(device: torch.device) -> int:
     """Bytes of full-precision logits alive at once, where nothing is asked for."""
     return 64 << 20 if device.type == "cpu" else 2 << 30

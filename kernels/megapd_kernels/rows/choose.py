@@ -8,12 +8,14 @@ from typing import Literal, get_args
 
 import torch
 
+from ..options import known_names
 from .base import Problem, RowLoss
 from .torch import TorchRows
 
 Implementation = Literal["torch", "triton"]
 
 
+@known_names
 def implementation(device: torch.device, dtype: torch.dtype) -> Implementation:
     """triton on a GPU (CUDA or HIP) for sums in float32, torch elsewhere; MEGAPD_KERNELS=torch or triton overrides.
 

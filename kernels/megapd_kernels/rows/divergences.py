@@ -99,7 +99,7 @@ DENSE: dict[str, _Dense] = {
 def sparse_divergence(
     kind: str, log_p: Tensor, log_rest: Tensor, teacher: SparseTeacher, beta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(D [C], dD/da [C, K] at the ids, the rest's [C]: times p_j / P it is dD/da_j of a class j outside); see kernels/sparse.py.
+    """(D [C], dD/da [C, K] at the ids, the rest's [C]: times p_j / P it is dD/da_j of a class j outside); see ../sparse.py.
 
     log_p [C, K] of the student at the ids, log_rest [C] of its mass outside.
     """

@@ -1,6 +1,6 @@
 """Triton kernel: rows of the student's logits against a dense teacher's.
 
-With a = (s - M) / T, b = (t - M_t) / tau and L_T, L_t the log sums of their exponentials (rows.py), log p = a - L_T and
+With a = (s - M) / T, b = (t - M_t) / tau and L_T, L_t the log sums of their exponentials (base.py), log p = a - L_T and
 log q = b - L_t:
 
     divergence          moments of a row                                   D                         dD/da_j
@@ -10,7 +10,7 @@ log q = b - L_t:
     jsd                 A = sum q log(m / q), B = sum p log(m / p)         -beta A - (1 - beta) B    (1 - beta) p (B - log(m / p))
     tvd                 A = sum |p - q|, B = sum p sign(p - q)             A / 2                     p (sign(p - q) - B) / 2
 
-and G as in rows.py. The KLs take two sweeps: E accumulates online with both log sums. JSD and TVD, whose terms need p and q
+and G as in base.py. The KLs take two sweeps: E accumulates online with both log sums. JSD and TVD, whose terms need p and q
 themselves, take three. The last runs in reverse order, so that its start is still in L2.
 
 Saved: at most nine float32 a row. Bytes moved an element, b those of two logits, g those of a gradient: b a sweep, + g for the
@@ -62,7 +62,7 @@ def kept_of(x, kept):
 
 @triton.jit
 def jsd_logs(log2_p, log2_q, p, q, beta, log_beta, log_rest):
-    """(log(m / q), log(m / p)), with the clamps of kernels/divergences.py."""
+    """(log(m / q), log(m / p)), with the clamps of divergences.py."""
     d = tl.where((p == 0) & (q == 0), 0.0, (log2_p - log2_q) * LN2)
     d = tl.minimum(tl.maximum(d, -80.0), 80.0)
     m_over_q = tl.maximum(log1p((1.0 - beta) * expm1(d)), log_beta)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
@@ -13,9 +12,7 @@ from megapd.config import SchedulerConfig
 from megapd.errors import UserError
 
 TIMEOUT_SECONDS = 30.0
-
-
-T = TypeVar("T")
+PAGE = 1000  # entries a page
 
 
 class Away(Exception):
@@ -34,17 +31,24 @@ class Api:
     """Thread-safe. Every call may be repeated: a repeat changes nothing there."""
 
     def __init__(
-        self, settings: SchedulerConfig, *, retry_seconds: float = 0.0, timeout_seconds: float = TIMEOUT_SECONDS
+        self,
+        settings: SchedulerConfig,
+        *,
+        retry_seconds: float = 0.0,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
-        """retry_seconds: how long a call is repeated while the service is away, 0: tried once. Raises UserError where token or
-        certificate cannot be read."""
+        """retry_seconds: how long a call is repeated while the service is away, 0: tried once. transport: of the service in this
+        process. Raises UserError where token or certificate cannot be read."""
         assert settings.url is not None
         self.url, self._retry_seconds = settings.url.rstrip("/"), retry_seconds
         headers, verify = {}, True if settings.root_certificate is None else _authority(settings)
         if settings.token is not None:
             headers["Authorization"] = f"Bearer {_token(settings)}"
         try:
-            self._client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_seconds, verify=verify)
+            self._client = httpx.Client(
+                base_url=self.url, headers=headers, timeout=timeout_seconds, verify=verify, transport=transport
+            )
         except httpx.InvalidURL as error:
             raise UserError(f"scheduler.url: {self.url}: {error}; give http://HOST:PORT or https://HOST:PORT") from error
 
@@ -59,6 +63,16 @@ class Api:
         away = retry_if_exception(lambda error: isinstance(error, Away))
         wait, stop = wait_random_exponential(multiplier=0.2, max=5.0), stop_after_delay(self._retry_seconds)
         return Retrying(retry=away, wait=wait, stop=stop, reraise=True)(self._once, method, path, body)
+
+    def pages(self, path: str, key: str, after: int) -> list[dict[str, Any]]:
+        """All entries that follow `after` in the order of their field `key`, a page at a time."""
+        found: list[dict[str, Any]] = []
+        while True:
+            last = found[-1][key] if found else after
+            page = self.ask("GET", f"{path}?after={last}&limit={PAGE}")
+            found += page
+            if len(page) < PAGE:
+                return found
 
     def close(self) -> None:
         self._client.close()
@@ -81,14 +95,6 @@ class Api:
             return response.status_code, response.json() if response.content else None
         except ValueError as error:
             raise Away(f"scheduler.url: {self.url} answers {path} with what is no JSON; is it a scheduler?") from error
-
-
-def told(call: Callable[[], T]) -> T:
-    """What the call returns; UserError where the service is away: for commands, which have nothing to go on with."""
-    try:
-        return call()
-    except Away as error:
-        raise UserError(f"{error}; is `megapd scheduler` up?") from error
 
 
 def _problem(response: httpx.Response) -> dict[str, Any]:

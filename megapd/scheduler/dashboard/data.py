@@ -10,56 +10,52 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy import Connection, func, select
 
 from megapd.errors import UserError
 from megapd.schedule.plan import in_force, pieces
 from megapd.schedule.policies import candidates
 from megapd.scheduler import api
-from megapd.scheduler.service.access import Needs
-from megapd.scheduler.service.hub import Answer, Service
-from megapd.scheduler.store import events as journal
-from megapd.scheduler.store import runs
+from megapd.scheduler.routes import READ, Serving
+from megapd.scheduler.service import CanonicalJSON
+from megapd.scheduler.store import Refused, runs
 from megapd.scheduler.store import trajectories as catalogue
-from megapd.scheduler.store.database import Refused
+from megapd.scheduler.store.events import events_after
 from megapd.scheduler.store.tables import decisions, events, reports
 
 SEGMENTS = 400  # of a timeline, on each side of where the run is: more than a screen can show
-
-
 POINTS = 1000  # of a curve
 
+routes = APIRouter(prefix="/v1/page", include_in_schema=False)
 
-def router(service: Service) -> APIRouter:
-    routes = APIRouter(prefix="/v1/page", include_in_schema=False)
-    reads = Needs("read")
-    read = Depends(reads)
 
-    @routes.get("/caller")
-    async def caller(request: Request, name: str = read) -> Response:
-        """Who the token stands for, and so which controls are of use."""
-        return Answer({"name": name, "role": request.scope["caller"][1]})
+@routes.get("/caller")
+async def caller(request: Request, name: Annotated[str, READ]) -> Response:
+    """Who the token stands for, and so which controls are of use."""
+    return CanonicalJSON({"name": name, "role": request.scope["caller"][1]})
 
-    @routes.get("/runs/{name}/timeline", dependencies=[read])
-    async def run_timeline(name: api.NamePath) -> Response:
-        return Answer(await service.read(lambda connection: timeline(connection, name)))
 
-    @routes.get("/runs/{name}/curve", dependencies=[read])
-    async def run_curve(name: api.NamePath) -> Response:
-        return Answer(await service.read(lambda connection: curve(connection, name)))
+@routes.get("/runs/{name}/timeline", dependencies=[READ])
+async def run_timeline(service: Serving, name: api.NamePath) -> Response:
+    return CanonicalJSON(await service.read(timeline, name))
 
-    @routes.get("/trajectories/{reference}/curve", dependencies=[read])
-    async def trajectory_curve(
-        reference: api.NamePath, after: api.AfterNumber = -1, limit: Annotated[int, Query(ge=1, le=500)] = 500
-    ) -> Response:
-        return Answer(await service.read(lambda connection: teacher_curve(connection, reference, after, limit)))
 
-    @routes.get("/events", dependencies=[read])
-    async def newest_events(limit: Annotated[int, Query(ge=1, le=500)] = 100) -> Response:
-        return Answer(await service.read(lambda connection: newest(connection, limit)))
+@routes.get("/runs/{name}/curve", dependencies=[READ])
+async def run_curve(service: Serving, name: api.NamePath) -> Response:
+    return CanonicalJSON(await service.read(curve, name))
 
-    return routes
+
+@routes.get("/trajectories/{reference}/curve", dependencies=[READ])
+async def trajectory_curve(
+    service: Serving, reference: api.NamePath, after: api.AfterNumber = -1, limit: Annotated[int, Query(ge=1, le=500)] = 500
+) -> Response:
+    return CanonicalJSON(await service.read(teacher_curve, reference, after, limit))
+
+
+@routes.get("/events", dependencies=[READ])
+async def newest_events(service: Serving, limit: Annotated[int, Query(ge=1, le=500)] = 100) -> Response:
+    return CanonicalJSON(await service.read(newest, limit))
 
 
 def timeline(connection: Connection, run: str) -> dict[str, Any]:
@@ -158,4 +154,4 @@ def numbers(tree: Any, at: str = "") -> Iterator[tuple[str, float]]:
 def newest(connection: Connection, limit: int) -> list[dict[str, Any]]:
     """The last `limit` events, in order."""
     last = connection.execute(select(events.c.id).order_by(events.c.id.desc()).limit(1).offset(limit - 1)).scalar()
-    return journal.events_after(connection, -1 if last is None else last - 1, limit)
+    return events_after(connection, -1 if last is None else last - 1, limit)

@@ -10,8 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from megapd.config import Config
 from megapd.errors import UserError
-from megapd.models.from_checkpoint import HUGGING_FACE, build_teacher, checkpoint_shape
-from megapd.models.weights import copy_weights
+from megapd.models import HUGGING_FACE, build_teacher, checkpoint_shape, copy_weights
 from megapd.tasks import build_task
 from megapd.trajectory import Checkpoint
 

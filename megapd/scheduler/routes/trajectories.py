@@ -2,121 +2,116 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, HTTPException, Response
+from fastapi import APIRouter, Response
 from sqlalchemy import Connection
 
 from megapd.scheduler import api
-from megapd.scheduler.service.access import Needs
-from megapd.scheduler.service.hub import Answer, Service
-from megapd.scheduler.store import tokens as journal
+from megapd.scheduler.routes.common import ADMIN, READ, RUN, Serving, made
+from megapd.scheduler.service import CanonicalJSON
 from megapd.scheduler.store import trajectories as catalogue
-from megapd.scheduler.store.tables import DIGEST
+
+routes = APIRouter(prefix="/v1")
+
+# ------------------------------------------------------------------------------------------------------ trajectories
 
 
-def router(service: Service) -> APIRouter:
-    routes = APIRouter(prefix="/v1")
-    read, run = (Depends(Needs(role)) for role in journal.ROLES[:2])
-    admin = Needs("admin")
-
-    # ------------------------------------------------------------------------------------------------------ trajectories
-
-    @routes.get("/trajectories", response_model=list[api.TrajectoryAnswer], tags=["trajectories"], dependencies=[read])
-    async def list_trajectories(after: api.AfterName = "", limit: api.Limit = 100) -> Response:
-        """In the order of their digests."""
-        return Answer(await service.read(lambda connection: catalogue.list_trajectories(connection, after, limit)))
-
-    @routes.post("/trajectories", response_model=api.TrajectoryAnswer, tags=["trajectories"], dependencies=[run])
-    async def add_trajectory(body: api.NewTrajectory) -> Response:
-        """201: it is new; 200: it was there."""
-
-        def write(connection: Connection) -> tuple[dict[str, Any], bool]:
-            found, new = catalogue.add_trajectory(connection, body.run, body.location, body.vocabulary)
-            if body.name is not None:
-                catalogue.set_name(connection, _no_digest(body.name), found["digest"])
-            return found, new
-
-        found, new = await service.write(write)
-        return Answer(found, 201 if new else 200)
-
-    @routes.get("/trajectories/{reference}", response_model=api.TrajectoryAnswer, tags=["trajectories"], dependencies=[read])
-    async def find_trajectory(reference: api.NamePath) -> Response:
-        """reference: digest or name."""
-        return Answer(await service.look(lambda connection: catalogue.find_trajectory(connection, reference)))
-
-    @routes.get(
-        "/trajectories/{reference}/checkpoints",
-        response_model=list[api.CheckpointAnswer],
-        tags=["trajectories"],
-        dependencies=[read],
-    )
-    async def list_checkpoints(reference: api.NamePath, after: api.AfterNumber = -1, limit: api.Limit = 100) -> Response:
-        """In the order of their steps, those after one."""
-
-        def find(connection: Connection) -> list[dict[str, Any]]:
-            digest = catalogue.find_trajectory(connection, reference)["digest"]
-            return catalogue.list_checkpoints(connection, digest, after, limit)
-
-        return Answer(await service.read(find))
-
-    @routes.post(
-        "/trajectories/{reference}/checkpoints", response_model=api.CheckpointAnswer, tags=["trajectories"], dependencies=[run]
-    )
-    async def add_checkpoint(reference: api.NamePath, body: api.NewCheckpoint) -> Response:
-        """201: it is new; 200: it was there; 409: the trajectory has another one of that step."""
-        record = body.model_dump(mode="json")
-        record["bytes"] = sum(file.bytes for file in body.files.values())
-
-        def write(connection: Connection) -> tuple[dict[str, Any], bool]:
-            digest = catalogue.find_trajectory(connection, reference)["digest"]
-            return catalogue.add_checkpoint(connection, digest, record)
-
-        found, new = await service.write(write)
-        return Answer(found, 201 if new else 200)
-
-    @routes.put(
-        "/trajectories/{reference}/flags", response_model=list[api.CheckpointAnswer], tags=["trajectories"], dependencies=[run]
-    )
-    async def set_flags(reference: api.NamePath, body: api.Findings) -> Response:
-        """What `verify` found, instead of what it found before. Returns the flagged checkpoints."""
-        found = {int(step): {str(kind): detail for kind, detail in kinds.items()} for step, kinds in body.flags.items()}
-
-        def write(connection: Connection) -> list[dict[str, Any]]:
-            return catalogue.set_flags(connection, catalogue.find_trajectory(connection, reference)["digest"], found)
-
-        return Answer(await service.write(write))
-
-    # ------------------------------------------------------------------------------------------------------- checkpoints
-
-    @routes.get("/checkpoints/{reference}", response_model=api.CheckpointAnswer, tags=["checkpoints"], dependencies=[read])
-    async def find_checkpoint(reference: api.NamePath) -> Response:
-        """reference: digest or name."""
-        return Answer(await service.look(lambda connection: catalogue.find_checkpoint(connection, reference)))
-
-    @routes.post("/checkpoints/{digest}/accept", response_model=api.CheckpointAnswer, tags=["checkpoints"])
-    async def accept(digest: api.DigestPath, author: str = Depends(admin)) -> Response:
-        """Let it be scheduled though it is flagged."""
-        return Answer(await service.write(lambda connection: catalogue.accept(connection, digest, author)))
-
-    # ------------------------------------------------------------------------------------------------------------- names
-
-    @routes.get("/names", response_model=list[api.NameAnswer], tags=["names"], dependencies=[read])
-    async def list_names(after: api.AfterName = "", limit: api.Limit = 100) -> Response:
-        return Answer(await service.read(lambda connection: catalogue.list_names(connection, after, limit)))
-
-    @routes.put("/names/{name}", response_model=api.NameAnswer, tags=["names"], dependencies=[Depends(admin)])
-    async def set_name(name: api.NamePath, body: api.NewName) -> Response:
-        """Point a name to a trajectory or checkpoint."""
-        _no_digest(name)
-        return Answer(await service.write(lambda connection: catalogue.set_name(connection, name, body.digest, body.expected)))
-
-    return routes
+@routes.get("/trajectories", response_model=list[api.TrajectoryAnswer], tags=["trajectories"], dependencies=[READ])
+async def list_trajectories(service: Serving, after: api.AfterName = "", limit: api.Limit = 100) -> Response:
+    """In the order of their digests."""
+    return CanonicalJSON(await service.read(catalogue.list_trajectories, after, limit))
 
 
-def _no_digest(name: str) -> str:
-    import re
+@routes.post("/trajectories", response_model=api.TrajectoryAnswer, tags=["trajectories"], dependencies=[RUN])
+async def add_trajectory(service: Serving, body: api.NewTrajectory) -> Response:
+    """201: it is new; 200: it was there."""
 
-    if re.fullmatch(DIGEST, name):
-        raise HTTPException(422, "name: it looks like a digest; choose another")
-    return name
+    def write(connection: Connection) -> tuple[dict[str, Any], bool]:
+        found, new = catalogue.add_trajectory(connection, body.run, body.location, body.vocabulary)
+        if body.name is not None:
+            catalogue.set_name(connection, body.name, found["digest"])
+        return found, new
+
+    return made(*await service.write(write))
+
+
+@routes.get("/trajectories/{reference}", response_model=api.TrajectoryAnswer, tags=["trajectories"], dependencies=[READ])
+async def find_trajectory(service: Serving, reference: api.NamePath) -> Response:
+    """reference: digest or name."""
+    return CanonicalJSON(await service.look(catalogue.find_trajectory, reference))
+
+
+@routes.get(
+    "/trajectories/{reference}/checkpoints",
+    response_model=list[api.CheckpointAnswer],
+    tags=["trajectories"],
+    dependencies=[READ],
+)
+async def list_checkpoints(
+    service: Serving, reference: api.NamePath, after: api.AfterNumber = -1, limit: api.Limit = 100
+) -> Response:
+    """In the order of their steps, those after one."""
+
+    def find(connection: Connection) -> list[dict[str, Any]]:
+        digest = catalogue.find_trajectory(connection, reference)["digest"]
+        return catalogue.list_checkpoints(connection, digest, after, limit)
+
+    return CanonicalJSON(await service.read(find))
+
+
+@routes.post(
+    "/trajectories/{reference}/checkpoints", response_model=api.CheckpointAnswer, tags=["trajectories"], dependencies=[RUN]
+)
+async def add_checkpoint(service: Serving, reference: api.NamePath, body: api.NewCheckpoint) -> Response:
+    """201: it is new; 200: it was there; 409: the trajectory has another one of that step."""
+    record = body.model_dump(mode="json")
+    record["bytes"] = sum(file.bytes for file in body.files.values())
+
+    def write(connection: Connection) -> tuple[dict[str, Any], bool]:
+        digest = catalogue.find_trajectory(connection, reference)["digest"]
+        return catalogue.add_checkpoint(connection, digest, record)
+
+    return made(*await service.write(write))
+
+
+@routes.put(
+    "/trajectories/{reference}/flags", response_model=list[api.CheckpointAnswer], tags=["trajectories"], dependencies=[RUN]
+)
+async def set_flags(service: Serving, reference: api.NamePath, body: api.Findings) -> Response:
+    """What `verify` found, instead of what it found before. Returns the flagged checkpoints."""
+    found = {int(step): {str(kind): detail for kind, detail in kinds.items()} for step, kinds in body.flags.items()}
+
+    def write(connection: Connection) -> list[dict[str, Any]]:
+        return catalogue.set_flags(connection, catalogue.find_trajectory(connection, reference)["digest"], found)
+
+    return CanonicalJSON(await service.write(write))
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@routes.get("/checkpoints/{reference}", response_model=api.CheckpointAnswer, tags=["checkpoints"], dependencies=[READ])
+async def find_checkpoint(service: Serving, reference: api.NamePath) -> Response:
+    """reference: digest or name."""
+    return CanonicalJSON(await service.look(catalogue.find_checkpoint, reference))
+
+
+@routes.post("/checkpoints/{digest}/accept", response_model=api.CheckpointAnswer, tags=["checkpoints"])
+async def accept(service: Serving, digest: api.DigestPath, author: Annotated[str, ADMIN]) -> Response:
+    """Let it be scheduled though it is flagged."""
+    return CanonicalJSON(await service.write(catalogue.accept, digest, author))
+
+
+# ------------------------------------------------------------------------------------------------------------- names
+
+
+@routes.get("/names", response_model=list[api.NameAnswer], tags=["names"], dependencies=[READ])
+async def list_names(service: Serving, after: api.AfterName = "", limit: api.Limit = 100) -> Response:
+    return CanonicalJSON(await service.read(catalogue.list_names, after, limit))
+
+
+@routes.put("/names/{name}", response_model=api.NameAnswer, tags=["names"], dependencies=[ADMIN])
+async def set_name(service: Serving, name: api.NamePath, body: api.NewName) -> Response:
+    """Point a name to a trajectory or checkpoint."""
+    return CanonicalJSON(await service.write(catalogue.set_name, name, body.digest, body.expected))

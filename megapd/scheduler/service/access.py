@@ -1,16 +1,14 @@
-"""Carried out of megapd/schedule/service.py, megapd/schedule/auth.py."""
+"""Who a bearer token stands for, and which addresses only this machine reaches."""
 
 from __future__ import annotations
 
 import ipaddress
 import time
-from typing import Any
 
-from fastapi import HTTPException, Request, Security
-from fastapi.security import HTTPBearer
+from megapd.scheduler.store import Store
+from megapd.scheduler.store.tokens import find_token, list_tokens, token_hash
 
-from megapd.scheduler.store.database import Store
-from megapd.scheduler.store.tokens import ROLES, find_token, list_tokens, token_hash
+KNOWN_SECONDS = 5.0  # that a token is taken for valid without a look into the store: how long a revoked one lives on
 
 
 def is_loopback(host: str) -> bool:
@@ -22,10 +20,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-KNOWN_SECONDS = 5.0  # that a token is taken for valid without a look into the store: how long a revoked one lives on
-
-
-class Tokens:
+class Authenticator:
     """Who a token stands for. `open`: there are no tokens, and need be none."""
 
     def __init__(self, store: Store, *, loopback: bool) -> None:
@@ -58,20 +53,3 @@ class Tokens:
         """Look into the store again, now."""
         self._known.clear()
         self._open_until = 0.0
-
-
-_bearer = Security(HTTPBearer(auto_error=False, description="of the role that the operation names, or a higher one"))
-
-
-class Needs:
-    """Dependency of a route: the caller's name, if its role is high enough, else 403."""
-
-    def __init__(self, role: str) -> None:
-        self._least = ROLES.index(role)
-        self._text = f"authorization: this needs a token of role {role}"
-
-    async def __call__(self, request: Request, _: Any = _bearer) -> str:
-        name, role = request.scope["caller"]
-        if ROLES.index(role) < self._least:
-            raise HTTPException(403, f"{self._text}; yours is of role {role}")
-        return name

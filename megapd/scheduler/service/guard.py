@@ -14,40 +14,32 @@ from typing import Any
 
 from fastapi import HTTPException
 
-from megapd.scheduler.service.access import Tokens
-from megapd.scheduler.service.figures import Figures
-from megapd.scheduler.service.lanes import Lanes, try_lane
-from megapd.scheduler.store.database import Unavailable
-from megapd.scheduler.store.tables import canonical
+from megapd.scheduler.service.core import CanonicalJSON, Service
+from megapd.scheduler.store import Unavailable
 
 BODY_SECONDS = 30.0  # for a request's body to arrive
 
-
 GUARDED = ("/v1", "/metrics", "/openapi.json")  # what needs a token; the rest (health, the page without its data) does not
 
-
+Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
-
-
 Receive = Callable[[], Awaitable[Message]]
-
-
 Send = Callable[[Message], Awaitable[None]]
-
-
-App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Guard:
-    """ASGI middleware: 401 without a good token before anything of the body is read, 413, 408, and the figures."""
+    """ASGI middleware: 401 without a good token before anything of the body is read, 413, 408, and the metrics.
 
-    def __init__(self, app: App, tokens: Tokens, figures: Figures, lanes: Lanes, max_body_bytes: int) -> None:
-        self._app, self._tokens, self._figures, self._max = app, tokens, figures, max_body_bytes
-        self._lanes = lanes
-        self._series: dict[tuple[str, str, int], tuple[Any, Any]] = {}
+    A scope that has its caller already is of this process (see local.py): it passes.
+    """
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+    def __init__(self, app: App, service: Service) -> None:
+        self._app, self._authenticator, self._metrics = app, service.authenticator, service.metrics
+        self._max = service.settings.max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or "caller" in scope:
             await self._app(scope, receive, send)
             return
         started, status = time.perf_counter(), 500
@@ -61,51 +53,35 @@ class Guard:
         try:
             refusal = self._refusal(scope)
             if refusal is not None:
-                await _answer(sending, *refusal)
-                return
-            if scope["method"] not in ("GET", "HEAD"):
-                receive = self._limited(receive)
-            lane = self._lanes.find(scope["method"], scope["path"], scope["query_string"], scope.get("caller", ("", "read"))[1])
-            if lane is not None:
-                try:
-                    message = await receive()
-                except HTTPException as error:
-                    await _answer(sending, error.status_code, str(error.detail), ((b"connection", b"close"),))
-                    return
-                whole = message["type"] == "http.request" and not message.get("more_body", False)
-                told = try_lane(*lane, message.get("body", b"")) if whole else None
-                if told is not None:
-                    scope["lane"] = lane[0].route
-                    await _send(sending, 200, told)
-                    return
-                receive = _again(message, receive)
-            await self._app(scope, receive, sending)
+                await refusal(scope, receive, sending)
+            else:
+                await self._app(scope, receive if scope["method"] in ("GET", "HEAD") else self._limited(receive), sending)
         finally:
-            self._count(scope, status, time.perf_counter() - started)
+            route = str(getattr(scope.get("route"), "path", "other"))
+            self._metrics.count(scope["method"], route, status, time.perf_counter() - started)
 
-    def _refusal(self, scope: MutableMapping[str, Any]) -> tuple[int, str, tuple[tuple[bytes, bytes], ...]] | None:
+    def _refusal(self, scope: Scope) -> CanonicalJSON | None:
         headers: dict[bytes, bytes] = {}
         for key, value in scope["headers"]:
             headers[key] = b"" if key == b"authorization" and key in headers else value
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length[:20]) > self._max:
-            return 413, f"the body is longer than scheduler.max_body_bytes, {self._max}", ((b"connection", b"close"),)
-        path = scope["path"]
-        if not path.startswith(GUARDED):
+            return _problem(413, f"the body is longer than scheduler.max_body_bytes, {self._max}", Connection="close")
+        if not scope["path"].startswith(GUARDED):
             return None
         try:
-            if self._tokens.open():
+            if self._authenticator.open():
                 if not _local(headers.get(b"host", b"")):
-                    return 421, "host: without tokens, this service answers to localhost alone", ()
+                    return _problem(421, "host: without tokens, this service answers to localhost alone")
                 scope["caller"] = ("anybody", "admin")
                 return None
             scheme, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-            found = self._tokens.find(token.strip()) if scheme.lower() == "bearer" and token else None
+            found = self._authenticator.find(token.strip()) if scheme.lower() == "bearer" and token else None
         except Unavailable as error:
-            return 503, f"the database does not answer: {error}", ((b"retry-after", b"2"),)
+            return _problem(503, f"the database does not answer: {error}", **{"Retry-After": "2"})
         if found is None:
-            challenge = (b"www-authenticate", b"Bearer")
-            return 401, "authorization: a bearer token is needed; `megapd scheduler token ROLE` makes one", (challenge,)
+            what = "authorization: a bearer token is needed; `megapd scheduler token ROLE` makes one"
+            return _problem(401, what, **{"WWW-Authenticate": "Bearer"})
         scope["caller"] = found
         return None
 
@@ -130,35 +106,9 @@ class Guard:
 
         return limited
 
-    def _count(self, scope: MutableMapping[str, Any], status: int, seconds: float) -> None:
-        route = str(scope.get("lane") or getattr(scope.get("route"), "path", "other"))
-        method: str = scope["method"] if scope["method"] in ("GET", "POST", "PUT", "DELETE") else "other"
-        key = (method, route, status)
-        if key not in self._series:
-            self._series[key] = self._figures.requests.labels(method, route, str(status)), self._figures.seconds.labels(route)
-        counter, histogram = self._series[key]
-        counter.inc()
-        histogram.observe(seconds)
 
-
-def _again(first: Message, receive: Receive) -> Receive:
-    """`receive` as it was before `first` was taken from it."""
-    waiting = [first]
-
-    async def again() -> Message:
-        return waiting.pop() if waiting else await receive()
-
-    return again
-
-
-async def _answer(send: Send, status: int, detail: str, headers: tuple[tuple[bytes, bytes], ...]) -> None:
-    await _send(send, status, canonical({"detail": detail}).encode(), headers)
-
-
-async def _send(send: Send, status: int, body: bytes, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
-    fixed = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
-    await send({"type": "http.response.body", "body": body})
+def _problem(status: int, detail: str, **headers: str) -> CanonicalJSON:
+    return CanonicalJSON({"detail": detail}, status, headers=headers)
 
 
 def _local(host: bytes) -> bool:

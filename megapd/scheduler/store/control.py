@@ -13,8 +13,6 @@ from megapd.scheduler.store.database import Refused
 from megapd.scheduler.store.runs import begins, find_run, list_decisions, list_schedules, parse_schedule, resolve, set_schedule
 
 Action = Literal["pause", "advance", "pin", "resume"]
-
-
 NOTE = "control: "  # how the versions that are made here begin their notes
 
 

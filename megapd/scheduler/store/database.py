@@ -31,20 +31,10 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from megapd.errors import UserError
 
 log = logging.getLogger(__name__)
-
-
 HEAD = "0001"  # the newest migration; a store at it starts without alembic, which takes as long to import as all of this
-
-
 BUSY_SECONDS = 30.0  # wait for another process that writes
-
-
 BATCH = 256  # writes in one transaction at most
-
-
 WRITE_LOCK, SERVICE_LOCK = 0x6D65_6761, 0x6D65_6762  # PostgreSQL's advisory locks
-
-
 T = TypeVar("T")
 
 

@@ -1,4 +1,4 @@
-"""Events and bearer tokens of the store: functions of a connection, for Store.read and Store.write."""
+"""Events of the store: functions of a connection, for Store.read and Store.write."""
 
 from __future__ import annotations
 

@@ -29,10 +29,8 @@ from megapd.scheduler.store.tables import canonical, decisions, replicas, report
 
 _SCHEDULE: TypeAdapter[ScheduleConfig] = TypeAdapter(ScheduleConfig)
 
-
 # What every run asks for again and again: built once, which takes four times as long as to execute it.
 _ASSIGNMENT = select(runs.c.assignment_version, runs.c.endpoints).where(runs.c.name == bindparam("run"))
-
 
 _NEWEST = (
     select(schedules)
@@ -55,7 +53,7 @@ class Stored(TypedDict):
 
 def begins(change: Mapping[str, Any]) -> int:
     """The student step at which a schedule version, or a decision, begins."""
-    return change["effective"] if change["applied"] is None else change["applied"]
+    return int(change["effective"] if change["applied"] is None else change["applied"])
 
 
 # ------------------------------------------------------------------------------------------------------------------ runs
@@ -159,8 +157,7 @@ def parse_schedule(document: Any) -> ScheduleConfig:
         return _SCHEDULE.validate_python(document)
     except ValidationError as error:
         first = error.errors()[0]
-        parts = ["policy"] if first["type"].startswith("union_tag") else map(str, first["loc"][1:])
-        where = ".".join(["schedule", *parts])
+        where = ".".join(["schedule", *map(str, first["loc"])])
         raise Refused(f"{where}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
@@ -219,7 +216,7 @@ def resolve(connection: Connection, run: dict[str, Any], schedule: ScheduleConfi
     steps = catalogue.steps_of(connection, run["trajectory"])
 
     def metrics_of(step: int) -> dict[str, Any]:
-        return catalogue.checkpoint_at(connection, run["trajectory"], step)["metrics"]
+        return dict(catalogue.checkpoint_at(connection, run["trajectory"], step)["metrics"])
 
     try:
         return build_plan(schedule, available=steps or None, steps=run["steps"], metrics_of=metrics_of)

@@ -25,17 +25,11 @@ from sqlalchemy import (
 )
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,119}$"  # of runs, names and replicas' groups; a digest is none: 64 hexadecimal digits
-
-
 DIGEST = r"^[0-9a-f]{64}$"
-
 
 # AUTOINCREMENT, and so no number twice, only for SQLite's own INTEGER PRIMARY KEY.
 _Serial = BigInteger().with_variant(Integer(), "sqlite")
-
-
 metadata = MetaData()
-
 
 tokens = Table(
     "tokens",
@@ -46,7 +40,6 @@ tokens = Table(
     Column("created", Float, nullable=False),
 )
 
-
 trajectories = Table(
     "trajectories",
     metadata,
@@ -56,7 +49,6 @@ trajectories = Table(
     Column("vocabulary", String(128), nullable=False),
     Column("created", Float, nullable=False),
 )
-
 
 checkpoints = Table(
     "checkpoints",
@@ -70,7 +62,6 @@ checkpoints = Table(
     UniqueConstraint("trajectory", "step"),
 )
 
-
 flags = Table(
     "flags",
     metadata,
@@ -81,7 +72,6 @@ flags = Table(
     Column("accepted_by", String(120)),
 )
 
-
 names = Table(
     "names",
     metadata,
@@ -89,7 +79,6 @@ names = Table(
     Column("digest", String(64), nullable=False),
     Column("version", Integer, nullable=False),
 )
-
 
 runs = Table(
     "runs",
@@ -110,7 +99,6 @@ runs = Table(
     Index("ix_runs_group", "group"),
 )
 
-
 schedules = Table(
     "schedules",
     metadata,
@@ -123,7 +111,6 @@ schedules = Table(
     Column("note", Text, nullable=False),
     Column("created", Float, nullable=False),
 )
-
 
 decisions = Table(
     "decisions",
@@ -139,7 +126,6 @@ decisions = Table(
     Column("created", Float, nullable=False),
 )
 
-
 reports = Table(
     "reports",
     metadata,
@@ -148,7 +134,6 @@ reports = Table(
     Column("metrics", Text, nullable=False),
     Column("created", Float, nullable=False),
 )
-
 
 replicas = Table(
     "replicas",
@@ -163,7 +148,6 @@ replicas = Table(
     Index("ix_replicas_state", "state"),
     Index("ix_replicas_endpoint", "endpoint"),
 )
-
 
 events = Table(
     "events",

@@ -1,4 +1,4 @@
-"""Carried out of megapd/schedule/journal.py."""
+"""Bearer tokens in the store: functions of a connection, for Store.read and Store.write."""
 
 from __future__ import annotations
 
@@ -14,15 +14,8 @@ from megapd.scheduler.store.events import emit
 from megapd.scheduler.store.tables import tokens
 
 ROLES = ("read", "run", "admin")  # each may do what those before it may
-
-
 _TOKEN = select(tokens.c.name, tokens.c.role).where(tokens.c.hash == bindparam("token"))
-
-
 PREFIX = "megapd_"  # so that a token that leaked into a log or a repository is recognised
-
-
-# ---------------------------------------------------------------------------------------------------------------- tokens
 
 
 def token_hash(token: str) -> str:

@@ -217,7 +217,7 @@ def resolve(connection: Connection, reference: str) -> str:
     """The digest that a digest or name stands for; NotFound if there is no such name."""
     if re.fullmatch(DIGEST, reference):
         return reference
-    digest = connection.execute(select(names.c.digest).where(names.c.name == reference)).scalar()
+    digest: str | None = connection.execute(select(names.c.digest).where(names.c.name == reference)).scalar()
     if digest is None:
         raise NotFound(f"name: there is none called {reference}")
     return digest

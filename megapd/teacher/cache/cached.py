@@ -10,8 +10,7 @@ import torch
 from megapd.batch import Batch
 from megapd.errors import UserError
 from megapd.schedule.plan import Plan
-from megapd.signals.signal import Head, Signal, as_sent
-from megapd.signals.spec import SignalSpec
+from megapd.signals import Head, Signal, SignalSpec, as_sent
 from megapd.teacher.cache.cache import SignalCache
 from megapd.teacher.stream import Stream
 from megapd.trajectory import Checkpoint, Checkpoints
@@ -62,7 +61,7 @@ class CachedStream:
     @property
     def counts(self) -> dict[str, int]:
         """hits, misses, recorded, damaged of the cache."""
-        return dict(self._cache.counts)
+        return self._cache.counts
 
     def ready(self, step: int) -> bool:
         if self._source is not None:
@@ -100,22 +99,18 @@ class CachedStream:
     def signals(self, step: int, batches: Sequence[Batch]) -> Iterator[Signal]:
         """Raises UserError for samples that are not in the cache if there is no source."""
         checkpoint = self.teacher(step)
-        for earlier in [key for key in list(self._ahead) if key < step]:
-            del self._ahead[earlier]
-        ahead = self._ahead.pop(step, None)
-        if ahead is not None and ahead.error is not None:
-            raise ahead.error
-        if ahead is not None and ahead.digests == [batch.digest for batch in batches]:
-            found = ahead.signals
-        else:
+        found = self._taken(step, batches)
+        if found is None:
             found = [self._cache.lookup(checkpoint.digest, self.spec, batch) for batch in batches]
         asked = [signal is None for signal in found]
         if self._agree is not None:
             asked = self._agree(asked)
         missing = [batch for batch, ask in zip(batches, asked, strict=True) if ask]
-        if missing and self._source is None:
-            raise self._missing(step, checkpoint, batches, missing)
-        given = iter(self._source.signals(step, missing)) if missing and self._source is not None else iter(())
+        given: Iterator[Signal] = iter(())
+        if missing:
+            if self._source is None:
+                raise self._missing(step, checkpoint, batches, missing)
+            given = iter(self._source.signals(step, missing))
         return self._answers(checkpoint, batches, found, asked, given)
 
     def close(self) -> None:
@@ -124,6 +119,15 @@ class CachedStream:
                 self._source.close()
         finally:
             self._cache.close()
+
+    def _taken(self, step: int, batches: Sequence[Batch]) -> list[Signal | None] | None:
+        """What `request` found for these batches, or raises what it met; None if it was not called for them. Older ones go."""
+        for earlier in [key for key in list(self._ahead) if key < step]:  # a list: `request` adds from its own thread
+            del self._ahead[earlier]
+        ahead = self._ahead.pop(step, None)
+        if ahead is not None and ahead.error is not None:
+            raise ahead.error
+        return ahead.signals if ahead is not None and ahead.digests == [batch.digest for batch in batches] else None
 
     def _answers(
         self,

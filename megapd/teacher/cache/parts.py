@@ -11,9 +11,7 @@ from numpy.typing import NDArray
 
 from megapd.batch import DIGEST_BYTES
 from megapd.files import atomic_file
-from megapd.signals.arrow import NO_ARROW, TEACHER_DIGEST_BYTES, check_form
-from megapd.signals.signal import SignalDamaged
-from megapd.signals.spec import SignalSpec
+from megapd.signals import NO_ARROW, SignalDamaged, SignalSpec, check_form, digests_of
 
 
 class Index:
@@ -57,9 +55,12 @@ class Index:
             parts[there], rows[there] = self._parts[places[there]], self._rows[places[there]]
         return parts, rows
 
-    def drop(self, part: int) -> None:
-        keep = self._parts != part
-        self._digests, self._parts, self._rows = self._digests[keep], self._parts[keep], self._rows[keep]
+    def drop(self, name: str) -> None:
+        """No row of this part is found from now on, nor is it to be opened again."""
+        self.seen.add(name)
+        if name in self.names:
+            keep = self._parts != self.names.index(name)
+            self._digests, self._parts, self._rows = self._digests[keep], self._parts[keep], self._rows[keep]
 
 
 def read_records(path: Path) -> tuple[pa.Schema, list[pa.RecordBatch]]:
@@ -78,18 +79,13 @@ def check_part(records: list[pa.RecordBatch], index: Index) -> None:
         raise SignalDamaged("not one record batch of signals")
     if records[0].schema.metadata[b"parameters"] != index.spec.parameters.encode():
         raise SignalDamaged("its parameters are not those of its folder")
-    if not (_fixed(records[0].column("teacher"), TEACHER_DIGEST_BYTES) == np.bytes_(index.teacher)).all():
+    if not (digests_of(records[0], "teacher") == np.bytes_(index.teacher)).all():
         raise SignalDamaged("rows of another teacher than its folder's")
-
-
-def _fixed(column: pa.Array, width: int) -> NDArray[np.bytes_]:
-    buffer = column.buffers()[1]
-    return np.frombuffer(b"" if buffer is None else buffer, f"S{width}", len(column), column.offset * width if buffer else 0)
 
 
 def samples_of(record: pa.RecordBatch) -> NDArray[np.bytes_]:
     """Digests of the rows' samples [B]; a copy, which does not hold the record."""
-    return _fixed(record.column("sample"), DIGEST_BYTES).copy()
+    return digests_of(record, "sample").copy()
 
 
 def concatenate(records: Sequence[pa.RecordBatch]) -> pa.RecordBatch:

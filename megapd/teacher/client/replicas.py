@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.flight as flight
@@ -19,9 +19,9 @@ import pyarrow.flight as flight
 from megapd.config import TeacherConfig
 from megapd.errors import TeacherLost
 from megapd.signals.signal import SignalDamaged, SignalMismatch
-from megapd.teacher.client.connections import Connections, HandshakeFailed, client_context
+from megapd.teacher.client.probe import Reach, client_context, reach
 from megapd.teacher.wire.calls import parse_json
-from megapd.teacher.wire.frames import Link
+from megapd.teacher.wire.messages import MESSAGE_BYTES
 from megapd.teacher.wire.refusals import RefusalKind, Refused, refusal
 from megapd.teacher.wire.secrets import bearer, read_secret, read_token
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 ROUNDS = 3  # times that every replica must say no before it is taken for final: one may have been restarted with old files
 
 
-SOCKET_SECONDS = 10.0  # the same for connections that are closed without a word: a certificate refused, or a server that starts
+SILENT_SECONDS = 10.0  # the same for connections that are closed without a word: no TLS at one end, or a server that starts
 
 
 BACKOFF = (0.1, 5.0)  # seconds before a replica is tried again: doubled each time, from, to; times 0.5 to 1.5 at random
@@ -48,13 +48,18 @@ _OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),  # a longer one is not read
 ]
+
+
+# Signals and heads travel as bytes. This lets Arrow refuse record batches, which it would decode, compressed buffers included.
+_NO_RECORDS = pa.ipc.IpcReadOptions(included_fields=[1 << 30])
 
 
 T = TypeVar("T")
 
 
-Failure = RefusalKind | str  # or away, damaged
+Failure = RefusalKind | Reach | Literal["damaged"]
 
 
 class Endpoints(Protocol):
@@ -81,19 +86,15 @@ class FixedEndpoints:
 class Remote:
     """One replica as a client sees it; thread-safe as far as Flight's client is, which is for all it does here."""
 
-    def __init__(self, address: str, client: flight.FlightClient, token: bytes | None, connections: Connections) -> None:
-        self.address, self.client, self.connections = address, client, connections
+    def __init__(self, address: str, client: flight.FlightClient, token: bytes | None) -> None:
+        self.address, self.client = address, client
         self._headers = [] if token is None else [(b"authorization", bearer(token))]
         self.failures = 0  # in a row, of the replica as a whole
         self.retry_at = 0.0
         self.last = "no answer yet"
 
     def options(self, seconds: float) -> flight.FlightCallOptions:
-        return flight.FlightCallOptions(timeout=seconds, headers=self._headers)
-
-    def connection(self, seconds: float) -> Link | None:
-        """To the data port, None where signals go over Flight; to be given back to `connections`."""
-        return self.connections.take(lambda: self.action("data", b"", min(seconds, PROBE_SECONDS)), seconds)
+        return flight.FlightCallOptions(timeout=seconds, headers=self._headers, read_options=_NO_RECORDS)
 
     def action(self, name: str, body: bytes, seconds: float) -> bytes:
         """The one result of a do_action. Raises Refused, or Flight's errors."""
@@ -118,10 +119,9 @@ class _Verdict:
     @property
     def final(self) -> bool:
         """Whether this replica will not say anything else."""
-        if self.failure not in ("wrong_teacher", "token", "certificate", "invalid", "memory"):
+        if self.failure not in ("wrong_teacher", "token", "certificate", "silent", "invalid", "memory"):
             return False
-        silent = self.failure == "certificate" and "handshake" not in self.message.lower()
-        return self.count >= ROUNDS and (not silent or time.monotonic() - self.since > SOCKET_SECONDS)
+        return self.count >= ROUNDS and (self.failure != "silent" or time.monotonic() - self.since > SILENT_SECONDS)
 
 
 class Replicas:
@@ -153,15 +153,11 @@ class Replicas:
         with self._lock:
             for address in addresses:
                 if address not in self._known:
-                    tls = address.startswith("grpc+tls:")
-                    if tls and self._context is None:
-                        self._context = client_context(self._config)
-                    client = flight.FlightClient(address, generic_options=_OPTIONS, **(self._tls if tls else {}))
-                    token = None if self._token is None else self._token.decode()
-                    connections = Connections(address, token, self._context if tls else None, allowed=self._config.data_port)
-                    self._known[address] = Remote(address, client, self._token, connections)
+                    tls = self._tls if _is_tls(address) else {}
+                    client = flight.FlightClient(address, generic_options=_OPTIONS, **tls)
+                    self._known[address] = Remote(address, client, self._token)
             for address in self._known.keys() - set(addresses):
-                self._known.pop(address).connections.forget()  # its client closes with the last call that uses it
+                del self._known[address]  # its client closes with the last call that uses it
             return [self._known[address] for address in addresses]
 
     def ask(self, what: str, do: Callable[[Remote, float], T], deadline: Callable[[], float | None]) -> T:
@@ -189,7 +185,7 @@ class Replicas:
                 if self.closed.is_set():
                     raise CancelledError("the stream was closed") from error
                 previous = remote.address
-                failure, message = classify(error)
+                failure, message = self._classify(error, remote, left)
                 later[previous] = self._failed(remote, failure, message, verdicts)
                 self._judge(what, verdicts)
             else:
@@ -203,13 +199,17 @@ class Replicas:
         return "; ".join(lines) or "teacher.endpoints: there is no replica, nor one with a lease at scheduler.url"
 
     def close(self) -> None:
-        """No call begins from now on; those under way are for the caller to end, and then to `disconnect`."""
+        """No call begins from now on; those under way are for the caller to end."""
         self.closed.set()
         self._endpoints.close()
 
-    def disconnect(self) -> None:
-        for remote in self._known.values():
-            remote.connections.forget()
+    def _classify(self, error: Exception, remote: Remote, seconds: float) -> tuple[Failure, str]:
+        failure, message = classify(error)
+        if failure != "away" or not isinstance(error, flight.FlightUnavailableError):
+            return failure, message
+        if _is_tls(remote.address) and self._context is None:
+            self._context = client_context(self._config)
+        return reach(remote.address, self._context if _is_tls(remote.address) else None, min(seconds, PROBE_SECONDS))
 
     def _choose(self, later: dict[str, float], previous: str) -> tuple[Remote | None, float]:
         """(the replica to ask, when): round about those that are well, another than the previous one if there is one."""
@@ -233,7 +233,6 @@ class Replicas:
             if health.get("draining"):
                 raise Refused("draining", "it is about to end")
             remote.failures, remote.retry_at = 0, 0.0
-            remote.connections.forget()
         self._count("requests")
         return do(remote, seconds)
 
@@ -241,7 +240,7 @@ class Replicas:
         """Note a failure; returns when this question may go to the replica again."""
         self._count("retries")
         counted = {"wrong_teacher": "wrong_teacher", "damaged": "damaged"}
-        refused = failure in ("token", "certificate", "invalid", "memory")
+        refused = failure in ("token", "certificate", "silent", "invalid", "memory")
         if refused or failure in counted:
             self._count(counted.get(failure, "refused"))
             log.warning("%s: %s", remote.address, message)
@@ -251,7 +250,7 @@ class Replicas:
         known.count, known.message = known.count + 1, message
         remote.last = message
         now = time.monotonic()
-        if failure in ("away", "draining", "certificate"):  # of the replica, whatever is asked
+        if failure in ("away", "draining", "certificate", "silent"):  # of the replica, whatever is asked
             remote.failures += 1
             remote.retry_at = now + pause(BACKOFF, remote.failures)
             return 0.0
@@ -265,10 +264,9 @@ class Replicas:
         wrong = [verdict.message for verdict in found if verdict.failure == "wrong_teacher"]
         if wrong:
             raise SignalMismatch(f"{what}: {wrong[0]}")
-        hints = {
-            "token": "teacher.token: every replica refuses the bearer token: ",
-            "certificate": "teacher.certificate, teacher.root_certificate, teacher.token: no replica takes a connection: ",
-        }
+        unreached = "teacher.certificate, teacher.root_certificate, teacher.token: no replica takes a connection: "
+        token = "teacher.token: every replica refuses the bearer token: "
+        hints: dict[Failure, str] = {"token": token, "certificate": unreached, "silent": unreached}
         raise TeacherLost(f"{what}: {hints.get(found[0].failure, '')}{self.describe(verdicts)}")
 
     def _count(self, name: str) -> None:
@@ -277,23 +275,26 @@ class Replicas:
 
 
 def classify(error: Exception) -> tuple[Failure, str]:
-    """(what kind of failure, the message for people)."""
+    """(what kind of failure, by its type or status code alone; the message for people)."""
     told = error if isinstance(error, Refused) else refusal(error)
     if told is not None:
         return told.kind, str(told)
     if isinstance(error, SignalMismatch):
         return "wrong_teacher", str(error)
-    if isinstance(error, HandshakeFailed):
-        return "certificate", str(error)
-    message = str(error).split(". gRPC client debug context")[0].split(". Client context")[0]
-    message = " ".join(message.removeprefix("Flight returned unavailable error, with message: ").split())[:500]
+    if isinstance(error, flight.FlightUnavailableError):
+        return "away", "it cannot be reached"
+    if isinstance(error, flight.FlightTimedOutError):
+        return "away", "it does not answer in time"
+    message = " ".join(str(error).split())[:500] or type(error).__name__
     if isinstance(error, flight.FlightUnauthenticatedError | flight.FlightUnauthorizedError):
         return "token", message
     if isinstance(error, SignalDamaged) or (isinstance(error, pa.ArrowInvalid) and not isinstance(error, flight.FlightError)):
         return "damaged", message
-    if "failed to connect" in message and ("handshake" in message.lower() or "Socket closed" in message):
-        return "certificate", message
-    return "away", message or type(error).__name__
+    return "away", message
+
+
+def _is_tls(address: str) -> bool:
+    return address.startswith("grpc+tls:")
 
 
 def pause(bounds: tuple[float, float], count: int) -> float:

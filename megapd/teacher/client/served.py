@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import time
@@ -21,18 +22,17 @@ from megapd.batch import Batch
 from megapd.config import TeacherConfig
 from megapd.errors import TeacherLost
 from megapd.schedule.plan import Plan
+from megapd.signals import Head, Signal, SignalDamaged
 from megapd.signals.arrow import decode
 from megapd.signals.heads import decode_head
-from megapd.signals.signal import Head, Signal, SignalDamaged
 from megapd.signals.spec import SignalSpec
 from megapd.teacher.client.announce import Announcer
-from megapd.teacher.client.connections import ask
 from megapd.teacher.client.replicas import Endpoints, FixedEndpoints, Remote, Replicas
 from megapd.teacher.client.trajectory import RemoteTrajectory
-from megapd.teacher.wire.calls import head_ticket, parse_json
-from megapd.teacher.wire.frames import Frame, Link, stream_parts
+from megapd.teacher.wire.calls import encode_head_question
+from megapd.teacher.wire.messages import HEAD, SIGNAL, answer_length, fill, read_stream, stream_bytes
 from megapd.teacher.wire.refusals import Refused, refusal
-from megapd.teacher.wire.requests import COMMAND, encode_request, with_memory
+from megapd.teacher.wire.requests import encode_request, with_memory
 from megapd.teacher.wire.shared_memory import Slots
 from megapd.trajectory import Checkpoint, Checkpoints
 
@@ -46,9 +46,6 @@ WORKERS = 8  # requests under way at once; a call takes little of the host while
 
 
 WRITTEN_SECONDS = 0.2  # between looks for a checkpoint that is still to be written
-
-
-_DESCRIPTOR = flight.FlightDescriptor.for_command(COMMAND)
 
 
 _NO_HEAD = Head(torch.empty(0, 0), None)  # while a record is checked
@@ -171,7 +168,6 @@ class ServedStream:
         for call in calls:
             call.cancel()
         self._workers.shutdown(wait=True, cancel_futures=True)
-        self._replicas.disconnect()
         self._slots.close()
 
     # ----------------------------------------------------------------------------------------------------- requests
@@ -219,7 +215,7 @@ class ServedStream:
                 raise SignalDamaged(f"signal: {error}") from error
 
         signal = self._replicas.ask(f"step {asked.step}", do, lambda: asked.deadline)
-        if self.spec.kind == "hidden":
+        if self.spec.definition.with_head:
             signal = replace(signal, head=self._head(checkpoint, asked))
         return self._to_device(signal)
 
@@ -239,15 +235,14 @@ class ServedStream:
         return self._checkpoints[teacher_step]
 
     def _exchange(self, remote: Remote, question: pa.RecordBatch, seconds: float) -> pa.RecordBatch:
-        if not self._shared_memory:
-            answer = self._ask(remote, question, seconds)
-            if not isinstance(answer, pa.RecordBatch):
-                raise SignalDamaged("signal: no record batch in the answer")
-            return answer
         slot = self._slots.take()
         while True:
+            asked = with_memory(question, slot.memory) if self._shared_memory else question
             try:
-                answer = self._ask(remote, with_memory(question, slot.memory), seconds)
+                with self._answer(remote, SIGNAL + stream_bytes(asked), seconds) as (length, pieces):
+                    if length > slot.size and not self._shared_memory:
+                        slot.grow(length)
+                    fill(slot.writable(0 if self._shared_memory else length), pieces)
             except Refused as error:
                 # The teacher has spoken, so it does not write into the slot any more.
                 if error.kind != "small" or error.needed <= slot.size:
@@ -255,61 +250,27 @@ class ServedStream:
                     raise
                 slot.grow(error.needed)
             except BaseException:
-                slot.close()  # a teacher that was given up may still write: into memory that nobody reads
+                if self._shared_memory:
+                    slot.close()  # a teacher that was given up may still write: into memory that nobody reads
+                else:
+                    self._slots.give(slot)
                 raise
             else:
-                return self._slots.read(slot, answer.get("bytes") if isinstance(answer, dict) else None)
+                return self._slots.read(slot, length)
 
-    def _ask(self, remote: Remote, question: pa.RecordBatch, seconds: float) -> pa.RecordBatch | dict[str, Any]:
-        """The record batch of the answer, or the JSON that stands for it. Over the data port, or Flight where there is none."""
-        end = time.monotonic() + seconds
-        link = remote.connection(seconds)
-        seconds = max(end - time.monotonic(), 0.001)
-        if link is None:
-            return self._call(remote, question, seconds)
+    @contextlib.contextmanager
+    def _answer(self, remote: Remote, command: bytes, seconds: float) -> Iterator[tuple[int, Iterator[pa.Buffer]]]:
+        """(length of the answer, its pieces). Raises Refused, SignalDamaged, or Flight's errors."""
         try:
-            with self._cancellable(link):
-                kind, length = ask(link, stream_parts(question), seconds)
-                answer = self._received(link, length) if kind is Frame.RECORD else parse_json(link.take(length))
-        except Refused:
-            remote.connections.give(link)
-            raise
-        except BaseException:
-            link.close()
-            remote.connections.forget()
-            raise
-        remote.connections.give(link)
-        return answer
-
-    def _received(self, link: Link, length: int) -> pa.RecordBatch:
-        slot = self._slots.take()
-        try:
-            if length > slot.size:
-                slot.grow(length)
-            link.fill(slot.writable(length))
-        except BaseException:
-            self._slots.give(slot)
-            raise
-        return self._slots.read(slot, length)
-
-    def _call(self, remote: Remote, question: pa.RecordBatch, seconds: float) -> pa.RecordBatch | dict[str, Any]:
-        """What `_ask` returns, by one do_exchange."""
-        try:
-            writer, reader = remote.client.do_exchange(_DESCRIPTOR, remote.options(seconds))
+            descriptor = flight.FlightDescriptor.for_command(command)
+            writer, reader = remote.client.do_exchange(descriptor, remote.options(seconds))
             with self._cancellable(reader), writer:
-                writer.begin(question.schema)
-                writer.write_batch(question)
                 writer.done_writing()
-                chunks = list(_chunks(reader))
+                messages = _messages(reader)
+                length, first = answer_length(next(messages, pa.py_buffer(b"")))
+                yield length, itertools.chain([first], messages)
         except (flight.FlightError, pa.ArrowException) as error:
             raise (refusal(error) or error) from error
-        if not chunks:
-            raise SignalDamaged("signal: an empty answer")
-        if chunks[0].data is None:
-            return parse_json(chunks[0].app_metadata.to_pybytes())
-        if len(chunks) == 1:
-            return chunks[0].data
-        return pa.Table.from_batches([chunk.data for chunk in chunks]).combine_chunks().to_batches()[0]
 
     @contextlib.contextmanager
     def _cancellable(self, call: Any) -> Iterator[None]:
@@ -335,14 +296,11 @@ class ServedStream:
                 what = f"step {asked.step}: the head of teacher step {checkpoint.step}"
 
                 def do(remote: Remote, seconds: float) -> Head:
-                    try:
-                        ticket = head_ticket(checkpoint.step, checkpoint.digest)
-                        reader = remote.client.do_get(ticket, remote.options(seconds))
-                        with self._cancellable(reader):
-                            schema = reader.schema
-                            return decode_head(schema, (chunk.data for chunk in _chunks(reader)), checkpoint.digest)
-                    except (flight.FlightError, pa.ArrowException) as error:
-                        raise (refusal(error) or error) from error
+                    question = HEAD + encode_head_question(checkpoint.step, checkpoint.digest)
+                    with self._answer(remote, question, seconds) as (length, pieces):
+                        buffer = pa.allocate_buffer(length)
+                        fill(memoryview(buffer).cast("B"), pieces)
+                    return decode_head(*read_stream(buffer), checkpoint.digest)
 
                 found.append(self._replicas.ask(what, do, lambda: asked.deadline).to(self._device))
             return found[0]
@@ -374,12 +332,13 @@ class ServedStream:
             self._announcer.announce(*following)
 
 
-def _chunks(reader: Any) -> Iterator[Any]:
+def _messages(reader: Any) -> Iterator[pa.Buffer]:
     while True:
         try:
-            yield reader.read_chunk()
+            chunk = reader.read_chunk()
         except StopIteration:
             return
+        yield chunk.app_metadata or pa.py_buffer(b"")
 
 
 def _tensors(signal: Signal) -> list[Tensor]:

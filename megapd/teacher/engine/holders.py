@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from megapd.batch import Batch
 from megapd.errors import UserError
 from megapd.models.sharding import allocate, plan_for, shard, vocabulary_shard
-from megapd.signals.signal import Head
+from megapd.signals import Head
 from megapd.slices import Flat, Part
 from megapd.world import World, init_deepspeed
 from megapd_kernels import VocabularyShard
@@ -45,25 +45,9 @@ class Holder(Protocol):
         """What `hidden` will give when the staged `tensors` are loaded, from another thread than those that answer; None where
         that takes other ranks, or memory that is not there."""
 
-    def head(self) -> Any:
-        """Context manager: (the head as far as this rank has it, its VocabularyShard or None)."""
-
-
-def stage(tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype, *, on_device: bool) -> dict[str, Tensor]:
-    """Weights in the type that they will have, in memory of their own (files may go away), so that the commit is short.
-
-    On a GPU in pinned host memory, or with on_device in the GPU's own, copied on a stream of its own. For a reader's thread.
-    """
-    staged = {}
-    for name, tensor in tensors.items():
-        own = torch.empty(tensor.shape, dtype=dtype, pin_memory=device.type == "cuda")
-        staged[name] = own.copy_(tensor)
-    if device.type == "cuda" and on_device:
-        stream = torch.cuda.Stream(device)
-        with torch.cuda.stream(stream):
-            staged = {name: tensor.to(device, non_blocking=True) for name, tensor in staged.items()}
-        stream.synchronize()
-    return staged
+    def head(self) -> AbstractContextManager[tuple[Head, VocabularyShard | None]]:
+        """The head as far as this rank has it, and which of its classes that is; None: all."""
+        ...
 
 
 class _Module:
@@ -83,7 +67,8 @@ class _Module:
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:
-        return self.model(batch, mode="hidden")
+        hidden: Tensor = self.model(batch, mode="hidden")
+        return hidden
 
     def trial(self, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor | None:
         return None
@@ -111,12 +96,12 @@ class WholeHolder(_Module):
         if any(tensors[name].device != parameter.device for name, parameter in parameters.items()):
             return None
         device = batch.ids.device
-        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         try:
             for name, parameter in parameters.items():
                 parameter.data = tensors[name]
             with torch.cuda.stream(stream):  # None: nothing
-                hidden = self._bare(batch, mode="hidden")
+                hidden: Tensor = self._bare(batch, mode="hidden")
             if stream is not None:
                 stream.synchronize()
             return hidden

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapd.batch import Batch
-from megapd.signals.signal import Head, Signal
-from megapd.signals.spec import SignalSpec
-from megapd.teacher.engine.teacher import Teacher, TeacherOptions
+from megapd.signals import Head, Signal, SignalSpec
+from megapd.teacher.engine.options import TeacherOptions
+from megapd.teacher.engine.teacher import Teacher
 from megapd.trajectory import Checkpoints
 from megapd.world import World
 

@@ -16,8 +16,8 @@ import pyarrow as pa
 import torch
 
 from megapd.batch import Batch
+from megapd.signals import Head, Signal
 from megapd.signals.heads import encode_head
-from megapd.signals.signal import Head, Signal
 from megapd.signals.spec import SignalSpec
 from megapd.teacher.server.metrics import Metrics
 from megapd.teacher.wire.refusals import Refused

@@ -1,8 +1,7 @@
 """The served teacher: one replica behind Arrow Flight, answering students over TCP or into their shared memory.
 
-    do_exchange  `signal`: a request (wire/requests.py) in, a signal's record batch out, or its length in shared memory
-    do_get       {"head": step, "teacher": digest}: the output layer, for students that receive hidden states
-    do_action    trajectory, prepare, health, capacity, data: the port where signals cost less than by do_exchange
+    do_exchange  a question in, signals or, for students that receive hidden states, the output layer out (wire/messages.py)
+    do_action    trajectory, prepare, health, capacity
 
 Everything else is refused. Nothing is unpickled, no call names a file, and no answer depends on what was asked before.
 """
@@ -24,9 +23,10 @@ from megapd.errors import UserError
 from megapd.signals.arrow import encode
 from megapd.teacher.server.dispatch import Answer, Dispatcher, Job, Replica
 from megapd.teacher.server.metrics import Metrics
-from megapd.teacher.wire.calls import encode_catalogue, parse_json, parse_teacher, parse_ticket
+from megapd.teacher.wire.calls import encode_catalogue, parse_head_question, parse_json, parse_teacher
+from megapd.teacher.wire.messages import HEAD, KIND_BYTES, SIGNAL, pieces, stream_parts
 from megapd.teacher.wire.refusals import Refused
-from megapd.teacher.wire.requests import COMMAND, Request, check_request, decode_request
+from megapd.teacher.wire.requests import Request, check_request, decode_request
 from megapd.teacher.wire.secrets import bearer, check_token
 from megapd.teacher.wire.shared_memory import Mappings, write
 from megapd.trajectory import Checkpoint
@@ -39,9 +39,6 @@ GONE_SECONDS = 0.5  # a handler looks whether its client is still there this oft
 
 
 SWEEP_SECONDS = 10.0  # between looks for clients' memory that nobody else has any more
-
-
-MESSAGE_BYTES = 256 << 20  # of an answer's record batches: one gRPC message holds 2 GiB at most
 
 
 LONGEST_WAIT = 30.0  # seconds that `prepare` may wait for staging
@@ -84,8 +81,6 @@ class TeacherFlight(flight.FlightServerBase):
         self._checkpoints: dict[int, Checkpoint] = {}
         self._mappings = Mappings()
         self._swept = time.monotonic()
-        self.data_port: int | None = None  # that clients are told, once it is known
-        self.data_port_known = False
         super().__init__(
             location,
             tls_certificates=[tls] if tls else None,
@@ -96,50 +91,45 @@ class TeacherFlight(flight.FlightServerBase):
 
     # --------------------------------------------------------------------------------------------------------- calls
 
-    def do_exchange(
-        self, context: Any, descriptor: flight.FlightDescriptor, reader: flight.MetadataRecordBatchReader, writer: Any
-    ) -> None:
-        with _as_flight(), self._told("signal", context.is_cancelled):
-            self._dispatcher.check_open()
-            if descriptor.descriptor_type != flight.DescriptorType.CMD or descriptor.command != COMMAND:
-                raise Refused("invalid", f"descriptor: the one command there is is {COMMAND.decode()!r}")
-            found = self._answer(_read(reader), context.is_cancelled)
-            if isinstance(found, int):
-                writer.write_metadata(pa.py_buffer(json.dumps({"bytes": found}).encode()))
-            else:
-                writer.begin(found.schema)
-                for part in _messages(found):
-                    writer.write_batch(part)
+    def do_exchange(self, context: Any, descriptor: flight.FlightDescriptor, reader: Any, writer: Any) -> None:
+        is_command = descriptor.descriptor_type == flight.DescriptorType.CMD
+        command = descriptor.command if is_command else b""
+        kind, question = command[:KIND_BYTES], pa.py_buffer(command).slice(min(KIND_BYTES, len(command)))
+        answers = {SIGNAL: self._signal, HEAD: self._head}
+        with _as_flight(), self._told(kind.decode().strip() if kind in answers else "unknown", context.is_cancelled):
+            if kind not in answers:
+                text = (
+                    "descriptor: a command begins with signal or head; student and teacher may run different versions of megapd"
+                )
+                raise Refused("invalid", text)
+            for message in answers[kind](question, context.is_cancelled):
+                writer.write_metadata(message)
 
-    def answer(self, record: pa.RecordBatch, gone: Callable[[], bool]) -> pa.RecordBatch | int:
-        """The answer to a request, or the bytes that it takes in the client's memory. Raises Refused. The data port's calls."""
-        with self._told("signal", gone):
-            self._dispatcher.check_open()
-            return self._answer(record, gone)
-
-    def _answer(self, record: pa.RecordBatch, gone: Callable[[], bool]) -> pa.RecordBatch | int:
-        request = decode_request(record)
+    def _signal(self, question: pa.Buffer, gone: Callable[[], bool]) -> Iterator[pa.Buffer]:
+        self._dispatcher.check_open()
+        request = decode_request(question)
         checkpoint = self._checkpoint(request.step, request.teacher)
         check_request(request, checkpoint)
         # Opened before the forward pass, which would be in vain where the memory cannot be reached.
         memory = None if request.memory is None else self._mappings.open(request.memory)
-        found = self.respond(request, self._ask(request, gone))
+        record = self.respond(request, self._ask(request, gone))
         self._sweep()
         if memory is None:
-            self._metrics.bytes.inc(found.nbytes)
-            return found
-        length = write(found, memory)
+            parts = stream_parts(record.schema, [record])
+            length = sum(map(len, parts))
+        else:
+            parts, length = [], write(record, memory)
         self._metrics.bytes.inc(length)
-        return length
+        yield from pieces(parts, length)
 
-    def do_get(self, context: Any, ticket: flight.Ticket) -> flight.RecordBatchStream:
-        with _as_flight(), self._told("head", context.is_cancelled):
-            step, teacher = parse_ticket(ticket.ticket)
-            self._checkpoint(step, teacher)
-            job = Job(step, teacher, None, context.is_cancelled)
-            schema, batches = self._wait(job, job.head)
-            self._metrics.bytes.inc(sum(batch.nbytes for batch in batches))
-            return flight.RecordBatchStream(pa.RecordBatchReader.from_batches(schema, batches))
+    def _head(self, question: pa.Buffer, gone: Callable[[], bool]) -> Iterator[pa.Buffer]:
+        step, teacher = parse_head_question(question.to_pybytes())
+        self._checkpoint(step, teacher)
+        job = Job(step, teacher, None, gone)
+        parts = stream_parts(*self._wait(job, job.head))
+        length = sum(map(len, parts))
+        self._metrics.bytes.inc(length)
+        yield from pieces(parts, length)
 
     def do_action(self, context: Any, action: flight.Action) -> list[bytes]:
         answers: dict[str, Callable[[dict[str, Any]], bytes]] = {
@@ -147,7 +137,6 @@ class TeacherFlight(flight.FlightServerBase):
             "prepare": self._prepare,
             "health": self._health,
             "capacity": self._capacity,
-            "data": self._data,
         }
         with _as_flight(), self._told(action.type if action.type in answers else "unknown", context.is_cancelled):
             if action.type not in answers:
@@ -164,6 +153,9 @@ class TeacherFlight(flight.FlightServerBase):
         return self._no()
 
     def get_schema(self, context: Any, descriptor: flight.FlightDescriptor) -> Any:
+        return self._no()
+
+    def do_get(self, context: Any, ticket: flight.Ticket) -> Any:
         return self._no()
 
     def do_put(self, context: Any, descriptor: flight.FlightDescriptor, reader: Any, writer: Any) -> None:
@@ -218,11 +210,6 @@ class TeacherFlight(flight.FlightServerBase):
             "draining": self._dispatcher.draining,
         }
         return json.dumps(figures).encode()
-
-    def _data(self, _: dict[str, Any]) -> bytes:
-        if not self.data_port_known:
-            raise Refused("busy", "the teacher is about to open its data port; come again")
-        return json.dumps({"port": self.data_port}).encode()
 
     # ------------------------------------------------------------------------------------------------------- helpers
 
@@ -281,7 +268,7 @@ class TeacherFlight(flight.FlightServerBase):
 
     def _no(self) -> Any:
         self._metrics.requests.labels("unknown", "invalid").inc()
-        raise Refused("invalid", "a teacher knows do_exchange, do_get and do_action alone").as_flight()
+        raise Refused("invalid", "a teacher knows do_exchange and do_action alone").as_flight()
 
     def _sweep(self) -> None:
         if time.monotonic() - self._swept > SWEEP_SECONDS:
@@ -295,26 +282,6 @@ def _as_flight() -> Iterator[None]:
         yield
     except Refused as error:
         raise error.as_flight() from None
-
-
-def _read(reader: flight.MetadataRecordBatchReader) -> pa.RecordBatch:
-    """The one record batch of a request."""
-    try:
-        record = reader.read_chunk().data
-    except StopIteration:
-        record = None
-    except (pa.ArrowException, OSError) as error:
-        raise Refused("invalid", f"request: no record batch: {error}") from error
-    if record is None:
-        raise Refused("invalid", "request: no record batch in it")
-    return record
-
-
-def _messages(record: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-    """Parts of some samples each, one alone where the record is not huge."""
-    rows = max(1, record.num_rows * MESSAGE_BYTES // max(record.nbytes, 1))
-    for start in range(0, max(record.num_rows, 1), rows):
-        yield record.slice(start, rows) if rows < record.num_rows else record
 
 
 def _bytes(header: str | bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Carried out of megapd/teacher/server.py."""
+"""`serve`: one replica of the teacher behind its Flight service, until it is told to end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import pyarrow.flight as flight
 from megapd.config import Config, TeacherServerConfig
 from megapd.errors import UserError
 from megapd.scheduler.client.lease import ReplicaLease, advertised
-from megapd.teacher.server.data_port import DataPort
 from megapd.teacher.server.dispatch import Dispatcher, Replica
 from megapd.teacher.server.flight import TeacherFlight
 from megapd.teacher.server.metrics import Metrics, MetricsServer
@@ -58,11 +57,6 @@ def serve(
             stack.callback(shown.close)
         server = _listen(options, dispatcher, token, flight_class)
         stack.callback(_shut, server, options.drain_seconds)
-        if options.data_port is not None:
-            data = DataPort(options, server.answer, token, lambda kind: metrics.requests.labels("data", kind).inc())
-            stack.callback(data.close, options.drain_seconds)
-            server.data_port = data.port
-        server.data_port_known = True
         stack.enter_context(_stopped_by_signals(stop))
         pa.array([0]).to_numpy()  # imports pandas, up to 1 s that the first requests would wait for
         log.info("teacher listens on %s:%d", options.host, server.port)

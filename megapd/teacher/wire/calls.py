@@ -1,4 +1,4 @@
-"""Carried out of megapd/teacher/wire.py."""
+"""What calls hold beside signals, in JSON: the trajectory's description, and which checkpoint is meant."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-
-import pyarrow.flight as flight
 
 from megapd.teacher.wire.refusals import Refused
 from megapd.trajectory import Checkpoint
@@ -50,15 +48,15 @@ def parse_teacher(step: object, teacher: object) -> tuple[int, str]:
     return int(step), teacher
 
 
-def head_ticket(step: int, teacher: str) -> flight.Ticket:
-    """Of a do_get that answers with megapd.signals.heads.encode_head."""
-    return flight.Ticket(json.dumps({"head": step, "teacher": teacher}).encode())
+def encode_head_question(step: int, teacher: str) -> bytes:
+    """What the answer to is megapd.signals.heads.encode_head, as an Arrow stream."""
+    return json.dumps({"head": step, "teacher": teacher}).encode()
 
 
-def parse_ticket(ticket: bytes) -> tuple[int, str]:
-    tree = parse_json(ticket)
+def parse_head_question(data: bytes) -> tuple[int, str]:
+    tree = parse_json(data)
     if tree.keys() != {"head", "teacher"}:
-        raise Refused("invalid", "ticket: it needs head and teacher, and nothing else")
+        raise Refused("invalid", "head: it needs head and teacher, and nothing else")
     return parse_teacher(tree["head"], tree["teacher"])
 
 

@@ -1,7 +1,6 @@
 """What a student asks a served teacher, in Arrow and JSON, and how a teacher says no. Labels never travel.
 
-A request is one record batch of one row a sample, sent to the data port (frames.py) or by one do_exchange call whose
-command is `signal`:
+A request is an Arrow stream (messages.py) of one record batch of one row a sample:
 
     sample     fixed_size_binary[16]    Batch.sample_digests; the teacher computes them again from what it received
     ids        fixed_size_list[L] of uint8, uint16 or uint32, the smallest that fits
@@ -28,16 +27,14 @@ import torch
 from numpy.typing import NDArray
 
 from megapd.batch import DIGEST_BYTES, Batch
-from megapd.models.from_checkpoint import HUGGING_FACE, checkpoint_shape
-from megapd.signals.spec import SignalSpec
+from megapd.models import HUGGING_FACE, checkpoint_shape
+from megapd.signals import SignalDamaged, SignalSpec
 from megapd.teacher.wire.calls import parse_json, parse_teacher
+from megapd.teacher.wire.messages import read_record
 from megapd.teacher.wire.refusals import MAX_ANSWER_BYTES, Refused
 from megapd.trajectory import Checkpoint
 
 FORMAT = "megapd-request/1"
-
-
-COMMAND = b"signal"
 
 
 # What one request may hold. A micro-batch of 1,024 samples of 2,048 tokens is 2M tokens, 4 MiB as uint16.
@@ -48,6 +45,9 @@ MAX_TOKENS = 1 << 24
 
 
 MAX_BYTES = 256 << 20
+
+
+QUESTION_BYTES = MAX_BYTES + (1 << 20)  # with its schema
 
 
 _TYPES: tuple[np.dtype[Any], ...] = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.uint32))
@@ -133,11 +133,16 @@ def with_memory(record: pa.RecordBatch, memory: Memory) -> pa.RecordBatch:
     return record.replace_schema_metadata({**record.schema.metadata, b"memory": place.encode()})
 
 
-def decode_request(record: pa.RecordBatch) -> Request:
-    """The question in `record`, whoever sent it. Refused, kind invalid, unless every part of it is as `encode_request` writes."""
+def decode_request(data: pa.Buffer) -> Request:
+    """The question in the Arrow stream of a record batch as `encode_request` makes it, whoever sent it.
+
+    Refused, kind invalid, for anything else. Nothing is decoded of more than QUESTION_BYTES, nor of compressed buffers.
+    """
+    if data.size > QUESTION_BYTES:
+        raise Refused("invalid", f"request: {data.size} bytes, {QUESTION_BYTES} at most; lower the micro-batch")
     try:
-        return _decode(record)
-    except (ValueError, pa.ArrowException) as error:  # names that are no UTF-8, for one
+        return _decode(read_record(data))
+    except (ValueError, SignalDamaged, pa.ArrowException) as error:  # names that are no UTF-8, for one
         raise Refused("invalid", f"request: {error}") from error
 
 
@@ -196,9 +201,9 @@ def check_request(request: Request, checkpoint: Checkpoint) -> None:
     if classes is None:
         return
     spec = request.spec
-    if spec.kind == "topk" and spec.k > classes:
+    if spec.definition.distinct and spec.k > classes:
         raise Refused("invalid", f"request: teacher.k {spec.k}, but the teacher has {classes} classes")
-    size = 0 if spec.kind == "hidden" else request.batch.labelled * spec.bytes_per_position(classes, 0)
+    size = 0 if spec.definition.with_head else request.batch.labelled * spec.bytes_per_position(classes, 0)
     if size > MAX_ANSWER_BYTES:
         raise Refused("invalid", f"request: its answer takes {size:.0f} bytes, {MAX_ANSWER_BYTES} at most; lower the micro-batch")
 

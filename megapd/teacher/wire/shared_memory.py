@@ -21,7 +21,7 @@ from collections import OrderedDict, deque
 import pyarrow as pa
 
 from megapd.signals.signal import SignalDamaged
-from megapd.teacher.wire.frames import read_stream
+from megapd.teacher.wire.messages import read_record
 from megapd.teacher.wire.refusals import Refused
 from megapd.teacher.wire.requests import Memory
 
@@ -136,7 +136,7 @@ class Slots:
         self._largest = max(self._largest, slot.size)
         lease = _Lease(slot)
         weakref.finalize(lease, self.give, slot).atexit = False
-        return read_stream(slot.view(length, lease))
+        return read_record(slot.view(length, lease))
 
     def close(self) -> None:
         """Free slots go now, the others with what refers to them."""

@@ -1,4 +1,4 @@
-"""what routes share: store, leases, word of commits."""
+"""One service: what its routes share, and what it does beside them."""
 
 from __future__ import annotations
 
@@ -7,28 +7,23 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from fastapi import Response
 from sqlalchemy import Connection
 
 from megapd.config import SchedulerConfig
-from megapd.scheduler.service.access import Tokens, is_loopback
-from megapd.scheduler.service.figures import Figures
-from megapd.scheduler.service.leases import Leases
-from megapd.scheduler.store import events as journal
-from megapd.scheduler.store.database import NotFound, Store, Unavailable
+from megapd.scheduler.service.access import Authenticator, is_loopback
+from megapd.scheduler.service.lease_table import LeaseTable
+from megapd.scheduler.service.metrics import Metrics
+from megapd.scheduler.store import NotFound, Store, Unavailable, events
 from megapd.scheduler.store.tables import canonical
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
-
 log = logging.getLogger(__name__)
-
-
 PRUNE_SECONDS = 3600.0
-
-
 DAY = 86400.0
 
 
@@ -37,26 +32,28 @@ class Service:
 
     def __init__(self, store: Store, settings: SchedulerConfig) -> None:
         self.store, self.settings = store, settings
-        self.leases = Leases(store, settings.lease_seconds)
-        self.figures = Figures()
-        self.tokens = Tokens(store, loopback=is_loopback(settings.host))
+        self.leases = LeaseTable(store, settings.lease_seconds)
+        self.metrics = Metrics()
+        self.authenticator = Authenticator(store, loopback=is_loopback(settings.host))
         self.streams = 0
         self.stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changed = asyncio.Event()
 
-    async def look(self, do: Callable[[Connection], T]) -> T:
+    async def look(self, do: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """A read of a few rows by their keys. With SQLite at once: it takes 0.1 ms and waits for nobody, a thread's turn takes
         longer."""
-        return self.store.read(do) if self.store.sqlite else await asyncio.to_thread(self.store.read, do)
+        if not self.store.sqlite:
+            return await self.read(do, *args, **kwargs)
+        return self.store.read(lambda connection: do(connection, *args, **kwargs))
 
-    async def read(self, do: Callable[[Connection], T]) -> T:
+    async def read(self, do: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """A read of many rows, beside the event loop."""
-        return await asyncio.to_thread(self.store.read, do)
+        return await asyncio.to_thread(self.store.read, lambda connection: do(connection, *args, **kwargs))
 
-    async def write(self, do: Callable[[Connection], T]) -> T:
+    async def write(self, do: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Returns when it is on the disk."""
-        return await asyncio.wrap_future(self.store.submit(do))
+        return await asyncio.wrap_future(self.store.submit(lambda connection: do(connection, *args, **kwargs)))
 
     async def changed(self, seconds: float) -> None:
         """Returns when something was written, or after `seconds`."""
@@ -103,14 +100,14 @@ class Service:
         while True:
             before = time.time() - self.settings.retention_days * DAY
             try:
-                await self.write(lambda connection: journal.prune(connection, before))  # noqa: B023 - done before the next turn
+                await self.write(events.prune, before)
                 await asyncio.wrap_future(self.leases.prune(before))
             except Unavailable as error:
                 log.warning("old events were not removed, trying again in an hour: %s", error)
             await asyncio.sleep(PRUNE_SECONDS)
 
 
-class Answer(Response):
+class CanonicalJSON(Response):
     """JSON in ASCII: a tree may hold what UTF-8 cannot (half of a surrogate pair), as JSON can."""
 
     media_type = "application/json"

@@ -1,12 +1,12 @@
-"""Leases of teacher replicas: registered, beaten, drained; the silent ones are dropped, and students' lists follow.
+"""Leases of teacher replicas: registered, renewed, drained; the silent ones are dropped, and students' lists follow.
 
-What a replica is, and that it drains or is gone, is in the store before it is acknowledged. A beat is acknowledged from memory:
-all it says is that the lease runs from now, and a service that starts gives every replica of the store a whole lease from then,
-later than any beat that it lost. So a restart drops nobody who is alive; one who died meanwhile is dropped a lease after the
-start.
+What a replica is, and that it drains or is gone, is in the store before it is acknowledged. A heartbeat is acknowledged from
+memory: all it says is that the lease runs from now, and a service that starts gives every replica of the store a whole lease
+from then, later than any heartbeat that it lost. So a restart drops nobody who is alive; one who died meanwhile is dropped a
+lease after the start.
 
-A service that stood still (a suspended machine, a database that did not answer) has not heard beats that were sent: what it stood
-still is added to every lease.
+A service that stood still (a suspended machine, a database that did not answer) has not heard heartbeats that were sent: what it
+stood still is added to every lease.
 """
 
 from __future__ import annotations
@@ -20,31 +20,30 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, insert, select, update
 
-from megapd.scheduler.store.database import Conflict, NotFound, Store
+from megapd.scheduler.store import Conflict, NotFound, Store
 from megapd.scheduler.store.events import emit
 from megapd.scheduler.store.runs import reassign
 from megapd.scheduler.store.tables import canonical, replicas
 
 log = logging.getLogger(__name__)
 
-
 SWEEP_SHARE = 0.1  # of a lease between two looks for those that ran out
 
 
 @dataclass
 class Lease:
-    """A replica of the store as the service sees it. beaten: monotonic time; figures: what its last beat told."""
+    """A replica of the store as the service sees it. heard: monotonic time of its last heartbeat, metrics: what that told."""
 
     id: str
     group: str
     endpoint: str
     state: str
-    beaten: float
-    figures: dict[str, float] = field(default_factory=dict)
+    heard: float
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
-class Leases:
-    """Of one service: `beat` is for its event loop, what writes returns a future, `sweep` is called every `interval` seconds."""
+class LeaseTable:
+    """Of one service: `heartbeat` is for its event loop, what writes returns a future, `sweep` is called every `interval` s."""
 
     def __init__(self, store: Store, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds, self.interval = seconds, seconds * SWEEP_SHARE
@@ -60,8 +59,8 @@ class Leases:
         return sorted([*self._held.values()], key=lambda lease: (lease.group, lease.endpoint))
 
     def age(self, lease: Lease) -> float:
-        """Seconds since the last beat."""
-        return self._clock() - lease.beaten
+        """Seconds since the last heartbeat."""
+        return self._clock() - lease.heard
 
     def register(self, id: str, group: str, endpoint: str, facts: dict[str, Any]) -> Future[bool]:
         """Whether it is new. id: chosen by the replica's process, so that a repeat is known for one; Conflict if another uses
@@ -79,16 +78,16 @@ class Leases:
 
         return self._then(self._store.submit(write), written)
 
-    def beat(self, id: str, figures: dict[str, float]) -> Lease:
+    def heartbeat(self, id: str, metrics: dict[str, float]) -> Lease:
         """Renew a lease. NotFound once it was dropped: the replica registers again."""
         lease = self._held.get(id)
         if lease is None:
             raise NotFound(f"replica: {id} has no lease (any more); register it again")
-        lease.beaten, lease.figures = self._clock(), figures
+        lease.heard, lease.metrics = self._clock(), metrics
         return lease
 
     def drain(self, id: str) -> Future[None]:
-        """Students are sent elsewhere; the replica answers what it has and beats on until it leaves."""
+        """Students are sent elsewhere; the replica answers what it has and renews its lease until it leaves."""
         return self._change(id, "draining", "")
 
     def leave(self, id: str) -> Future[None]:
@@ -101,23 +100,23 @@ class Leases:
         self._swept = now
         if stood_still > 0:
             for lease in list(self._held.values()):
-                lease.beaten += stood_still
-        silent = [lease for lease in list(self._held.values()) if now - lease.beaten > self.seconds]
+                lease.heard += stood_still
+        silent = [lease for lease in list(self._held.values()) if now - lease.heard > self.seconds]
         if silent:
             log.warning("dropping %d replicas after %g s of silence, e.g. %s", len(silent), self.seconds, silent[0].endpoint)
-        return [self._change(lease.id, "gone", "expired", lease.beaten) for lease in silent]
+        return [self._change(lease.id, "gone", "expired", lease.heard) for lease in silent]
 
     def prune(self, before: float) -> Future[int]:
         """Forget replicas that were registered before that time and are gone; how many."""
         gone = (replicas.c.state == "gone") & (replicas.c.registered < before)
         return self._store.submit(lambda connection: connection.execute(delete(replicas).where(gone)).rowcount)
 
-    def _change(self, id: str, state: str, reason: str, beaten: float | None = None) -> Future[None]:
-        """beaten: leave it where it has beaten since."""
+    def _change(self, id: str, state: str, reason: str, heard: float | None = None) -> Future[None]:
+        """heard: leave it where a heartbeat came since."""
 
         def write(connection: Connection) -> bool:
             lease = self._held.get(id)
-            if beaten is not None and lease is not None and lease.beaten > beaten:
+            if heard is not None and lease is not None and lease.heard > heard:
                 return False
             _change(connection, id, state, reason)
             return True

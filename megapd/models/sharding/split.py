@@ -1,0 +1,202 @@
+"""Tensor parallelism for inference: a built model is changed from outside, so that every rank holds a part of its matrices.
+
+A layer's first matrix is split by output features, so that no rank needs another's, the second by input features, whose
+products are summed over the ranks (Shoeybi et al. 2019, section 3): two sums a block. Embedding and head are split by rows,
+that is by classes; the head's logits stay where they are, for the kernels' VocabularyShard.
+
+No rank needs ever hold the whole model: build it on the meta device, shard it there, then `allocate` what is left:
+
+    model = build_pretrained(config, dtype, torch.device("meta"))
+    parts = shard(model, plan_for(model), rank, ranks, group)
+    allocate(model, device)
+
+and fill it by reading `parts` alone (Trajectory.read, read_pretrained). A model that is whole already is cut in place.
+No gradient flows through any of this. All ranks of the group must run the same batches at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megapd.errors import UserError
+from megapd.models.sharding.layers import RowwiseLinear, VocabularyEmbedding
+from megapd.models.sharding.plans import BY_CLASSES, USE_ZERO, Chosen, Style, chosen_by
+from megapd.models.transformer import Attention
+from megapd.slices import Part, Ranges
+from megapd_kernels import VocabularyShard
+
+_LOCAL_SIZES = ("num_attention_heads", "all_head_size")  # of transformers' BERT, whose releases before 5 read them in forward
+
+
+def shard(model: nn.Module, plan: Mapping[str, Style], rank: int, ranks: int, group: dist.ProcessGroup | None) -> dict[str, Part]:
+    """Keep this rank's part of the modules that `plan` names; returns for every parameter the part of the stored tensor it is.
+
+    model: whole, on any device; on the meta device nothing is allocated. plan: see PLANS and `plan_for`. group: the `ranks`
+    processes that share the model; None: all there are. A weight that two modules share is split once and stays shared.
+    Parameters that the plan does not reach stay as they are (their Part is None). With one rank nothing changes.
+
+    Raises UserError, with nothing changed, if heads or features cannot be divided by `ranks`, or a rank would get no class.
+    """
+    assert 0 <= rank < ranks
+    if ranks > 1:
+        chosen = list(chosen_by(plan, model))
+        _check(model, chosen, ranks)
+        _split(model, chosen, rank, ranks, group)
+        model.requires_grad_(False)
+    return {name: getattr(parameter, "part", None) for name, parameter in model.named_parameters()}
+
+
+def vocabulary_shard(classes: int, rank: int, ranks: int, group: dist.ProcessGroup | None) -> VocabularyShard:
+    """Which of the whole head's `classes` a rank's head holds, for the kernels."""
+    group = group if group is not None else dist.group.WORLD
+    assert group is not None
+    return VocabularyShard.of(group, _rows(classes, rank, ranks)[0], classes)
+
+
+def allocate(model: nn.Module, device: torch.device) -> nn.Module:
+    """The same model with uninitialised memory on `device` for what is on the meta device, and everything else moved there.
+
+    Module.to_empty would give weights that two modules share a memory each, and lose the contents of buffers.
+    """
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                tensor = torch.empty_like(parameter, device=device) if parameter.is_meta else parameter.detach().to(device)
+                made[id(parameter)] = _parameter(tensor, parameter, getattr(parameter, "part", None))
+            module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                assert not buffer.is_meta, f"buffer {name} has no contents"
+                module._buffers[name] = buffer.to(device)
+    return model
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of the stored tensor that a parameter is, or is a part of; ZeRO-3's partitions included."""
+    return tuple(getattr(parameter, "whole_shape", getattr(parameter, "ds_shape", parameter.shape)))
+
+
+def _check(model: nn.Module, chosen: list[Chosen], ranks: int) -> None:
+    for what, number in _heads(model):
+        if number % ranks:
+            raise UserError(
+                f"teacher.sharding: {number} {what} cannot be divided by {ranks} ranks; start other ranks, or {USE_ZERO}"
+            )
+    for name, module, style in chosen:
+        weight = module._parameters.get("weight")
+        # What a subclass does beside its product is not known here. An output layer is any module that has its weight.
+        kinds: tuple[type, ...] = (nn.Embedding,) if style == "vocabulary" else (nn.Linear,)
+        if weight is None or weight.ndim != 2 or (style != "vocabulary_head" and type(module) not in kinds):
+            raise UserError(f"teacher.sharding: {name} is a {type(module).__name__}, which tensor cannot split; {USE_ZERO}")
+        if style in BY_CLASSES:
+            rows = weight.shape[0]
+            if _rows(rows, ranks - 1, ranks)[0] >= rows:
+                raise UserError(f"teacher.sharding: {rows} classes of {name} leave one of {ranks} ranks none; start fewer ranks")
+            continue
+        features = weight.shape[1 if style == "rowwise" else 0] // (3 if style == "colwise_qkv" else 1)
+        if features % ranks:
+            raise UserError(
+                f"teacher.sharding: {features} features of {name} cannot be divided by {ranks} ranks; start others, or {USE_ZERO}"
+            )
+
+
+def _heads(model: nn.Module) -> Iterator[tuple[str, int]]:
+    for module in model.modules():
+        if isinstance(module, Attention):
+            yield "attention heads", module.heads
+        elif hasattr(module, "config"):
+            config: Any = module.config
+            config = config.get_text_config()
+            yield "attention heads", config.num_attention_heads
+            yield "key-value heads", getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            return
+
+
+def _split(model: nn.Module, chosen: list[Chosen], rank: int, ranks: int, group: dist.ProcessGroup | None) -> None:
+    cuts = _Cuts()
+    for name, module, style in chosen:
+        weight, bias = module._parameters["weight"], module._parameters.get("bias")
+        assert weight is not None
+        part = _part(style, weight.shape, rank, ranks)
+        own = cuts.cut(weight, part)
+        if style == "rowwise":
+            _replace(model, name, RowwiseLinear(own, bias, group))
+        elif style == "vocabulary":
+            start = part.ranges[0][0]
+            _replace(model, name, VocabularyEmbedding(own, weight.shape[0], start, rank == 0, rank == ranks - 1, group))
+        else:
+            module._parameters |= {"weight": own} if bias is None else {"weight": own, "bias": cuts.cut(bias, part)}
+            if isinstance(module, nn.Linear):
+                module.out_features = own.shape[0]
+    _divide_heads(model, chosen, ranks)
+    cuts.replace_copies(model)
+
+
+def _part(style: Style, shape: torch.Size, rank: int, ranks: int) -> Ranges:
+    """What a rank keeps of a weight [out, in]."""
+    if style == "rowwise":
+        size = shape[1] // ranks
+        return Ranges(1, ((rank * size, (rank + 1) * size),))
+    if style in BY_CLASSES:
+        return Ranges(0, (_rows(shape[0], rank, ranks),))
+    blocks = 3 if style == "colwise_qkv" else 1
+    block = shape[0] // blocks
+    size = block // ranks
+    return Ranges(0, tuple((b * block + rank * size, b * block + (rank + 1) * size) for b in range(blocks)))
+
+
+class _Cuts:
+    """Parameters and what a rank keeps of them, so that a shared one is cut once and stays shared."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, nn.Parameter] = {}  # by the whole one's id, which `_whole` keeps from being used again
+        self._whole: list[nn.Parameter] = []
+
+    def cut(self, parameter: nn.Parameter, part: Ranges) -> nn.Parameter:
+        if id(parameter) not in self._made:
+            self._whole.append(parameter)
+            pieces = [parameter.detach().narrow(part.dim, start, stop - start) for start, stop in part.ranges]
+            # A copy always, so that the whole tensor can go.
+            self._made[id(parameter)] = _parameter(torch.cat(pieces, part.dim), parameter, part)
+        return self._made[id(parameter)]
+
+    def replace_copies(self, model: nn.Module) -> None:
+        """Where another module keeps the whole one: BERT's decoder and its parent share a bias."""
+        for module in model.modules():
+            for leaf, parameter in module._parameters.items():
+                module._parameters[leaf] = self._made.get(id(parameter), parameter)
+
+
+def _divide_heads(model: nn.Module, chosen: list[Chosen], ranks: int) -> None:
+    """Modules that own projections of whole heads count this rank's from now on."""
+    colwise = (name for name, _, style in chosen if style in ("colwise", "colwise_qkv"))
+    for name in dict.fromkeys(name.rpartition(".")[0] for name in colwise):
+        owner = model.get_submodule(name)
+        for attribute in ("heads",) if isinstance(owner, Attention) else _LOCAL_SIZES:
+            if isinstance(getattr(owner, attribute, None), int):
+                setattr(owner, attribute, getattr(owner, attribute) // ranks)
+
+
+def _rows(classes: int, rank: int, ranks: int) -> tuple[int, int]:
+    """[start, stop) of a rank's classes: as many each, the last rank less."""
+    size = -(-classes // ranks)
+    return rank * size, min(classes, (rank + 1) * size)
+
+
+def _parameter(tensor: Tensor, old: Tensor, part: Part) -> nn.Parameter:
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    parameter.part, parameter.whole_shape = part, whole_shape(old)  # type: ignore[attr-defined]
+    return parameter
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, module)

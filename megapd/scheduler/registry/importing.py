@@ -1,0 +1,191 @@
+"""Import a trajectory's checkpoints, and watch one that grows. This and verify.py read files, on the machine that has them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from megapd.errors import UserError
+from megapd.scheduler.registry.records import Registry
+from megapd.scheduler.registry.rules import judge
+from megapd.trajectory import Checkpoint, Trajectory
+from megapd.trajectory.hugging_face import HuggingFaceTrajectory, is_hugging_face
+
+HASH_BYTES = 1 << 20  # at once
+
+# Weights of output layers, and of the embeddings that stand in for one that is tied, as megapd and published models call them.
+_HEADS = re.compile(r"(^|\.)(head|lm_head|embed_out|cls\.predictions\.decoder)\.weight$")
+_EMBEDDINGS = re.compile(r"(^|\.)(tokens|wte|word_embeddings|embed_tokens|embed_in|shared)\.weight$")
+
+Probe = Callable[[Any, Checkpoint], float]  # (trajectory, checkpoint) -> loss on a sample that is the same for all checkpoints
+
+
+class Files(Protocol):
+    """Trajectory or HuggingFaceTrajectory."""
+
+    @property
+    def steps(self) -> tuple[int, ...]: ...
+
+    def checkpoint(self, step: int) -> Checkpoint: ...
+
+
+class Imported(NamedTuple):
+    """digest of the trajectory; steps that were new, steps that it had already."""
+
+    digest: str
+    added: tuple[int, ...]
+    known: tuple[int, ...]
+
+
+def open_files(source: str, steps: tuple[int, ...] = (), *, must_exist: bool = True) -> Files:
+    """The checkpoints that a folder (a trajectory's or its run's), a pattern or hf:REPO stands for. UserError if there are
+    none."""
+    if is_hugging_face(source):
+        return HuggingFaceTrajectory(source, steps)
+    folder = Path(source)
+    return Trajectory(folder / "trajectory" if (folder / "trajectory").is_dir() else folder, must_exist=must_exist)
+
+
+def import_trajectory(
+    registry: Registry, source: str, *, steps: tuple[int, ...] = (), name: str | None = None, probe: Probe | None = None
+) -> Imported:
+    """Register what is there. Twice does the same as once; what was added to the files since is added.
+
+    The files' sha256 are those that the checkpoint's writer recorded, or, of published ones, those that they have now; `verify`
+    compares them. Raises UserError, naming the step, where a checkpoint that is registered has become another one.
+    """
+    files = open_files(source, steps)
+    if not files.steps:
+        raise UserError(f"{source}: no complete checkpoint")
+    digest = _add_trajectory(registry, files, source, name)
+    return Imported(digest, *_register(registry, digest, files, source, probe, stop=None))
+
+
+def watch_trajectory(
+    registry: Registry,
+    source: str,
+    stop: threading.Event,
+    *,
+    poll_seconds: float = 5.0,
+    name: str | None = None,
+    probe: Probe | None = None,
+    told: Callable[[int], None] = lambda step: None,
+) -> str | None:
+    """Register the checkpoints of a teacher that trains, each as it appears, until `stop`; the trajectory's digest, None before
+    any.
+
+    told: called with each new step. The rules that need no hashing are looked at whenever something is new.
+    """
+    digest = None
+    while True:
+        files = open_files(source, must_exist=False)
+        if files.steps:
+            if digest is None:
+                digest = _add_trajectory(registry, files, source, name)
+            added, _ = _register(registry, digest, files, source, probe, stop)
+            if added:
+                records = registry.checkpoints(digest)
+                found = judge(records)
+                for record in records:
+                    for flag in record["flags"]:
+                        if flag["kind"] == "changed":
+                            found.setdefault(record["step"], {})["changed"] = flag["detail"]
+                registry.set_flags(digest, found)
+            for step in added:
+                told(step)
+        if stop.wait(poll_seconds):
+            return digest
+
+
+def _add_trajectory(registry: Registry, files: Files, source: str, name: str | None) -> str:
+    first = files.checkpoint(files.steps[0])
+    return registry.add_trajectory(_run_of(first), _location(source), first.vocabulary, name)
+
+
+def _register(
+    registry: Registry, digest: str, files: Files, source: str, probe: Probe | None, stop: threading.Event | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    known = {record["step"]: record for record in registry.checkpoints(digest)}
+    added: list[int] = []
+    for step in files.steps:
+        if stop is not None and stop.is_set():
+            break
+        checkpoint = files.checkpoint(step)
+        if step in known:
+            if known[step]["weights"] != checkpoint.digest:
+                raise UserError(
+                    f"{checkpoint.path}: its weights are {checkpoint.digest[:12]} now, but {known[step]['weights'][:12]} are "
+                    f"registered; look at `megapd trajectory verify`, or copy the trajectory elsewhere and import that"
+                )
+            continue
+        record = record_of(checkpoint, _location(source, checkpoint), None if probe is None else probe(files, checkpoint))
+        registry.add_checkpoint(digest, record)
+        added.append(step)
+    return tuple(added), tuple(step for step in files.steps if step in known)
+
+
+def record_of(checkpoint: Checkpoint, location: str, probe_loss: float | None) -> dict[str, Any]:
+    """What is registered of a checkpoint; see api.NewCheckpoint."""
+    return {
+        "step": checkpoint.step,
+        "location": location,
+        "weights": checkpoint.digest,
+        "head": head_digest(checkpoint),
+        "tokenizer": checkpoint.vocabulary,
+        "files": {name: {"sha256": file.sha256, "bytes": file.bytes} for name, file in sorted(checkpoint.files.items())},
+        "metrics": checkpoint.metrics,
+        "probe_loss": probe_loss,
+    }
+
+
+def head_digest(checkpoint: Checkpoint) -> str | None:
+    """sha256 over "DTYPE SHAPE\\n" and the bytes of the output layer's weight; None where it is not found, as in pickled files.
+
+    It is equal for equal weights however the file around them is laid out, which the file's own sha256 is not.
+    """
+    found: dict[bool, tuple[Path, int, dict[str, Any]]] = {}
+    for name in sorted(checkpoint.files):
+        if name.endswith(".safetensors"):
+            begin, tensors = _safetensors_header(checkpoint.path / name)
+            for tensor, entry in sorted(tensors.items()):
+                for is_head, expression in ((True, _HEADS), (False, _EMBEDDINGS)):
+                    if expression.search(tensor):
+                        found.setdefault(is_head, (checkpoint.path / name, begin, entry))
+    if not found:
+        return None
+    path, begin, entry = found.get(True) or found[False]
+    first, end = entry["data_offsets"]
+    hashed = hashlib.sha256(f"{entry['dtype']} {entry['shape']}\n".encode())
+    with path.open("rb") as file:
+        file.seek(begin + first)
+        for start in range(first, end, HASH_BYTES):
+            hashed.update(file.read(min(HASH_BYTES, end - start)))
+    return hashed.hexdigest()
+
+
+def _safetensors_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """(where the tensors' bytes begin, name -> {"dtype", "shape", "data_offsets"}); read without torch, which the registry is."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return 8 + length, {name: entry for name, entry in header.items() if name != "__metadata__"}
+
+
+def _run_of(checkpoint: Checkpoint) -> str:
+    name = checkpoint.config.get("name")
+    fallback = re.sub(r"[^A-Za-z0-9._-]+", "-", checkpoint.path.parent.name).strip("-._") or "teacher"
+    return (name if isinstance(name, str) and name else fallback)[:120]
+
+
+def _location(source: str, checkpoint: Checkpoint | None = None) -> str:
+    """The source, or a checkpoint of it, as it is registered: absolute, or hf:."""
+    if not source.startswith("hf:"):
+        return str(Path(source).absolute() if checkpoint is None else checkpoint.path.absolute())
+    if checkpoint is None:
+        return source
+    return source.replace("{step}", str(checkpoint.step)).replace("{kstep}", str(checkpoint.step // 1000))

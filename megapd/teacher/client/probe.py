@@ -1,0 +1,59 @@
+"""Why a replica cannot be reached: gRPC has one status for a closed port and for a certificate that is refused."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from typing import Literal
+from urllib.parse import urlsplit
+
+from megapd.config import TeacherConfig
+from megapd.errors import UserError
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04" + bytes(5)  # and SETTINGS without any (RFC 9113)
+
+
+SETTINGS = 4  # the kind of frame that a server begins with
+
+
+# certificate: either end refuses the other's. silent: whoever is there closes the connection without a word of HTTP/2, as a
+# server of TLS does to plain text, or one that starts. away: nobody is there, or whatever it was is over.
+Reach = Literal["certificate", "silent", "away"]
+
+
+def client_context(config: TeacherConfig) -> ssl.SSLContext:
+    """Of grpc+tls:// replicas. Raises UserError where a certificate cannot be used."""
+    try:
+        context = ssl.create_default_context(cafile=config.root_certificate)
+        if config.certificate is not None:
+            context.load_cert_chain(config.certificate, config.key)
+    except OSError as error:  # ssl.SSLError is one
+        raise UserError(f"teacher.root_certificate, teacher.certificate, teacher.key: they cannot be used: {error}") from error
+    context.set_alpn_protocols(["h2"])
+    return context
+
+
+def reach(address: str, context: ssl.SSLContext | None, seconds: float) -> tuple[Reach, str]:
+    """(how far a connection to grpc://HOST:PORT comes, the message for people). context: of grpc+tls://."""
+    place = urlsplit(address)
+    assert place.hostname is not None
+    assert place.port is not None
+    try:
+        with socket.create_connection((place.hostname, place.port), seconds) as connection:
+            if context is None:
+                connection.sendall(PREFACE)
+                head = connection.recv(9)
+            else:
+                # Nothing is sent: with TLS 1.3 a client's certificate is refused after the handshake, and what arrives at a
+                # closed socket would take the alert away.
+                with context.wrap_socket(connection, server_hostname=place.hostname) as secured:
+                    head = secured.recv(9)
+    except (ssl.SSLEOFError, ConnectionResetError, BrokenPipeError):
+        head = b""
+    except ssl.SSLError as error:
+        return "certificate", f"the TLS handshake failed: {error}"
+    except OSError as error:
+        return "away", f"it cannot be reached: {error.strerror or error}"
+    if len(head) > 3 and head[3] == SETTINGS:
+        return "away", "the connection was lost"
+    return "silent", "it closes connections without a word: is one of both ends without TLS?"
