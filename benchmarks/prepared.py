@@ -23,9 +23,8 @@ import torch
 
 from megapd.batch import Batch
 from megapd.config import load
-from megapd.signals.signal import Head, Signal, pack
-from megapd.signals.spec import SignalSpec
-from megapd.teacher.server.serve import serve
+from megapd.signals import Head, Signal, SignalSpec, pack
+from megapd.teacher.server import serve
 from megapd.trajectory import Checkpoint, Trajectory
 
 STEP = 1  # of the one checkpoint

@@ -39,10 +39,9 @@ from student import measure_students
 from megapd.batch import Batch
 from megapd.config import load
 from megapd.schedule.plan import Plan
-from megapd.signals.arrow import decode, encode
-from megapd.signals.spec import SignalSpec
+from megapd.signals import SignalSpec, decode, encode
 from megapd.teacher.cache import SignalCache
-from megapd.teacher.client.served import FixedEndpoints, ServedStream
+from megapd.teacher.client import FixedEndpoints, ServedStream
 
 SIZES = Sizes(classes=8192, width=768, length=128)
 # Samples a batch: 6 MiB of dense logits and hidden states; the small kinds have the positions of hidden-bf16.

@@ -19,7 +19,7 @@ from megapd.batch import Batch
 from megapd.config import Config, load
 from megapd.corpus.store import BlockWriter
 from megapd.files import write_atomic
-from megapd.signals.signal import Signal
+from megapd.signals import Signal
 from megapd.tasks import build_task
 from megapd.tasks.blocks import FORMAT, META, MODEL
 from megapd.teacher.stream import Stream

@@ -19,3 +19,11 @@ class Diverged(RunFailed):
 
 class TeacherLost(RunFailed):
     """The signal of a step did not come in time, or every replica refuses to give it."""
+
+
+class SignalMismatch(RunFailed):
+    """A signal of another teacher, or for other tokens, than the step asks for."""
+
+
+class SignalDamaged(RuntimeError):
+    """A record whose bytes are not those that were written."""

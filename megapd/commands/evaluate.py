@@ -13,7 +13,7 @@ from megapd.errors import UserError
 from megapd.evaluation import held_out
 from megapd.files import write_atomic
 from megapd.models import copy_weights
-from megapd.signals.spec import DTYPES
+from megapd.signals import DTYPES
 from megapd.tasks import build_task
 from megapd.tiling import tile
 from megapd.training import CheckpointStore, build_student, start_world, student_engine

@@ -138,11 +138,13 @@ def record_signals(config: Config) -> int:
     teacher = config.teacher
     if teacher is None or teacher.cache is None:
         raise UserError("teacher.cache: name the folder that signals are to be recorded in")
+    folder = teacher.cache
     if teacher.carrier == "cached":
         carrier = "served" if teacher.endpoints else "colocated"
         if carrier == "colocated" and teacher.trajectory is None:
             raise UserError("teacher.trajectory: recording needs a teacher; name its trajectory, or teacher.endpoints")
-        config = config.model_copy(update={"teacher": teacher.model_copy(update={"carrier": carrier})})
+        teacher = teacher.model_copy(update={"carrier": carrier})
+        config = config.model_copy(update={"teacher": teacher})
     world = join_world()
     task, trajectory = build_task(config), open_trajectory(config)
     plan = resolve_plan(config, trajectory)
@@ -156,12 +158,12 @@ def record_signals(config: Config) -> int:
         plan,
         trajectory,
         stream,
-        SignalCache(teacher.cache),
+        SignalCache(folder),
         world.rank,
         world.size,
         classes=checkpoint_shape(stream.teacher(0)).classes,
         device=world.device,
-        agree=rank_agreement(config, world),
+        agree=rank_agreement(teacher, world),
     )
     parts = world.gather(mine)
     if world.rank == 0:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
-import threading
-from collections.abc import Iterator
 
 from megapd.config import Config
 from megapd.errors import UserError
+from megapd.interrupts import until_signalled
 from megapd.scheduler.local import existing_store
 from megapd.scheduler.server import serve
 from megapd.scheduler.store import ROLES, Conflict, NotFound, Store, tokens
@@ -64,15 +62,3 @@ def _free(store: Store, role: str) -> str:
     taken = {token["name"] for token in store.read(tokens.list_tokens)}
     numbered = [role, *(f"{role}-{number}" for number in range(2, len(taken) + 3))]
     return next(name for name in numbered if name not in taken)
-
-
-@contextlib.contextmanager
-def until_signalled() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set."""
-    stop = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

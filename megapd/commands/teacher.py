@@ -1,8 +1,7 @@
-"""`megapd teacher` and `megapd record`: a teacher's own processes."""
+"""`megapd teacher`: replicas of the teacher, in this process or in processes of their own."""
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -10,15 +9,15 @@ from collections.abc import Sequence
 
 from megapd.config import Config
 from megapd.errors import UserError
+from megapd.interrupts import ENDING
 from megapd.processes.supervisor import Supervisor
 from megapd.schedule.resolve import resolve_plan
 from megapd.scheduler.client.lease import advertised
 from megapd.teacher.engine import Replica
 from megapd.teacher.locate import open_trajectory
+from megapd.teacher.server import serve
 from megapd.teacher.setup import teacher_options
 from megapd.world import join_world
-
-log = logging.getLogger(__name__)
 
 
 def serve_teacher(config: Config, arguments: Sequence[str]) -> int:
@@ -43,13 +42,11 @@ def serve_teacher(config: Config, arguments: Sequence[str]) -> int:
 
 
 def _serve(config: Config) -> None:
-    from megapd.teacher.server.serve import serve
-
     world = join_world()
     if world.rank > 0:
         # Rank 0 answers what is queued before it stops, and needs this rank for it.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in ENDING:
+            signal.signal(number, signal.SIG_IGN)
     trajectory = open_trajectory(config)
     replica = Replica(trajectory, world, teacher_options(config, served=True))
     replica.open(resolve_plan(config, trajectory).checkpoint_at(0))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megapd.commands.scheduler import until_signalled
 from megapd.config import Config
+from megapd.interrupts import until_signalled
 from megapd.scheduler.local import open_api
 from megapd.scheduler.registry import Registry, import_trajectory, verify_trajectory, watch_trajectory
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from dataclasses import dataclass
 import psutil  # type: ignore[import-untyped]
 
 from megapd.config import Config
+from megapd.interrupts import until_signalled
+from megapd.network import doubled
 from megapd.processes.local import local_command, local_environment
 
 log = logging.getLogger(__name__)
@@ -24,12 +25,20 @@ RESTART_SECONDS = (1.0, 30.0)  # wait before a replica that died is started agai
 STEADY_SECONDS = 60.0  # a replica that ran this long begins at the first wait again
 
 
+WATCH_SECONDS = 0.2  # between looks at the replicas
+
+
+END_SECONDS = 10.0  # beside teacher.server.drain_seconds, for a process to end
+
+
 @dataclass
 class _Replica:
+    """failures: in a row, each soon after a start. restart_at: None while it runs."""
+
     process: subprocess.Popen[bytes]
     started: float
+    failures: int = 0
     restart_at: float | None = None
-    wait: float = RESTART_SECONDS[0]
 
 
 class Supervisor:
@@ -38,31 +47,31 @@ class Supervisor:
     def __init__(self, config: Config, arguments: Sequence[str]) -> None:
         assert config.teacher is not None
         self._server, self._arguments = config.teacher.server, list(arguments)
-        self._stopping = False
 
     def run(self) -> int:
         """Until SIGTERM or SIGINT, which is passed on; or until a replica refuses its settings: its exit code."""
-        for ending in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(ending, self._stop)
-        replicas = [_Replica(self._start(number), time.monotonic()) for number in range(self._server.replicas)]
-        code = 0
-        try:
-            while not self._stopping and code == 0:
-                for number, replica in enumerate(replicas):
-                    code = code or self._watch(number, replica)
-                time.sleep(0.2)
-        finally:
-            for replica in replicas:
-                self._terminate(replica.process)
-            deadline = time.monotonic() + self._server.drain_seconds + 10.0
-            for replica in replicas:
-                try:
-                    replica.process.wait(max(0.1, deadline - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    below = psutil.Process(replica.process.pid).children(recursive=True)
-                    for process in [replica.process, *below]:
-                        process.kill()
+        with until_signalled() as stop:
+            replicas = [_Replica(self._start(number), time.monotonic()) for number in range(self._server.replicas)]
+            code = 0
+            try:
+                while code == 0 and not stop.wait(WATCH_SECONDS):
+                    for number, replica in enumerate(replicas):
+                        code = code or self._watch(number, replica)
+            finally:
+                self._end([replica.process for replica in replicas])
         return code
+
+    def _end(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
+        """Tell all, wait for what they still answer, and kill what is left."""
+        for process in processes:
+            self._terminate(process)
+        deadline = time.monotonic() + self._server.drain_seconds + END_SECONDS
+        for process in processes:
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                for left in [process, *psutil.Process(process.pid).children(recursive=True)]:
+                    left.kill()
 
     def _terminate(self, process: subprocess.Popen[bytes]) -> None:
         """SIGTERM to a replica that runs. Where it has ranks, the process is DeepSpeed's runner, which ends without a word to its
@@ -81,10 +90,10 @@ class Supervisor:
             return 2
         now = time.monotonic()
         if replica.restart_at is None:
-            steady = now - replica.started > STEADY_SECONDS
-            replica.wait = RESTART_SECONDS[0] if steady else min(2 * replica.wait, RESTART_SECONDS[1])
-            replica.restart_at = now + replica.wait
-            log.warning("teacher replica %d ended with code %d, starting it again in %g s", number, code, replica.wait)
+            replica.failures = 0 if now - replica.started > STEADY_SECONDS else replica.failures + 1
+            wait = doubled(RESTART_SECONDS, replica.failures + 1)
+            replica.restart_at = now + wait
+            log.warning("teacher replica %d ended with code %d, starting it again in %g s", number, code, wait)
         elif now >= replica.restart_at:
             replica.process, replica.started, replica.restart_at = self._start(number), now, None
         return 0
@@ -96,6 +105,3 @@ class Supervisor:
         arguments, ranks = [*self._arguments, *own], self._server.ranks
         command = local_command(arguments, ranks) if ranks > 1 else [sys.executable, "-m", "megapd", *arguments]
         return subprocess.Popen(command, env=local_environment(ranks * self._server.replicas))
-
-    def _stop(self, number: int, frame: object) -> None:
-        self._stopping = True

@@ -18,7 +18,8 @@ from megapd.schedule.adaptive import decide, reported_kind
 from megapd.schedule.plan import Change, Decision, Report, Version
 from megapd.schedule.reports import ReportLog, subject
 
-FORMAT = "megapd-changes/1"
+FORMAT = "megapd-changes/2"
+FORMER_FORMAT = "megapd-changes/1"  # whose versions do not say whether they grow
 FILE = "changes.json"  # in the run's folder
 
 
@@ -32,7 +33,7 @@ class ChangeLog:
         if path.exists():
             try:
                 tree = json.loads(path.read_text())
-                if tree["format"] != FORMAT:
+                if tree["format"] not in (FORMAT, FORMER_FORMAT):
                     raise ValueError(f"its format is {tree['format']!r}, this megapd reads {FORMAT!r}")
                 for entry in tree["changes"]:
                     change = _parse(entry)
@@ -78,6 +79,7 @@ class ChangeLog:
 def _parse(entry: Mapping[str, Any]) -> Change:
     given = {key: value for key, value in entry.items() if key != "kind"}
     if entry["kind"] == "version":
+        given.setdefault("grows", given["policy"] == "adaptive")  # of FORMER_FORMAT
         return Version(**{**given, "rotations": tuple((start, teacher) for start, teacher in given["rotations"])})
     if entry["kind"] == "decision":
         return Decision(**given)

@@ -113,8 +113,9 @@ class Version:
     version     from 1 on, as the service counts
     start       student step that it begins at; in force is the highest version that has begun
     policy      of the schedule
-    rotations   of the whole run, wherever it begins; of an adaptive schedule the first alone, decisions tell the rest
-    timeout     seconds to wait for a checkpoint that is still to be written, of follow; None: all are there
+    rotations   of the whole run, wherever it begins; of one that grows the first alone, decisions tell the rest
+    timeout     seconds to wait for a checkpoint that is still to be written; None: all are there
+    grows       whether decisions extend it
     """
 
     version: int
@@ -122,6 +123,7 @@ class Version:
     policy: str
     rotations: Rotations
     timeout: float | None = None
+    grows: bool = False
 
     def __str__(self) -> str:
         return f"version {self.version}"
@@ -130,18 +132,13 @@ class Version:
     def begin(self) -> int:
         return self.start
 
-    @property
-    def grows(self) -> bool:
-        """Whether decisions extend it."""
-        return self.policy == "adaptive"
-
 
 Change = Version | Decision
 
 
 def resolved(version: int, start: int, schedule: ScheduleConfig, plan: Plan) -> Version:
     """plan: what the schedule resolved to."""
-    return Version(version, start, schedule.policy, tuple(plan.fixed()), schedule.waits)
+    return Version(version, start, schedule.policy, tuple(plan.fixed()), schedule.waits, schedule.grows is not None)
 
 
 def in_force(begins: Sequence[int], steps: int) -> Iterator[tuple[int, int, int]]:

@@ -16,8 +16,9 @@ import uvicorn
 
 from megapd.config import SchedulerConfig
 from megapd.errors import UserError
+from megapd.network import is_loopback
 from megapd.scheduler.app import build_app
-from megapd.scheduler.service import Service, is_loopback
+from megapd.scheduler.service import Service
 from megapd.scheduler.store import Store, tokens
 
 log = logging.getLogger(__name__)
@@ -101,13 +102,17 @@ def _check_public(settings: SchedulerConfig, store: Store) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-    except OSError as error:
-        raise UserError(
-            f"scheduler.host, scheduler.port: cannot listen on {host}:{port}: {error.strerror or error}; choose others"
-        ) from error
+    with contextlib.ExitStack() as failed:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+                0
+            ]
+            listening = failed.enter_context(socket.socket(family, kind, protocol))
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+        except OSError as error:
+            raise UserError(
+                f"scheduler.host, scheduler.port: cannot listen on {host}:{port}: {error.strerror or error}; choose others"
+            ) from error
+        failed.pop_all()
     return listening

@@ -3,10 +3,9 @@
 from megapd.signals import kinds  # noqa: F401 - registers them
 from megapd.signals.arrow import NO_ARROW, check_form, decode, digests_of, encode, valid_rows
 from megapd.signals.heads import decode_head, encode_head
-from megapd.signals.signal import Signal, SignalDamaged, SignalMismatch, as_sent, pack
+from megapd.signals.signal import Signal, as_sent, pack
 from megapd.signals.spec import (
     DTYPES,
-    SIGNAL_KINDS,
     Answer,
     Column,
     Encoding,
@@ -15,34 +14,31 @@ from megapd.signals.spec import (
     SignalKind,
     SignalSpec,
     TeacherOutput,
+    definition_of,
     negotiate,
-    signal_kind,
 )
 
 __all__ = [
     "DTYPES",
     "NO_ARROW",
-    "SIGNAL_KINDS",
     "Answer",
     "Column",
     "Encoding",
     "Head",
     "LossTargets",
     "Signal",
-    "SignalDamaged",
     "SignalKind",
-    "SignalMismatch",
     "SignalSpec",
     "TeacherOutput",
     "as_sent",
     "check_form",
     "decode",
     "decode_head",
+    "definition_of",
     "digests_of",
     "encode",
     "encode_head",
     "negotiate",
     "pack",
-    "signal_kind",
     "valid_rows",
 ]

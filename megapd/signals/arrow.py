@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from megapd.batch import DIGEST_BYTES, Batch
-from megapd.signals.signal import Signal, SignalDamaged, SignalMismatch, pack, product
+from megapd.errors import SignalDamaged, SignalMismatch
+from megapd.signals.signal import Signal, pack, product
 from megapd.signals.spec import Column, Head, SignalSpec, id_type
 
 FORMAT = "megapd-signal/1"

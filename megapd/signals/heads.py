@@ -15,8 +15,8 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
+from megapd.errors import SignalDamaged, SignalMismatch
 from megapd.signals.arrow import ARROW_TYPES, to_numpy
-from megapd.signals.signal import SignalDamaged, SignalMismatch
 from megapd.signals.spec import DTYPES, Head
 
 HEAD_FORMAT = "megapd-head/1"

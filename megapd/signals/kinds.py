@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from megapd.batch import Batch
+from megapd.registry import signal_kinds
 from megapd.rng import Stream, uniform
-from megapd.signals.spec import FLOATS, Answer, Column, Head, LossTargets, SignalKind, SignalSpec, TeacherOutput, signal_kind
+from megapd.signals.spec import FLOATS, Answer, Column, Head, LossTargets, SignalKind, SignalSpec, TeacherOutput
 from megapd_kernels import topk_logits
 
 
-@signal_kind("dense")
+@signal_kinds.register("dense")
 class Dense(SignalKind):
     """Logits [N, V]."""
 
@@ -34,7 +35,7 @@ class Dense(SignalKind):
         return classes
 
 
-@signal_kind("hidden")
+@signal_kinds.register("hidden")
 class Hidden(SignalKind):
     """Final hidden states [N, D]: all that the head multiplies, and it travels once a rotation."""
 
@@ -59,7 +60,7 @@ class Hidden(SignalKind):
         return width * (1.0 + classes / positions_per_rotation)
 
 
-@signal_kind("topk")
+@signal_kinds.register("topk")
 class TopK(SignalKind):
     """The likeliest classes: ids [N, k] by falling probability, their log probabilities, and the log of the others' mass [N]."""
 
@@ -86,7 +87,7 @@ class TopK(SignalKind):
         }
 
 
-@signal_kind("sampled")
+@signal_kinds.register("sampled")
 class Sampled(SignalKind):
     """Class ids [N, k], drawn with replacement from the teacher's distribution."""
 
@@ -106,7 +107,7 @@ class Sampled(SignalKind):
         return {"teacher_ids": ids, "teacher_logprobs": weights, "convention": "sampled"}
 
 
-@signal_kind("argmax")
+@signal_kinds.register("argmax")
 class Argmax(SignalKind):
     """Ids [N] of the likeliest class: the teacher at temperature 0."""
 

@@ -9,16 +9,8 @@ import torch
 from torch import Tensor
 
 from megapd.batch import Batch
-from megapd.errors import RunFailed
+from megapd.errors import SignalMismatch
 from megapd.signals.spec import DTYPES, Answer, Encoding, Head, LossTargets, SignalSpec
-
-
-class SignalMismatch(RunFailed):
-    """A signal of another teacher, or for other tokens, than the step asks for."""
-
-
-class SignalDamaged(RuntimeError):
-    """A record whose bytes are not those that were written."""
 
 
 @dataclass(frozen=True)

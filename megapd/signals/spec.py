@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple, TypedDict
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megapd.batch import Batch
+from megapd.registry import signal_kinds
 from megapd_kernels import VocabularyShard, default_chunk_bytes
 
 Encoding = Literal["fp32", "bf16", "fp16", "int8"]
@@ -93,7 +94,7 @@ class Column(NamedTuple):
 
 
 class SignalKind(ABC):
-    """What a teacher can say about a position. A class of one object, registered by `signal_kind`.
+    """What a teacher can say about a position. Registered by `megapd.registry.signal_kinds`; its one object holds no state.
 
     uses         which fields of a SignalSpec matter to it, of encoding, k, temperature and seed
     encodings    those of its encoded columns
@@ -141,19 +142,11 @@ class SignalKind(ABC):
         )
 
 
-SIGNAL_KINDS: dict[str, SignalKind] = {}
-
-
-def signal_kind(name: str) -> Callable[[type[SignalKind]], type[SignalKind]]:
-    """Decorator: a subclass of SignalKind answers to `name` from now on. ValueError if another one does."""
-
-    def register(kind: type[SignalKind]) -> type[SignalKind]:
-        if name in SIGNAL_KINDS:
-            raise ValueError(f"signal kind {name} is registered already; choose another name")
-        SIGNAL_KINDS[name] = kind()
-        return kind
-
-    return register
+@cache
+def definition_of(name: str) -> SignalKind:
+    """The object of a kind. UserError if none is registered under that name."""
+    kind: type[SignalKind] = signal_kinds.get(name)
+    return kind()
 
 
 @dataclass(frozen=True)
@@ -176,8 +169,8 @@ class SignalSpec:
     def __post_init__(self) -> None:
         uses = self.definition.uses
         if (self.k > 0) != ("k" in uses):
-            need = " and ".join(name for name, kind in SIGNAL_KINDS.items() if "k" in kind.uses)
-            raise ValueError(f"k: {self.k} with kind {self.kind}; {need} need at least 1, other kinds have none")
+            has = "needs at least 1" if "k" in uses else "has none"
+            raise ValueError(f"k: {self.k} with kind {self.kind}, which {has}")
         if "temperature" in uses and not self.temperature > 0:
             raise ValueError(f"temperature: {self.temperature} with kind {self.kind}; choose argmax for 0")
         if self.encoding not in self.definition.encodings:
@@ -187,7 +180,7 @@ class SignalSpec:
     @property
     def definition(self) -> SignalKind:
         """The object of the kind."""
-        return SIGNAL_KINDS[self.kind]
+        return definition_of(self.kind)
 
     @cached_property
     def columns(self) -> tuple[Column, ...]:
@@ -209,7 +202,7 @@ class SignalSpec:
             raise ValueError("parameters: nested too deep") from error
         if not isinstance(tree, dict) or tree.keys() - {"kind", "encoding", "k", "temperature", "seed"}:
             raise ValueError("parameters: not those of a signal")
-        kinds, encodings = tuple(SIGNAL_KINDS), tuple(DTYPES)
+        kinds, encodings = signal_kinds.names(), tuple(DTYPES)
         if tree.get("kind") not in kinds or tree.get("encoding", "fp32") not in encodings:
             raise ValueError(f"parameters: kind must be one of {', '.join(kinds)}, encoding one of {', '.join(encodings)}")
         numbers = [tree.get("k", 0), tree.get("seed", 0), tree.get("temperature", 1.0)]
@@ -235,8 +228,8 @@ def negotiate(
     classes: int, width: int, teacher_temperature: float, divergence: str, positions_per_rotation: float = float("inf")
 ) -> str:
     """The cheapest kind that is exact for the loss: argmax where it alone counts, else logits or hidden states."""
-    exact = [name for name, kind in SIGNAL_KINDS.items() if kind.exact(teacher_temperature, divergence)]
-    return min(exact, key=lambda name: SIGNAL_KINDS[name].values_per_position(classes, width, positions_per_rotation))
+    exact = [name for name in signal_kinds.names() if definition_of(name).exact(teacher_temperature, divergence)]
+    return min(exact, key=lambda name: definition_of(name).values_per_position(classes, width, positions_per_rotation))
 
 
 def id_type(classes: int) -> np.dtype[Any]:

@@ -13,7 +13,7 @@ from megapd.trajectory import Checkpoints, Trajectory
 from megapd.trajectory.hugging_face import HuggingFaceTrajectory, is_hugging_face
 
 if TYPE_CHECKING:
-    from megapd.teacher.client.replicas import Endpoints
+    from megapd.teacher.client import Endpoints
 
 
 def open_trajectory(config: Config) -> Checkpoints:
@@ -21,7 +21,7 @@ def open_trajectory(config: Config) -> Checkpoints:
     assert config.teacher is not None
     named = config.teacher.trajectory
     if named is None:
-        from megapd.teacher.client.trajectory import RemoteTrajectory
+        from megapd.teacher.client import RemoteTrajectory
 
         return RemoteTrajectory(config.teacher, open_endpoints(config))
     if is_hugging_face(named):
@@ -33,7 +33,7 @@ def open_trajectory(config: Config) -> Checkpoints:
 def open_endpoints(config: Config) -> Endpoints:
     """Where the served teacher's replicas are: as the configuration names them, or else as the scheduler does."""
     from megapd.scheduler.client.endpoints import LeasedEndpoints
-    from megapd.teacher.client.replicas import FixedEndpoints
+    from megapd.teacher.client import FixedEndpoints
 
     assert config.teacher is not None
     if config.teacher.endpoints:

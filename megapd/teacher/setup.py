@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from megapd.config import Config
+from megapd.config import Config, TeacherConfig
 from megapd.models import Shape, checkpoint_shape
+from megapd.registry import signal_kinds
 from megapd.schedule.plan import Plan
-from megapd.signals import SIGNAL_KINDS, Encoding, SignalSpec, negotiate
+from megapd.signals import Encoding, SignalSpec, definition_of, negotiate
 from megapd.tasks import Task
 from megapd.teacher.cache import CachedStream, SignalCache
 from megapd.teacher.engine import Demands, Teacher, TeacherOptions
@@ -30,9 +31,8 @@ def teacher_options(config: Config, *, served: bool = False) -> TeacherOptions:
     )
 
 
-def demands(config: Config, task: Task) -> Demands:
-    assert config.teacher is not None
-    return Demands(task.vocabulary_digest, config.teacher.same_vocabulary, task.length)
+def demands(teacher: TeacherConfig, task: Task) -> Demands:
+    return Demands(task.vocabulary_digest, teacher.same_vocabulary, task.length)
 
 
 def signal_spec(config: Config, task: Task, plan: Plan, checkpoint: Checkpoint) -> SignalSpec:
@@ -44,7 +44,7 @@ def signal_spec(config: Config, task: Task, plan: Plan, checkpoint: Checkpoint) 
         positions = config.training.global_batch * task.labelled_per_sample * plan.steps / len(plan.fixed())
         kind = negotiate(shape.classes, shape.width, config.loss.teacher_temperature, config.loss.divergence, positions)
     precision: Encoding = teacher.precision or config.training.precision
-    definition = SIGNAL_KINDS[kind]
+    definition = definition_of(kind)
     encoding = precision if teacher.encoding == "auto" or teacher.encoding not in definition.encodings else teacher.encoding
     temperature = config.loss.teacher_temperature
     return definition.spec(kind, encoding, classes=shape.classes, k=teacher.k, temperature=temperature, seed=config.seed)
@@ -58,8 +58,9 @@ def describe_signal(task: Task, spec: SignalSpec, shape: Shape) -> str:
         size = asked.bytes_per_position(shape.classes, shape.width)
         return f"{size:,.0f} bytes a labelled position, {size * share:,.4g} a token"
 
-    lossless = [name for name, kind in SIGNAL_KINDS.items() if kind.lossless and spec.encoding in kind.encodings]
-    others = [SignalSpec(name, spec.encoding) for name in lossless if name != spec.kind]
+    kinds = {name: definition_of(name) for name in signal_kinds.names() if name != spec.kind}
+    lossless = [name for name, kind in kinds.items() if kind.lossless and spec.encoding in kind.encodings]
+    others = [SignalSpec(name, spec.encoding) for name in lossless]
     against = "".join(f"; {other.kind} would be {cost(other)}" for other in others)
     head = shape.classes * shape.width * 4 if spec.definition.with_head else 0
     once = f", and a head of up to {head:,} bytes a rotation" if head else ""
@@ -77,7 +78,7 @@ def open_stream(config: Config, task: Task, trajectory: Checkpoints, plan: Plan,
             return source
         try:
             classes = checkpoint_shape(source.teacher(step)).classes
-            agree, cache = rank_agreement(config, world), SignalCache(teacher.cache)
+            agree, cache = rank_agreement(teacher, world), SignalCache(teacher.cache)
             return CachedStream(cache, plan, source.spec, trajectory, source, record=True, classes=classes, agree=agree)
         except BaseException:
             source.close()
@@ -92,14 +93,14 @@ def open_source(config: Config, task: Task, trajectory: Checkpoints, plan: Plan,
     assert config.teacher is not None
     teacher = config.teacher
     if teacher.carrier == "colocated":
-        own = Teacher(trajectory, world, teacher_options(config), demands(config, task))
+        own = Teacher(trajectory, world, teacher_options(config), demands(teacher, task))
         try:
             checkpoint = own.rotate(plan.checkpoint_at(step))
             return ColocatedStream(own, plan, signal_spec(config, task, plan, checkpoint))
         except BaseException:
             own.close()  # its reader may be waiting for a file, and would keep the process alive
             raise
-    from megapd.teacher.client.served import ServedStream
+    from megapd.teacher.client import ServedStream
 
     spec = signal_spec(config, task, plan, _checked(config, task, trajectory, plan, step))
     endpoints = open_endpoints(config)
@@ -118,13 +119,13 @@ def _checked(config: Config, task: Task, trajectory: Checkpoints, plan: Plan, st
     """The checkpoint that teaches `step`, as soon as it is written; UserError if it cannot teach the task."""
     wanted, wait = plan.checkpoint_at(step), teacher_options(config).wait_seconds
     checkpoint = trajectory.checkpoint(wanted) if wait is None else trajectory.wait_for(wanted, wait)
-    demands(config, task).check(checkpoint)
+    assert config.teacher is not None
+    demands(config.teacher, task).check(checkpoint)
     return checkpoint
 
 
-def rank_agreement(config: Config, world: World) -> Callable[[list[bool]], list[bool]] | None:
+def rank_agreement(teacher: TeacherConfig, world: World) -> Callable[[list[bool]], list[bool]] | None:
     """For CachedStream: which of a step's flags are set on any rank, where ranks answer each other's batches."""
-    assert config.teacher is not None
-    if config.teacher.carrier != "colocated" or config.teacher.sharding == "whole":
+    if teacher.carrier != "colocated" or teacher.sharding == "whole":
         return None
     return lambda flags: [count > 0 for count in world.sum(*map(int, flags))]

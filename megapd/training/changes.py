@@ -13,13 +13,13 @@ from megapd.schedule.plan import Change, Decision, LivePlan, Plan, resolved
 from megapd.schedule.policies import candidates
 from megapd.schedule.reports import has_reports
 from megapd.schedule.resolve import resolve_plan
-from megapd.scheduler.client.changes import Registration, ServiceSource
+from megapd.scheduler.client.changes import ServiceSource
+from megapd.scheduler.client.contact import CALL_SECONDS
 from megapd.scheduler.client.http import Api
+from megapd.scheduler.client.registration import Registration
 from megapd.trajectory import Checkpoints
 from megapd.trajectory.hugging_face import HuggingFaceTrajectory
 from megapd.world import World
-
-SERVICE_SECONDS = 5.0  # longest wait for an answer of the scheduler
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,9 @@ def _join_service(
     facts = {"task": config.task.kind, "model": config.model.kind, "ranks": ranks}
     name = settings.trajectory if plan is not None else None
     run = Registration(config.name, config.training.steps, name, settings.group, facts, config.schedule)
-    source = ServiceSource(Api(settings, timeout_seconds=SERVICE_SECONDS), run, log, resolve, weights, ahead=ahead)
-    try:
-        source.start(plan, step, config.folder / "metrics.jsonl")
-    except BaseException:
-        source.close()
-        raise
+    api = Api(settings, timeout_seconds=CALL_SECONDS)
+    source = ServiceSource(api, run, plan, log, resolve, weights, ahead=ahead)
+    source.start(step, config.folder / "metrics.jsonl")
     return source, source.registered
 
 

@@ -20,7 +20,7 @@ from megapd.config import OptimizerConfig, TrainingConfig
 from megapd.errors import Diverged, UserError
 from megapd.models import Learner
 from megapd.models.transformer import Block
-from megapd.signals.signal import Signal
+from megapd.signals import Signal
 from megapd.tiling import Tiling, tile
 from megapd.world import World, init_deepspeed, join_world
 

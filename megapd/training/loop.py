@@ -19,7 +19,7 @@ from megapd.training.learning_rate import learning_rate
 from megapd.training.run import Callback, Run, StepResult
 from megapd.training.start import start
 from megapd.training.teaching import Source
-from megapd.training.trackers import METRICS, recorded
+from megapd.training.trackers import METRICS, numbers, recorded
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> TrainingResult:
     latest = run.latest
     if not latest:  # the run was complete already
         for line in recorded(config.folder / METRICS, run.step):
-            latest |= {f"{line['kind']}/{key}": value for key, value in line.items() if isinstance(value, (int, float))}
+            latest |= numbers(line.pop("kind"), {key: value for key, value in line.items() if key != "step"})
     return TrainingResult(config.folder, run.step, finished, latest)
 
 

@@ -82,12 +82,14 @@ class Callback:
 
     Each is called on all ranks, at the same steps, in the order of Run.callbacks, so that it may communicate. What it raises ends
     the run. It looks at the run, and may change what it learns, which then is the callback's to repeat on resume.
+
+    name: the key of its state in checkpoints, different for each callback of a run; by default that of its class.
     """
 
-    @property
-    def name(self) -> str:
-        """The key of its state in checkpoints, one callback's alone."""
-        return type(self).__name__
+    name: str
+
+    def __init_subclass__(cls) -> None:
+        cls.name = cls.__dict__.get("name", cls.__name__)
 
     def start(self, run: Run) -> None:
         """The run is ready, or resumed at run.step, and `load_state_dict` was called. Of a complete run, too."""

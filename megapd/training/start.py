@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
+from megapd import registry
 from megapd.config import RETIRED_SETTINGS, Config, dump, flatten
 from megapd.errors import UserError
 from megapd.files import write_atomic
 from megapd.models import Learner, build_model
-from megapd.registry import callbacks as registered
 from megapd.schedule.resolve import resolve_plan
 from megapd.tasks import Task, build_task
 from megapd.teacher.locate import open_trajectory
@@ -25,6 +25,8 @@ from megapd.training.run import Callback, Progress, Run, StopRequest
 from megapd.training.teaching import open_teaching
 from megapd.training.telemetry import Meter, Telemetry
 from megapd_kernels import LossOptions
+
+Entry = TypeVar("Entry")
 
 # What may differ between a run's start and its resumption: nothing here changes what the run learns. Streams are
 # interchangeable, and schedule.json holds a resumed run to the digests of its teachers, wherever they lie. Callbacks look on; one
@@ -82,7 +84,8 @@ def start(config: Config, callbacks: Sequence[Callback] = ()) -> Run:
     if config.teacher is not None:
         trajectory = open_trajectory(config)
         plan = resolve_plan(config, trajectory)
-    whole = order(config, [*(registered.get(name)() for name in config.training.callbacks), *callbacks])
+    named = [make() for make in _registered(registry.callbacks, config.training.callbacks, "training.callbacks")]
+    whole = order(config, [*named, *callbacks])
     with ExitStack() as opened:
         engine = student_engine(config, task)
         opened.callback(engine.destroy)
@@ -128,15 +131,22 @@ def order(config: Config, added: Sequence[Callback]) -> list[Callback]:
     names = Counter(callback.name for callback in added)
     twice = [name for name, count in names.items() if count > 1]
     if twice:
-        raise UserError(f"training.callbacks: two are called {twice[0]!r}; a callback's name is the key of its state")
+        raise UserError(f"training.callbacks: two are called {twice[0]!r}; give one another name, the key of its state")
     return [
         Meter(config.telemetry),
         *added,
-        Telemetry(config.telemetry),
+        Telemetry(config.telemetry, _registered(registry.trackers, config.telemetry.trackers, "telemetry.trackers")),
         Evaluation(config.evaluation),
         TrajectoryWriter(config.trajectory),
         Checkpointer(config.checkpoint.every),
     ]
+
+
+def _registered(entries: registry.Registry[Entry], names: Sequence[str], setting: str) -> list[Entry]:
+    try:
+        return [entries.get(name) for name in names]
+    except UserError as error:
+        raise UserError(f"{setting}: {error}") from error
 
 
 def _restore_callbacks(callbacks: Sequence[Callback], states: dict[str, dict[str, Any]]) -> None:

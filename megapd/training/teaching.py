@@ -15,7 +15,7 @@ from megapd.errors import TeacherLost
 from megapd.schedule.changes import ChangeSource
 from megapd.schedule.plan import Change, LivePlan, Plan
 from megapd.schedule.record import ScheduleRecord
-from megapd.signals.signal import Signal
+from megapd.signals import Signal
 from megapd.tasks import Task
 from megapd.teacher.cache.cache import SignalCache
 from megapd.teacher.setup import open_stream

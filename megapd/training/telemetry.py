@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from megapd.config import TelemetryConfig
 from megapd.training.run import Callback, Run, StepResult, due
-from megapd.training.trackers import METRICS, Tracker, open_trackers, recorded
+from megapd.training.trackers import METRICS, MetricsFile, Tracker, numbers, recorded
 from megapd.trajectory import Checkpoint
 
 # Dense bf16 peaks in TFLOP/s, from the vendors' data sheets.
@@ -55,17 +55,18 @@ class Meter(Callback):
 class Telemetry(Callback):
     """Sends lines of metrics to what decides on the schedule, and on rank 0 to the trackers."""
 
-    def __init__(self, settings: TelemetryConfig) -> None:
-        self._settings = settings
+    def __init__(self, settings: TelemetryConfig, trackers: Sequence[Callable[[Run], Tracker]]) -> None:
+        """trackers: that of metrics.jsonl aside, each made of the run on rank 0 when it starts."""
+        self._settings, self._makers = settings, trackers
         self._trackers: list[Tracker] = []
         self._opened = ExitStack()
 
     def start(self, run: Run) -> None:
         self._steps = run.steps
         if run.writes:
-            self._trackers = open_trackers(run)
-            for tracker in self._trackers:
-                self._opened.callback(tracker.close)
+            for make in (MetricsFile, *self._makers):
+                self._trackers.append(make(run))
+                self._opened.callback(self._trackers[-1].close)
 
     def due(self, step: int) -> bool:
         return due(step, self._settings.every, self._steps)
@@ -94,7 +95,7 @@ class Telemetry(Callback):
         self._opened.close()
 
     def _write(self, run: Run, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        run.latest |= {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
+        run.latest |= numbers(kind, values)
         for tracker in self._trackers:
             tracker.write(kind, step, values)
 

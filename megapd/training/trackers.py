@@ -46,20 +46,13 @@ class Tracker:
     def close(self) -> None: ...
 
 
-def open_trackers(run: Run) -> list[Tracker]:
-    """metrics.jsonl first. Raises UserError for a name in telemetry.trackers that no package registers."""
-    named: list[Tracker] = [trackers.get(name)(run) for name in run.config.telemetry.trackers]
-    return [MetricsFile(run.config.folder / METRICS, run.start), *named]
-
-
 class MetricsFile(Tracker):
     """metrics.jsonl: one JSON object a line, `kind` and `step` first. Numbers that are not finite become null."""
 
-    def __init__(self, path: Path, resumed_at: int) -> None:
-        """Keeps the lines up to student step `resumed_at`: a killed run wrote further than its checkpoint."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [json.dumps(record) + "\n" for record in recorded(path, resumed_at)]
-        write_atomic(path, "".join(kept))
+    def __init__(self, run: Run) -> None:
+        """Keeps the lines up to the step that the run resumes at: a killed run wrote further than its checkpoint."""
+        path = run.config.folder / METRICS
+        write_atomic(path, "".join(json.dumps(record) + "\n" for record in recorded(path, run.start)))
         self._file = path.open("a")
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
@@ -139,12 +132,16 @@ class Wandb(Tracker):
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if self._page is not None:
-            numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
-            self._page.log({**numbers, "step": step})
+            self._page.log({**numbers(kind, values), "step": step})
 
     def close(self) -> None:
         if self._page is not None:
             self._page.finish()
+
+
+def numbers(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """What is a number in a line of metrics, as kind/name."""
+    return {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
 
 
 def recorded(path: Path, step: int) -> list[dict[str, Any]]:

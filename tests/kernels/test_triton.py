@@ -66,7 +66,7 @@ def test_linear_losses_equal_the_reference(divergence: str, form: str) -> None:
     if not possible(divergence, form):
         return
     for extras, masked in zip(EXTRAS, itertools.cycle((True, False))):
-        case = moved(make_case(7, 37, 8, 5))
+        case = moved(make_case(5, 37, 8, 5, ignored=3))
         options = LossOptions(divergence, 0.7, beta=0.3, chunk_bytes=2000, **extras)
         targets: dict[str, Any] = {"labels": case.labels if masked else case.labels.clamp(min=0)}
         if masked:
@@ -104,7 +104,7 @@ def test_logits_of_several_spreads_and_blocks(divergence: str, spread: float) ->
 
 @pytest.mark.parametrize("v", [1, 2, 3, 17, 2048, 2049])
 def test_every_vocabulary_size(v: int) -> None:
-    student, teacher, labels = softmax_case(3, v, 2.0, torch.float32)
+    student, teacher, labels = softmax_case(2, v, 2.0, torch.float32)
     for divergence in DIVERGENCES:
         result = softmax_kl(student, teacher, labels=labels, options=LossOptions(divergence, alpha=0.5))
         leaf = student.detach().double().requires_grad_()

@@ -204,11 +204,11 @@ def refusals(rank: int) -> dict[str, str]:
     return told
 
 
-def main(rank: int, folder: str) -> None:
+def main(folder: str) -> None:
     torch.set_num_threads(1)
     path = Path(folder)
-    init = (path / "init").as_uri()
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=RANKS, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    rank = dist.get_rank()
     found: dict[str, dict] = {}
     left = iter(names())
     for case in OWN:
@@ -225,4 +225,4 @@ def main(rank: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(sys.argv[1])

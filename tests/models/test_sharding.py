@@ -1,10 +1,6 @@
 """Tensor parallelism on two ranks against whole models; the cases are in sharding_worker.py. And plans, which need no ranks."""
 
 import json
-import os
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -15,6 +11,7 @@ from megapd.errors import UserError
 from megapd.models.pretrained import build_pretrained
 from megapd.models.sharding import PLANS, allocate, plan_for, plan_of, shard, whole_shape
 from megapd.slices import Ranges
+from tests.forked import run_ranks
 
 from . import sharding_worker
 from .sharding_worker import RANKS, config_json
@@ -23,25 +20,9 @@ from .test_transformer import build, config
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """Of each rank. The first that fails ends the other."""
+    """Of each rank."""
     folder = tmp_path_factory.mktemp("sharding")
-    command = [sys.executable, "-m", "tests.models.sharding_worker"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    logs = [(folder / f"rank{rank}.log").open("w+") for rank in range(RANKS)]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(folder)], env=environment, stdout=log, stderr=subprocess.STDOUT)
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        deadline = time.monotonic() + 240
-        while any(process.poll() is None for process in processes) and not any(process.returncode for process in processes):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-    finally:
-        for process in processes:
-            process.kill()
-    codes = [process.wait() for process in processes]
-    assert codes == [0] * RANKS, "\n".join((folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(RANKS))
+    run_ranks("tests.models.sharding_worker", [str(folder)], RANKS)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
 
 

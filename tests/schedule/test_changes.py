@@ -42,7 +42,7 @@ def test_changes_are_on_record_as_they_were(tmp_path):
         record.append(change)
     assert ChangeLog(path).changes == tuple(changes)
     assert ChangeLog(path).decisions == (decision(0, 40),)
-    path.write_text(path.read_text().replace("megapd-changes/1", "megapd-changes/9"))
+    path.write_text(path.read_text().replace("megapd-changes/2", "megapd-changes/9"))
     with pytest.raises(UserError, match="damaged"):
         ChangeLog(path)
     path.write_text(json.dumps({"format": "megapd-changes/1", "changes": [{"kind": "other"}]}))
@@ -50,10 +50,23 @@ def test_changes_are_on_record_as_they_were(tmp_path):
         ChangeLog(path)
 
 
+def test_the_former_format_is_read(tmp_path):
+    entries = [
+        {"kind": "version", "version": 2, "start": 30, "policy": "follow", "rotations": [[0, 10], [20, 20]], "timeout": 5.0},
+        {"kind": "version", "version": 3, "start": 50, "policy": "adaptive", "rotations": [[0, 10]], "timeout": None},
+    ]
+    (tmp_path / "changes.json").write_text(json.dumps({"format": "megapd-changes/1", "changes": entries}))
+    log = ChangeLog(tmp_path / "changes.json")
+    wanted = (Version(2, 30, "follow", ((0, 10), (20, 20)), 5.0), Version(3, 50, "adaptive", ((0, 10),), grows=True))
+    assert log.changes == wanted
+    log.append(decision(0, 60))
+    assert ChangeLog(tmp_path / "changes.json").changes == (*wanted, decision(0, 60))
+
+
 def test_a_decision_that_went_missing_is_damage(tmp_path):
     path = tmp_path / "changes.json"
     changes = [{"kind": "decision", **asdict(decision(1, 34))}]
-    path.write_text(json.dumps({"format": "megapd-changes/1", "changes": changes}))
+    path.write_text(json.dumps({"format": "megapd-changes/2", "changes": changes}))
     with pytest.raises(UserError, match=r"damaged \(decision 1 does not follow the 0 on record\)"):
         ChangeLog(path)
 
@@ -201,15 +214,14 @@ def test_kill_9_loses_no_acknowledged_decision(tmp_path):
     generator, known = random.Random(0), 0
     for _ in range(4):
         command = [sys.executable, "-m", "tests.schedule.decider", str(tmp_path)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         acknowledged = known - 1
-        for line in process.stdout:
-            acknowledged = int(line)
-            if acknowledged >= known + generator.randrange(3, 40):
-                process.kill()
-                break
-        rest = [int(line) for line in process.stdout if line.endswith("\n")]
-        process.wait()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                acknowledged = int(line)
+                if acknowledged >= known + generator.randrange(3, 40):
+                    process.kill()
+                    break
+            rest = [int(line) for line in process.stdout if line.endswith("\n")]
         acknowledged = max([acknowledged, *rest])
         decisions = ChangeLog(tmp_path / "changes.json").decisions
         known = len(decisions)

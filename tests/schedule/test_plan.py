@@ -13,7 +13,7 @@ STEPS = 100
 
 
 def version(number: int, start: int, *rotations: tuple[int, int], policy: str = "explicit") -> Version:
-    return Version(number, start, policy, rotations)
+    return Version(number, start, policy, rotations, grows=policy == "adaptive")
 
 
 def decision(sequence: int, effective: int, checkpoint: int) -> Decision:
@@ -154,4 +154,5 @@ def test_schedules_are_resolved_as_they_were_taken_up():
     follow = FollowConfig(refresh=10, last=100, timeout_seconds=5.0)
     assert resolved(1, 0, follow, build_plan(follow, available=(), steps=STEPS)).timeout == 5.0
     adaptive = AdaptiveConfig(teachers=(20, 40), max_dwell=30)
-    assert resolved(1, 0, adaptive, build_plan(adaptive, available=THERE, steps=STEPS)).rotations == ((0, 20),)
+    found = resolved(1, 0, adaptive, build_plan(adaptive, available=THERE, steps=STEPS))
+    assert (found.rotations, found.grows) == (((0, 20),), True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from megapd.commands.scheduler import until_signalled
+import megapd.commands.schedule  # noqa: F401 - this verb and the service start without what only data planes need
 from megapd.config import SchedulerConfig
+from megapd.interrupts import until_signalled
 from megapd.scheduler.server import serve
 
 if __name__ == "__main__":
+    assert not {"torch", "transformers", "megapd.teacher"} & sys.modules.keys()
     database, port, lease_seconds = sys.argv[1:]
     settings = SchedulerConfig(database=database, port=int(port), lease_seconds=float(lease_seconds))
     with until_signalled() as stop:

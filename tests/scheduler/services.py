@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from starlette.testclient import TestClient
 
 from megapd.config import SchedulerConfig
 from megapd.scheduler.app import build_app
+from megapd.scheduler.server import serve
 from megapd.scheduler.service import Service
 from megapd.scheduler.store import Store, tokens
 
@@ -43,16 +45,51 @@ def token(store: Store, role: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {made}"}
 
 
-class Process:
+class Served:
+    """A service that answers at `url`, of the store `database`."""
+
+    def __init__(self, url: str, database: str) -> None:
+        self.url, self.database = url, database
+
+    def http(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=20.0)
+
+
+@contextlib.contextmanager
+def serving(settings: SchedulerConfig) -> Iterator[Served]:
+    """`serve` on a thread of this process. Raises what it raised."""
+    ports: list[int] = []
+    ready, stop = threading.Event(), threading.Event()
+    errors: list[BaseException] = []
+
+    def run():
+        try:
+            serve(settings, stop, ready=lambda port: (ports.append(port), ready.set()))
+        except BaseException as error:
+            errors.append(error)
+            ready.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        assert ready.wait(30)
+        if errors:
+            raise errors[0]
+        scheme = "http" if settings.certificate is None else "https"
+        yield Served(f"{scheme}://127.0.0.1:{ports[0]}", settings.database)
+    finally:
+        stop.set()
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+class Process(Served):
     """`serve` in a process of its own, to be killed and started again on the same port and store."""
 
     def __init__(self, database: str, lease_seconds: float = 30.0) -> None:
-        self.database, self.lease_seconds, self.port = database, lease_seconds, 0
+        super().__init__("", database)
+        self.lease_seconds, self.port = lease_seconds, 0
         self.start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -62,6 +99,7 @@ class Process:
         line = self.process.stdout.readline()
         assert line, f"the service ended with code {self.process.wait()}"
         self.port = int(line)
+        self.url = f"http://127.0.0.1:{self.port}"
 
     def kill(self) -> None:
         self.process.kill()
@@ -75,9 +113,6 @@ class Process:
         return code
 
     close = stop
-
-    def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=10.0)
 
 
 def postgres_binaries() -> Path | None:

@@ -14,8 +14,9 @@ from megapd.schedule.changes import ChangeLog
 from megapd.schedule.plan import LivePlan, resolved
 from megapd.schedule.policies import build_plan
 from megapd.scheduler.client import changes as client
-from megapd.scheduler.client.changes import Registration, ServiceSource
+from megapd.scheduler.client.changes import ServiceSource
 from megapd.scheduler.client.http import Api
+from megapd.scheduler.client.registration import Registration
 from megapd.scheduler.store import Store
 from tests.scheduler import services
 
@@ -53,9 +54,11 @@ class Run:
             self.plan = LivePlan(resolved(1, 0, schedule, resolve(schedule)), STEPS, self.changes.changes)
         registration = Registration(name, STEPS, trajectory, None, {"model": "mlp"}, schedule)
         api = Api(SchedulerConfig(url=url, token=token), timeout_seconds=2.0)
-        self.source = ServiceSource(api, registration, self.changes, resolve, weights or (lambda step: None), ahead=AHEAD)
-        self.step = step
-        self.started = self.source.start(self.plan, step, self.folder / "metrics.jsonl")
+        weights = weights or (lambda step: None)
+        self.source = ServiceSource(api, registration, self.plan, self.changes, resolve, weights, ahead=AHEAD)
+        self.step, known = step, len(self.changes.changes)
+        self.source.start(step, self.folder / "metrics.jsonl")
+        self.started = list(self.changes.changes[known:])
 
     def go(self, until: int, *, pause: float = 0.0, **metrics: float) -> list:
         """Steps up to `until`, the metrics of an evaluation reported after each tenth; the changes taken in."""
@@ -204,7 +207,8 @@ def test_mistakes_are_told_before_a_run_begins(service, tmp_path):
         read = services.token(store, "read")["Authorization"].split()[1]
     path = tmp_path / "token"
     path.write_text(read)
-    time.sleep(1.1)  # the service asks its store for tokens that it does not know
+    with service.http() as http:
+        waiting(lambda: http.get("/v1/runs").status_code == 401)  # it asks its store for tokens now and then
     with pytest.raises(UserError, match="bearer token"):
         Run(tmp_path, service.url, name="other")
     with pytest.raises(UserError, match="role"):

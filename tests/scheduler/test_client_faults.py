@@ -15,8 +15,9 @@ from megapd.schedule.changes import ChangeLog
 from megapd.schedule.plan import LivePlan, Version, resolved
 from megapd.schedule.policies import build_plan
 from megapd.scheduler.client import changes as client
-from megapd.scheduler.client.changes import Registration, ServiceSource
+from megapd.scheduler.client.changes import ServiceSource
 from megapd.scheduler.client.http import Api, Away, Refusal
+from megapd.scheduler.client.registration import Registration
 from tests.scheduler import services
 from tests.scheduler.test_client import ADAPTIVE, AHEAD, EQUAL, STEPS, THERE
 
@@ -66,8 +67,10 @@ class Run:
 
         self.plan = LivePlan(resolved(1, 0, schedule, resolve(schedule)), STEPS, self.changes.changes)
         registration = Registration("student", STEPS, None, None, {}, schedule)
-        self.source = ServiceSource(line, registration, self.changes, resolve, lambda step: None, ahead=AHEAD)
-        self.started = self.source.start(self.plan, step, self.folder / "metrics.jsonl")
+        self.source = ServiceSource(line, registration, self.plan, self.changes, resolve, lambda step: None, ahead=AHEAD)
+        known = len(self.changes.changes)
+        self.source.start(step, self.folder / "metrics.jsonl")
+        self.started = list(self.changes.changes[known:])
 
     def go(self, until, *, pause=0.0, **metrics):
         taken = []

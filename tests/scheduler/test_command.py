@@ -41,7 +41,7 @@ def test_the_history_says_where_changes_began(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ({"policy": "foo"}, "^schedule.policy: Input tag 'foo'"),
+        ({"policy": "foo"}, "^schedule.policy: unknown schedule policy 'foo'"),
         ({}, "^schedule.policy: "),
         ({"policy": "one_shot", "checkpoint": "x"}, "^schedule.checkpoint: "),
         ({"policy": "adaptive", "checkpoints": 2, "teachers": [1]}, "^schedule: checkpoints: give either"),

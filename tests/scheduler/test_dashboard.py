@@ -12,6 +12,7 @@ import httpx
 import pytest
 from sqlalchemy import insert
 
+from megapd.config import SchedulerConfig
 from megapd.scheduler.store import Store, runs, tokens
 from megapd.scheduler.store import events as journal
 from megapd.scheduler.store.tables import runs as runs_table
@@ -88,24 +89,24 @@ EQUAL = {"policy": "equal", "checkpoints": 5, "steps": 200}
 
 
 @pytest.fixture
-def served(tmp_path) -> Iterator[services.Process]:
-    process = services.Process(f"sqlite:///{tmp_path}/scheduler.db")
-    try:
-        yield process
-    finally:
-        if process.process.poll() is None:
-            process.stop()
+def served(tmp_path) -> Iterator[services.Served]:
+    with services.serving(SchedulerConfig(database=f"sqlite:///{tmp_path}/scheduler.db", port=0)) as found:
+        yield found
 
 
 @pytest.fixture
-def filled(served) -> services.Process:
+def filled(served) -> services.Served:
+    fill(served)
+    return served
+
+
+def fill(served: services.Served) -> None:
     """A trajectory, a run at step 430 of an equal schedule, two replicas."""
     with served.http() as http:
         trajectory(http, "parity")
         run(http, "student-a", EQUAL)
         replica(http, 1)
         replica(http, 2)
-    return served
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,7 @@ def enter_token(page: Page, secret: str) -> None:
     page.get_by_role("button", name="Use it").click()
 
 
-def make_tokens(served: services.Process) -> dict[str, str]:
+def make_tokens(served: services.Served) -> dict[str, str]:
     with contextlib.closing(Store(served.database)) as store:
         return {role: store.write(lambda c, role=role: tokens.create_token(c, role, f"my-{role}")) for role in tokens.ROLES}
 
@@ -419,10 +420,13 @@ def test_keyboard_reaches_the_controls_and_dialogs_keep_the_focus(filled, chromi
 
 
 @browsed
-def test_service_away_is_said_and_the_page_recovers(filled, chromium):
-    with browsing(chromium, filled.url) as page:
+def test_service_away_is_said_and_the_page_recovers(tmp_path, chromium):
+    with contextlib.ExitStack() as stack:
+        process = stack.enter_context(contextlib.closing(services.Process(f"sqlite:///{tmp_path}/s.db")))
+        fill(process)
+        page = stack.enter_context(browsing(chromium, process.url))
         expect(page.locator("#link")).to_have_text("Live")
-        filled.kill()
+        process.kill()
         expect(page.locator("#banner")).to_contain_text("The service is away", timeout=10_000)
         expect(page.locator("#link")).to_have_text("Service away")
         expect(page.locator(".run-where")).to_contain_text("step 430")  # what is known stays
@@ -430,14 +434,14 @@ def test_service_away_is_said_and_the_page_recovers(filled, chromium):
         page.get_by_role("button", name="Pause it").click()
         expect(page.locator("#control-error")).to_contain_text("confirming again does not make it twice")
         page.keyboard.press("Escape")
-        filled.start()
-        with filled.http() as http:
+        process.start()
+        with process.http() as http:
             report(http, "student-a", 470)
         page.get_by_role("button", name="Try now").click()
         expect(page.locator("#banner")).to_be_hidden()
         expect(page.locator(".run-where")).to_contain_text("step 470")
         expect(page.locator("#link")).to_have_text("Live", timeout=20_000)
-        with filled.http() as http:
+        with process.http() as http:
             replica(http, 4)
         expect(page.locator("#events")).to_contain_text("replica replica-4")
 

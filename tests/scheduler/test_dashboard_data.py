@@ -7,8 +7,8 @@ import re
 import httpx
 import pytest
 
-from megapd.scheduler import dashboard
 from megapd.scheduler.dashboard import data
+from megapd.scheduler.dashboard import page as assets
 from tests.scheduler import services
 from tests.scheduler.test_dashboard import EQUAL, good, post, put, report, run, trajectory
 
@@ -122,7 +122,7 @@ def test_assets_are_cached_packed_and_guarded_by_a_policy_without_inline_script(
     sources = re.findall(r'(?:src|href)="([^"#]+)"', page.text)
     assert all(re.fullmatch(r"/page/[\w.-]+|/openapi\.json", source) for source in sources)
     assert not re.search(r"<script(?![^>]* src=)|<style|\son\w+=|\sstyle=|https?://", page.text)
-    scripts = [name for name in dashboard.assets() if name.endswith(".js")]
+    scripts = [name for name in assets.assets() if name.endswith(".js")]
     assert {"page.js", "api.js"} <= set(scripts)
     for name in scripts:  # nothing there makes HTML of text
         text = client.get(f"/page/{name}").text
@@ -148,6 +148,6 @@ def test_no_other_file_is_sent(client, path):
 
 
 def test_service_without_plotly_says_so(client, monkeypatch):
-    monkeypatch.setattr(dashboard, "plotly_version", lambda: "none")
+    monkeypatch.setattr(assets, "plotly_version", lambda: "none")
     answer = client.get("/page/plotly-none.min.js")
     assert (answer.status_code, "not installed" in answer.text) == (404, True)

@@ -186,10 +186,10 @@ def test_the_service_s_registry_is_the_same(tmp_path):
     database = f"sqlite:///{tmp_path}/s.db"
     with contextlib.closing(Store(database)) as store:
         given = services.token(store, "admin")["Authorization"].split()[1]
-    with contextlib.closing(services.Process(database)) as process:
+    with services.serving(SchedulerConfig(database=database, port=0)) as served:
         path = tmp_path / "token"
         path.write_text(given)
-        with opened(SchedulerConfig(url=process.url, token=path)) as remote:
+        with opened(SchedulerConfig(url=served.url, token=path)) as remote:
             first = import_trajectory(remote, source, name="t")
             assert first.added == (10, 20, 30, 40, 50)
             assert import_trajectory(remote, source, name="t").known == first.added
@@ -199,7 +199,7 @@ def test_the_service_s_registry_is_the_same(tmp_path):
             shown = remote.checkpoints(first.digest)
             with pytest.raises(UserError, match="none called"):
                 remote.find_trajectory("unknown")
-        with opened(SchedulerConfig(url=process.url)) as stranger, pytest.raises(UserError, match="bearer token"):
+        with opened(SchedulerConfig(url=served.url)) as stranger, pytest.raises(UserError, match="bearer token"):
             stranger.find_trajectory("t")
     with opened(SchedulerConfig(database=database)) as local:
         assert local.checkpoints(first.digest) == shown

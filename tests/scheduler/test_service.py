@@ -10,17 +10,21 @@ import ssl
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 
 import httpx
 import pytest
 
 from megapd.config import SchedulerConfig
 from megapd.errors import UserError
+from megapd.network import is_loopback
+from megapd.scheduler.routes import service as service_routes
 from megapd.scheduler.server import serve
-from megapd.scheduler.service import is_loopback
+from megapd.scheduler.service import guard
 from megapd.scheduler.store import ROLES, Store
 from megapd.scheduler.store import trajectories as catalogue
 from tests.scheduler import services
+from tests.scheduler.services import serving
 from tests.teacher.certificates import make_authority
 
 WEIGHTS = "a" * 64
@@ -30,33 +34,6 @@ WEIGHTS = "a" * 64
 def client(tmp_path):
     with services.client(tmp_path) as found:
         yield found
-
-
-@contextlib.contextmanager
-def serving(settings: SchedulerConfig):
-    """`serve` on a thread, on a port of its own."""
-    ports: list[int] = []
-    ready, stop = threading.Event(), threading.Event()
-    errors: list[BaseException] = []
-
-    def run():
-        try:
-            serve(settings, stop, ready=lambda port: (ports.append(port), ready.set()))
-        except BaseException as error:
-            errors.append(error)
-            ready.set()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        assert ready.wait(30)
-        if errors:
-            raise errors[0]
-        yield ports[0]
-    finally:
-        stop.set()
-        thread.join(30)
-        assert not thread.is_alive()
 
 
 def fill(client) -> None:
@@ -286,37 +263,36 @@ def test_control_over_http(client):
 # --------------------------------------------------------------------------------------------------------------- events
 
 
-def read_events(response: httpx.Response, count: int) -> list[dict]:
-    events, event = [], {}
+def read_events(response: httpx.Response) -> Iterator[dict]:
+    event = {}
     for line in response.iter_lines():
         if not line:
             if "data" in event:
-                events.append(event)
+                yield event
             event = {}
-            if len(events) == count:
-                return events
         else:
             key, _, value = line.partition(": ")
             event[key] = value
-    return events
 
 
 def test_events_arrive_as_they_happen_and_go_on_where_they_stopped(tmp_path):
     settings = SchedulerConfig(database=f"sqlite:///{tmp_path}/s.db", port=0, streams=2)
-    with serving(settings) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20.0) as client:
+    with serving(settings) as served, served.http() as client:
         client.put("/v1/runs/a", json={"steps": 1})
         with client.stream("GET", "/v1/stream", params={"after": 0}) as response:
             assert response.headers["content-type"].startswith("text/event-stream")
-            threading.Timer(0.3, lambda: httpx.put(f"http://127.0.0.1:{port}/v1/runs/b", json={"steps": 1})).start()
-            first = read_events(response, 2)
+            events = read_events(response)
+            first = [next(events)]
+            assert client.put("/v1/runs/b", json={"steps": 1}).status_code == 201
+            first.append(next(events))
         assert [(e["event"], json.loads(e["data"])["run"]) for e in first] == [("run", "a"), ("run", "b")]
         client.put("/v1/runs/c", json={"steps": 1})
         with client.stream("GET", "/v1/stream", headers={"Last-Event-ID": first[1]["id"]}) as response:
-            (third,) = read_events(response, 1)
+            third = next(read_events(response))
         assert json.loads(third["data"])["run"] == "c"
         assert int(third["id"]) == int(first[1]["id"]) + 1
         with client.stream("GET", "/v1/stream", headers={"Last-Event-ID": "1000"}) as response:
-            assert read_events(response, 1)[0]["event"] == "reset"
+            assert next(read_events(response))["event"] == "reset"
         assert client.get("/v1/stream", headers={"Last-Event-ID": "x"}).status_code == 422
         with contextlib.ExitStack() as stack:
             deadline = time.monotonic() + 10
@@ -328,19 +304,24 @@ def test_events_arrive_as_they_happen_and_go_on_where_they_stopped(tmp_path):
             assert opened.status_code == 429
 
 
-def test_events_that_another_process_wrote_arrive(tmp_path):
+def test_events_that_another_process_wrote_arrive(tmp_path, monkeypatch):
+    monkeypatch.setattr(service_routes, "FOREIGN_SECONDS", 0.1)
     settings = SchedulerConfig(database=f"sqlite:///{tmp_path}/s.db", port=0)
-    with serving(settings) as port, contextlib.closing(Store(settings.database)) as store:
-        threading.Timer(0.5, lambda: store.write(lambda c: catalogue.add_trajectory(c, "t", "/t", ""))).start()
-        with httpx.stream("GET", f"http://127.0.0.1:{port}/v1/stream", params={"after": 0}, timeout=20.0) as response:
-            assert read_events(response, 1)[0]["event"] == "trajectory"
+    with (
+        serving(settings) as served,
+        contextlib.closing(Store(settings.database)) as store,
+        served.http() as client,
+        client.stream("GET", "/v1/stream", params={"after": 0}) as response,
+    ):
+        store.write(lambda c: catalogue.add_trajectory(c, "t", "/t", ""))
+        assert next(read_events(response))["event"] == "trajectory"
 
 
 def test_an_open_stream_does_not_keep_the_service_from_ending(tmp_path):
     settings = SchedulerConfig(database=f"sqlite:///{tmp_path}/s.db", port=0)
     with contextlib.ExitStack() as stack:
-        with serving(settings) as port:
-            response = stack.enter_context(httpx.stream("GET", f"http://127.0.0.1:{port}/v1/stream", timeout=20.0))
+        with serving(settings) as served:
+            response = stack.enter_context(httpx.stream("GET", f"{served.url}/v1/stream", timeout=20.0))
             assert response.status_code == 200
             begun = time.monotonic()
         assert time.monotonic() - begun < 4.0
@@ -366,15 +347,15 @@ def test_tls(tmp_path):
         given = services.token(store, "read")
     pair = authority.server
     settings = SchedulerConfig(database=database, host="0.0.0.0", port=0, certificate=pair.certificate, key=pair.key)
-    with serving(settings) as port:
-        url = f"https://127.0.0.1:{port}/v1/runs"
+    with serving(settings) as served:
+        url = f"{served.url}/v1/runs"
         trust = ssl.create_default_context(cafile=str(authority.root))
         assert httpx.get(url, verify=trust, headers=given).status_code == 200
         assert httpx.get(url, verify=trust).status_code == 401
         with pytest.raises(httpx.TransportError):
             httpx.get(url, headers=given)
         with pytest.raises(httpx.TransportError):
-            httpx.get(f"http://127.0.0.1:{port}/v1/runs", headers=given)
+            httpx.get(url.replace("https:", "http:"), headers=given)
 
 
 def test_mistakes_of_the_settings_are_told(tmp_path):
@@ -442,9 +423,7 @@ def test_loopback():
 
 
 def test_a_body_that_does_not_arrive_is_given_up(client, monkeypatch):
-    from megapd.scheduler.service import guard as auth
-
-    monkeypatch.setattr(auth, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.1)
 
     async def ask() -> int:
         statuses: list[int] = []

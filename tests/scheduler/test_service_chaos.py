@@ -17,7 +17,7 @@ from megapd.scheduler.store.tables import replicas
 from tests.scheduler.services import Process, postgres, postgres_binaries
 
 WRITERS = 4
-KEPT = 0.3  # seconds of writing before each kill
+KEPT = 10  # acknowledged by all writers together before each kill
 
 
 class Writer(threading.Thread):
@@ -94,6 +94,15 @@ def check(database: str, writers: list[Writer]) -> None:
     assert [event["id"] for event in events] == sorted({event["id"] for event in events})
 
 
+def _wait(writers: list[Writer], count: int) -> None:
+    """Until that many more are acknowledged."""
+    wanted = sum(len(writer.acknowledged) for writer in writers) + count
+    deadline = time.monotonic() + 30
+    while sum(len(writer.acknowledged) for writer in writers) < wanted and all(writer.is_alive() for writer in writers):
+        assert time.monotonic() < deadline, "nothing is acknowledged"
+        time.sleep(0.005)
+
+
 def run(database: str, kills: int) -> None:
     service = Process(database)
     writers = [Writer(service.url, number) for number in range(WRITERS)]
@@ -101,14 +110,10 @@ def run(database: str, kills: int) -> None:
         writer.start()
     try:
         for kill in range(kills):
-            before = sum(len(writer.acknowledged) for writer in writers)
-            time.sleep(KEPT + 0.037 * kill)
-            deadline = time.monotonic() + 30
-            while sum(len(writer.acknowledged) for writer in writers) == before and time.monotonic() < deadline:
-                time.sleep(0.01)
+            _wait(writers, KEPT + kill)
             service.kill()
             service.start()
-        time.sleep(KEPT)
+        _wait(writers, KEPT)
     finally:
         for writer in writers:
             writer.stopping.set()

@@ -6,22 +6,22 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from megapd.errors import SignalMismatch, UserError
 from megapd.models import LossHead
+from megapd.registry import signal_kinds
 from megapd.signals import (
-    SIGNAL_KINDS,
     Answer,
     Column,
     Head,
     Signal,
     SignalKind,
-    SignalMismatch,
     SignalSpec,
     TeacherOutput,
     as_sent,
     decode,
+    definition_of,
     encode,
     negotiate,
-    signal_kind,
 )
 from megapd.teacher.cache import SignalCache
 from megapd_kernels import LossOptions
@@ -68,9 +68,10 @@ class Coarse(SignalKind):
 
 @pytest.fixture
 def coarse():
-    assert signal_kind("coarse")(Coarse) is Coarse
+    assert signal_kinds.register("coarse")(Coarse) is Coarse
     yield SignalSpec("coarse", "bf16")
-    del SIGNAL_KINDS["coarse"]
+    del signal_kinds._entries["coarse"]
+    definition_of.cache_clear()
 
 
 def test_records_stay_as_they_were_written():
@@ -124,7 +125,9 @@ def test_a_kind_from_outside_is_negotiated(coarse):
 def test_what_a_kind_does_not_have_is_refused(coarse):
     with pytest.raises(ValueError, match=r"^encoding: .*coarse"):
         SignalSpec("coarse", "fp32")
-    with pytest.raises(ValueError, match=r"^k: .*topk and sampled need"):
+    with pytest.raises(ValueError, match=r"^k: 2 with kind coarse, which has none"):
         SignalSpec("coarse", "bf16", k=2)
-    with pytest.raises(ValueError, match="coarse is registered already"):
-        signal_kind("coarse")(Coarse)
+    with pytest.raises(UserError, match="Coarse is signal kind 'coarse' already"):
+        signal_kinds.register("coarse")(Coarse)
+    with pytest.raises(UserError, match=r"^unknown signal kind 'coarsest'; the nearest is 'coarse'"):
+        SignalSpec("coarsest")

@@ -4,7 +4,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from megapd.signals import Head, SignalDamaged, SignalMismatch, decode_head, encode_head
+from megapd.errors import SignalDamaged, SignalMismatch
+from megapd.signals import Head, decode_head, encode_head
 from megapd.signals.heads import HEAD_CHUNK_BYTES
 from tests.signals.examples import (
     OTHER,

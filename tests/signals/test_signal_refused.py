@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapd.signals import Head, SignalDamaged, SignalMismatch, SignalSpec, as_sent, check_form, decode, encode, valid_rows
+from megapd.errors import SignalDamaged, SignalMismatch
+from megapd.signals import Head, SignalSpec, as_sent, check_form, decode, encode, valid_rows
 from megapd.signals.arrow import FORMAT
 from tests.signals.examples import (
     CLASSES,

@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.flight as flight
 import pytest
 
-from megapd.signals.heads import decode_head
-from megapd.signals.signal import Head
+from megapd.signals import Head, decode_head
 from megapd.teacher.wire.calls import encode_head_question
 from megapd.teacher.wire.messages import HEAD, SIGNAL, answer_length, fill, read_record, read_stream, stream_bytes
 from megapd.teacher.wire.refusals import refusal

@@ -2,7 +2,7 @@
 
 import time
 
-from megapd.teacher.server.serve import serve
+from megapd.teacher.server import serve
 from tests.teacher.serving import FakeReplica, configuration
 
 

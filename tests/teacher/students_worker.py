@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megapd.batch import Batch
 from megapd.config import load
-from megapd.signals.signal import Signal
+from megapd.signals import Signal
 from megapd.teacher.locate import open_trajectory
 from megapd.training import Callback, Run, StepResult, train
 from tests.training.watched import watch

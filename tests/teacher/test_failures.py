@@ -8,9 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from megapd.errors import TeacherLost
+from megapd.errors import SignalMismatch, TeacherLost
 from megapd.processes.local import free_port
-from megapd.signals.signal import SignalMismatch
 from megapd.teacher.server.flight import TeacherFlight
 from tests.forked import Forked, environment
 from tests.teacher.serving import (

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megapd.signals.arrow import decode
+from megapd.signals import decode
 from megapd.teacher.wire.calls import parse_head_question
 from megapd.teacher.wire.messages import HEAD, SIGNAL, stream_bytes
 from megapd.teacher.wire.refusals import Refused, refusal

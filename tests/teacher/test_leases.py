@@ -20,7 +20,7 @@ from megapd.config import SchedulerConfig, TeacherServerConfig, load
 from megapd.errors import UserError
 from megapd.scheduler.client.endpoints import LeasedEndpoints
 from megapd.scheduler.client.lease import ReplicaLease, advertised
-from megapd.teacher.client.served import ServedStream
+from megapd.teacher.client import ServedStream
 from megapd.teacher.locate import open_endpoints, open_trajectory
 from tests.forked import environment
 from tests.scheduler.services import Process
@@ -48,7 +48,7 @@ _numbers = itertools.count()
 
 _REPLICA = """
 import sys
-from megapd.teacher.server.serve import serve
+from megapd.teacher.server import serve
 from tests.teacher.serving import FakeReplica, configuration
 serve(configuration(*sys.argv[1:]), FakeReplica(), ready=lambda port: print(port, flush=True))
 """
@@ -233,7 +233,7 @@ def test_what_answers_like_no_scheduler_is_away(service, caplog):
         wait_for(lambda: endpoints.current() == (B,))
         for contact in (endpoints._watch._contact, lease._contact):
             contact.api.ask = lambda method, path, body=None: answers.get(path)
-        wait_for(lambda: told(caplog, "as a scheduler does") == 2)
+        wait_for(lambda: told(caplog, "as no scheduler does") == 2)
         assert endpoints.current() == (B,)
         assert lease._thread.is_alive()
 

@@ -18,9 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megapd.errors import TeacherLost
-from megapd.signals.arrow import decode, encode
-from megapd.signals.signal import SignalDamaged
+from megapd.errors import SignalDamaged, TeacherLost
+from megapd.signals import decode, encode
 from megapd.teacher.client.probe import PREFACE
 from megapd.teacher.server.flight import TeacherFlight
 from megapd.teacher.wire.messages import (

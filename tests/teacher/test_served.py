@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from megapd.errors import TeacherLost, UserError
-from megapd.signals.spec import SignalSpec
-from megapd.teacher.client.served import FixedEndpoints, RemoteTrajectory
+from megapd.signals import SignalSpec
+from megapd.teacher.client import FixedEndpoints, RemoteTrajectory
 from megapd.teacher.engine import Replica, Teacher, TeacherOptions
 from megapd.teacher.server.dispatch import PATIENCE_SECONDS, Dispatcher, Job
 from megapd.teacher.server.metrics import Metrics

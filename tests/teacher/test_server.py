@@ -15,8 +15,7 @@ import torch
 
 from megapd.errors import UserError
 from megapd.processes.local import free_port
-from megapd.signals.arrow import decode
-from megapd.signals.heads import decode_head
+from megapd.signals import decode, decode_head
 from megapd.teacher.server.dispatch import Dispatcher, Job
 from megapd.teacher.server.flight import TeacherFlight
 from megapd.teacher.server.metrics import Metrics, MetricsServer

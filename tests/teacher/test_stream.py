@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megapd.config import load
-from megapd.errors import UserError
+from megapd.errors import SignalMismatch, UserError
 from megapd.schedule.plan import Plan
-from megapd.signals import Signal, SignalMismatch, SignalSpec, negotiate
+from megapd.signals import Signal, SignalSpec, negotiate
 from megapd.tasks import build_task
 from megapd.teacher.engine import Demands, Teacher, TeacherOptions
 from megapd.teacher.stream import ColocatedStream

@@ -13,7 +13,7 @@ import time
 from megapd.batch import Batch
 from megapd.cli import main
 from megapd.registry import callbacks
-from megapd.signals.signal import Signal
+from megapd.signals import Signal
 from megapd.training import Callback, Run, StepResult, Teaching
 from tests.training.watched import watch
 

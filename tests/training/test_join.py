@@ -55,12 +55,12 @@ PLAN = Plan("one_shot", 100, (0,), (10,))
 
 def test_a_rank_that_is_late_does_not_find_what_rank_0_wrote_meanwhile(config, monkeypatch):
     class Source:
-        def __init__(self, api, run, log, *rest, ahead) -> None:
-            self.log, self.registered = log, {10: "abc"}
+        def __init__(self, api, run, plan, log, *rest, ahead) -> None:
+            self.plan, self.log, self.registered = plan, log, {10: "abc"}
 
-        def start(self, plan, step, metrics):
+        def start(self, step, metrics):
             self.log.append(PINNED)
-            plan.take(PINNED)
+            self.plan.take(PINNED)
 
     monkeypatch.setattr(changes_module, "ServiceSource", Source)
     first = World(0)
@@ -93,7 +93,7 @@ def test_what_the_scheduler_changed_lasts_without_its_url(config):
         plan = resumed(config, world, known=1)
         assert plan.rotations() == [(0, 10), (53, 20)]
         assert plan.known == 1
-    log.append(Version(3, 80, "adaptive", ((0, 20),)))
+    log.append(Version(3, 80, "adaptive", ((0, 20),), grows=True))
     with pytest.raises(UserError, match=r"scheduler\.url: the scheduler decides for this run"):
         resumed(config, World(0), known=2)
 

@@ -1,4 +1,4 @@
-"""ZeRO stages, gradient accumulation, tied heads and non-finite steps on two ranks, all cases in one launch."""
+"""ZeRO stages, accumulation, tied heads, non-finite steps, a callback's state on two ranks, all cases in one launch."""
 
 import json
 import math
@@ -91,3 +91,9 @@ def test_a_nonfinite_loss_on_one_rank_skips_the_step_on_all(results, stage):
         assert rank["recovered"] is True
         assert math.isfinite(rank["moved"])
         assert rank["moved"] != rank["after"]
+
+
+def test_the_state_of_a_callback_is_resumed_bitwise_on_all_ranks(results):
+    runs = results["callbacks"]
+    assert runs["stopped"] == runs["whole"]
+    assert [record["step"] for record in runs["whole"] if record["kind"] == "train"] == list(range(1, 11))

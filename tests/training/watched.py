@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from megapd.batch import Batch
-from megapd.signals.signal import Signal
+from megapd.signals import Signal
 from megapd.teacher.stream import Stream
 from megapd.training import Run, Teaching
 

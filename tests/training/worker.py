@@ -16,7 +16,10 @@ from megapd.config import Config, load
 from megapd.evaluation import held_out
 from megapd.tasks import build_task
 from megapd.training import build_student, start_world, student_engine
+from megapd.training import train as train_run
 from megapd.world import World
+from tests.training.noise import Noise
+from tests.training.runs import metrics
 
 STEPS = 20
 GPT = [
@@ -116,6 +119,20 @@ def data_parallel(config: Config, world: World) -> dict[str, Any]:
     }
 
 
+def resumed(folder: Path, world: World) -> dict[str, list[dict[str, Any]]]:
+    """The metrics of a run whose callback has a state, without and with a stop in between."""
+    for name, stops in (("whole", (None,)), ("stopped", (4, None))):
+        for stop_at in stops:
+            settings = [
+                "--training.steps=10",
+                "--telemetry={every: 1, wandb: disabled, progress: false}",
+                "--training.zero_stage=2",
+            ]
+            config = load(None, [*GPT, *settings, f"--runs_dir={folder}", f"--name={name}", "--evaluation.samples=16"])
+            train_run(config, [Noise(stop_at)])
+    return {name: metrics(folder / name) for name in ("whole", "stopped")} if world.rank == 0 else {}
+
+
 def main(output: Path) -> None:
     world = start_world()
     results: dict[str, Any] = {}
@@ -127,6 +144,7 @@ def main(output: Path) -> None:
     for stage in range(4):
         config = load(None, [*GPT, f"--training.zero_stage={stage}"])
         results[f"nonfinite{stage}"] = world.gather(skip_nonfinite(config, world))
+    results["callbacks"] = resumed(output.parent, world)
     if world.rank == 0:
         output.write_text(json.dumps(results))
 

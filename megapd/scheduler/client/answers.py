@@ -1,4 +1,4 @@
-"""What a run reads of the service's answers, each held to its shape, and of its own metrics.jsonl.
+"""What the service's clients read of its answers, each held to its shape.
 
 Whatever answers at scheduler.url may be another service, a proxy, or a newer megapd: fields that are not known are left out, and
 what lacks a known one counts as no answer.
@@ -6,18 +6,14 @@ what lacks a known one counts as no answer.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
+from megapd.config import ScheduleConfig
+from megapd.schedule.plan import Decision
 from megapd.scheduler.client.http import Api, Away
-
-PAGE = 1000
-
 
 T = TypeVar("T")
 
@@ -30,21 +26,47 @@ class RunAnswer:
 
 @dataclass(frozen=True)
 class VersionAnswer:
+    """applied: student step from which on the run says that it follows it, None: it has not said so yet."""
+
     version: int
     effective: int
     applied: int | None
     document: dict[str, Any]
 
+    def __str__(self) -> str:
+        return f"version {self.version}"
+
+    @property
+    def path(self) -> str:
+        """Below the run's."""
+        return f"schedules/{self.version}"
+
+    @property
+    def begin(self) -> int:
+        return self.effective if self.applied is None else self.applied
+
 
 @dataclass(frozen=True)
-class DecisionAnswer:
-    sequence: int
-    step: int
-    effective: int
-    checkpoint: int
-    reason: str
-    evidence: dict[str, Any]
+class DecisionAnswer(Decision):
+    """applied: student step from which on the run says that it follows it, None: from `effective` on, or not said yet."""
+
     applied: int | None
+
+    __str__ = Decision.__str__
+
+    @property
+    def path(self) -> str:
+        """Below the run's."""
+        return f"decisions/{self.sequence}"
+
+    @property
+    def begin(self) -> int:
+        return self.effective if self.applied is None else self.applied
+
+    def taken(self, begin: int) -> Decision:
+        """As the run records it, which begins it at student step `begin`."""
+        given = {field.name: getattr(self, field.name) for field in fields(Decision)}
+        return Decision(**given | {"effective": begin})
 
 
 @dataclass(frozen=True)
@@ -58,19 +80,30 @@ class CheckpointAnswer:
     weights: str
 
 
+@dataclass(frozen=True)
+class LeaseAnswer:
+    lease_seconds: Annotated[float, Field(gt=0.0, lt=1e6)]
+
+
+@dataclass(frozen=True)
+class AssignmentAnswer:
+    endpoints: list[Any]  # one that is no address must not keep students from the others
+
+
+@dataclass(frozen=True)
+class ReplicaAnswer:
+    endpoint: Any
+    group: str
+    state: str
+
+
 RUN, VERSION, REPORTED = TypeAdapter(RunAnswer), TypeAdapter(VersionAnswer), TypeAdapter(ReportedAnswer)
-
-
 VERSIONS, DECISIONS = TypeAdapter(list[VersionAnswer]), TypeAdapter(list[DecisionAnswer])
-
-
 CHECKPOINTS = TypeAdapter(list[CheckpointAnswer])
-
-
+LEASE, ASSIGNMENT, REPLICAS = TypeAdapter(LeaseAnswer), TypeAdapter(AssignmentAnswer), TypeAdapter(list[ReplicaAnswer])
 ANYTHING: TypeAdapter[Any] = TypeAdapter(Any)
-
-
 LIST: TypeAdapter[list[Any]] = TypeAdapter(list[Any])
+SCHEDULE: TypeAdapter[ScheduleConfig] = TypeAdapter(ScheduleConfig)  # a version's document
 
 
 def ask(api: Api, kind: TypeAdapter[T], method: str, path: str, body: Any = None) -> T:
@@ -79,27 +112,16 @@ def ask(api: Api, kind: TypeAdapter[T], method: str, path: str, body: Any = None
     try:
         return kind.validate_python(answer)
     except ValidationError as error:
-        raise Away(f"scheduler.url: {api.url} answers {method} {path} as no scheduler does; is it one?") from error
+        raise _strange(api, method, path) from error
 
 
 def pages(api: Api, kind: TypeAdapter[list[T]], path: str, key: str, after: int) -> list[T]:
-    """All that come after `after`, by their field `key`."""
-    found: list[T] = []
-    while True:
-        last = getattr(found[-1], key) if found else after
-        page = ask(api, kind, "GET", f"{path}?after={last}&limit={PAGE}")
-        found += page
-        if len(page) < PAGE:
-            return found
+    """All that come after `after`, by their field `key`. Raises as `ask` does."""
+    try:
+        return kind.validate_python(api.pages(path, key, after))
+    except (ValidationError, TypeError, LookupError) as error:
+        raise _strange(api, "GET", path) from error
 
 
-def recorded(metrics: Path) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl up to the first that a crash has damaged."""
-    for text in metrics.read_text(errors="replace").split("\n") if metrics.exists() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            return
-        if not isinstance(line, dict) or not {"kind", "step"} <= line.keys():
-            return
-        yield line
+def _strange(api: Api, method: str, path: str) -> Away:
+    return Away(f"scheduler.url: {api.url} answers {method} {path} as no scheduler does; is it one?")

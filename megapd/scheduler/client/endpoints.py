@@ -1,31 +1,22 @@
-"""Carried out of megapd/teacher/leases.py."""
+"""The replicas that teach a run, as the scheduler assigns them: a student's side of leases."""
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 import weakref
 from collections.abc import Sequence
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.flight as flight
 
 from megapd.config import SchedulerConfig
-from megapd.scheduler.client.contact import _Contact, _mistake
-from megapd.scheduler.client.http import Refusal
-
-log = logging.getLogger(__name__)
-
+from megapd.scheduler.client import answers
+from megapd.scheduler.client.contact import CALL_SECONDS, Contact, mistake
+from megapd.scheduler.client.http import Api, Refusal
 
 POLL_SECONDS = 1.0  # between a student's looks for a list that has changed
-
-
 FIRST_SECONDS = 5.0  # that the first question for the endpoints waits for an answer
-
-
-# ---------------------------------------------------------------------------------------------------------------- students
 
 
 class LeasedEndpoints:
@@ -56,7 +47,7 @@ class _Watch:
 
     def __init__(self, settings: SchedulerConfig, run: str) -> None:
         self.closed = threading.Event()
-        self._contact = _Contact(settings, "the teacher's replicas stay those known last")
+        self._contact = Contact(Api(settings, timeout_seconds=CALL_SECONDS), "the teacher's replicas stay those known last")
         self._run_name, self._group = run, settings.group or run
         self._known: tuple[str, ...] = ()
         self._settled = threading.Event()  # `current` waits no more
@@ -64,7 +55,6 @@ class _Watch:
         self._began = 0.0
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
-        self._odd: set[str] = set()
 
     def current(self) -> tuple[str, ...]:
         with self._lock:
@@ -75,7 +65,7 @@ class _Watch:
         if not self.closed.is_set() and not self._settled.wait(max(0.0, self._began + FIRST_SECONDS - time.monotonic())):
             self._settled.set()
         if self._refused is not None:
-            raise _mistake(self._refused, "read") from self._refused
+            raise mistake(self._refused, "read") from self._refused
         return self._known
 
     def _run(self) -> None:
@@ -97,24 +87,21 @@ class _Watch:
             self._contact.api.close()
 
     def _ask(self) -> tuple[str, ...]:
+        api = self._contact.api
         try:
-            found = self._contact.ask(lambda tree: list(tree["endpoints"]), "GET", f"/v1/runs/{self._run_name}/assignment")
+            found = answers.ask(api, answers.ASSIGNMENT, "GET", f"/v1/runs/{self._run_name}/assignment").endpoints
         except Refusal as error:
             if error.status != 404:
                 raise
-            found = self._contact.ask(self._of_group, "GET", "/v1/replicas")
+            leases = answers.ask(api, answers.REPLICAS, "GET", "/v1/replicas")
+            found = [lease.endpoint for lease in leases if lease.group == self._group and lease.state == "live"]
         return tuple(address for address in dict.fromkeys(found) if self._usable(address))
-
-    def _of_group(self, tree: list[dict[str, Any]]) -> list[str]:
-        return [lease["endpoint"] for lease in tree if lease["group"] == self._group and lease["state"] == "live"]
 
     def _usable(self, address: str) -> bool:
         """Whether a client can be made of it: one replica that gave an odd address must not keep students from the others."""
         try:
             flight.Location(address)
         except (pa.ArrowException, TypeError) as error:
-            if str(address) not in self._odd:
-                self._odd.add(str(address))
-                log.error("the scheduler names a replica that is no address and is left out: %s", error)
+            self._contact.complain(f"the scheduler names a replica that is no address and is left out: {error}")
             return False
         return True

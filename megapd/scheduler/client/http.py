@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ssl
 from typing import Any
 
 import httpx
-from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from megapd.config import SchedulerConfig
 from megapd.errors import UserError
+from megapd.network import client_tls, read_secret
 
 TIMEOUT_SECONDS = 30.0
 PAGE = 1000  # entries a page
@@ -42,7 +42,8 @@ class Api:
         process. Raises UserError where token or certificate cannot be read."""
         assert settings.url is not None
         self.url, self._retry_seconds = settings.url.rstrip("/"), retry_seconds
-        headers, verify = {}, True if settings.root_certificate is None else _authority(settings)
+        root = settings.root_certificate
+        headers, verify = {}, True if root is None else client_tls("scheduler.root_certificate", root)
         if settings.token is not None:
             headers["Authorization"] = f"Bearer {_token(settings)}"
         try:
@@ -60,9 +61,7 @@ class Api:
         """(HTTP code below 300, the tree)."""
         if not self._retry_seconds:
             return self._once(method, path, body)
-        away = retry_if_exception(lambda error: isinstance(error, Away))
-        wait, stop = wait_random_exponential(multiplier=0.2, max=5.0), stop_after_delay(self._retry_seconds)
-        return Retrying(retry=away, wait=wait, stop=stop, reraise=True)(self._once, method, path, body)
+        return patiently(self._retry_seconds)(self._once, method, path, body)
 
     def pages(self, path: str, key: str, after: int) -> list[dict[str, Any]]:
         """All entries that follow `after` in the order of their field `key`, a page at a time."""
@@ -97,6 +96,12 @@ class Api:
             raise Away(f"scheduler.url: {self.url} answers {path} with what is no JSON; is it a scheduler?") from error
 
 
+def patiently(seconds: float, pause: float = 5.0) -> Retrying:
+    """Repeats a call while the service is away, for `seconds`, after random pauses that grow up to `pause` seconds."""
+    away, wait = retry_if_exception_type(Away), wait_random_exponential(multiplier=0.2, max=pause)
+    return Retrying(retry=away, wait=wait, stop=stop_after_delay(seconds), reraise=True)
+
+
 def _problem(response: httpx.Response) -> dict[str, Any]:
     try:
         tree = response.json()
@@ -109,20 +114,9 @@ def _detail(response: httpx.Response) -> str:
     return str(_problem(response).get("detail") or response.text)[:500]
 
 
-def _authority(settings: SchedulerConfig) -> ssl.SSLContext:
-    try:
-        return ssl.create_default_context(cafile=str(settings.root_certificate))
-    except (OSError, ssl.SSLError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"scheduler.root_certificate: {settings.root_certificate}: {reason}; name a PEM file") from error
-
-
 def _token(settings: SchedulerConfig) -> str:
     assert settings.token is not None
-    try:
-        token = settings.token.read_text().strip()
-    except OSError as error:
-        raise UserError(f"scheduler.token: {settings.token}: {error.strerror or error}; name a file that can be read") from error
+    token = read_secret(settings.token, "scheduler.token").decode("latin-1").strip()
     if not token or not token.isascii() or not token.isprintable():
         raise UserError(f"scheduler.token: {settings.token} holds no token; write what `megapd scheduler token run` printed")
     return token

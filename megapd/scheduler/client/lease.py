@@ -1,4 +1,4 @@
-"""Leases at the checkpoint scheduler: a replica holds one, and students find by them the replicas that teach their run.
+"""Leases at the scheduler: a replica holds one, and students find by them the replicas that teach their run (endpoints.py).
 
 The scheduler is asked beside what replicas and students do and never in its way. While it is away a replica answers on and a
 student keeps the replicas that it knows; both try again until it is back.
@@ -11,26 +11,24 @@ import logging
 import secrets
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.flight as flight
+from pydantic import TypeAdapter
 
 from megapd.config import SchedulerConfig, TeacherServerConfig
 from megapd.errors import UserError
-from megapd.scheduler.client.contact import _Contact, _mistake
-from megapd.scheduler.client.http import Away, Refusal
+from megapd.scheduler.client import answers
+from megapd.scheduler.client.contact import CALL_SECONDS, Contact, mistake
+from megapd.scheduler.client.http import Api, Away, Refusal
 
 log = logging.getLogger(__name__)
 
-
 RETRY_SECONDS = 1.0  # after a call of a replica that failed; shorter where a third of the lease is
-
-
 SAY_SECONDS = 2.0  # that a replica which ends waits for its word to be heard; with drain_seconds 25, twice, within the usual 30
 
-
-# ---------------------------------------------------------------------------------------------------------------- replicas
+T = TypeVar("T")
 
 
 def advertised(options: TeacherServerConfig, port: int) -> str:
@@ -74,7 +72,8 @@ class ReplicaLease:
         """
         self.id = secrets.token_hex(16)
         self.endpoint = endpoint
-        self._contact = _Contact(settings, "the teacher answers on, and students keep the replicas that they know")
+        api = Api(settings, timeout_seconds=CALL_SECONDS)
+        self._contact = Contact(api, "the teacher answers on, and students keep the replicas that they know")
         self._body = {"group": group, "endpoint": endpoint, "facts": facts}
         self._figures = figures
         self._registered = False
@@ -93,7 +92,7 @@ class ReplicaLease:
         except BaseException as error:
             self._contact.api.close()
             if isinstance(error, Refusal):
-                raise _mistake(error, "run") from error
+                raise mistake(error, "run") from error
             raise
         self._thread.start()
         return self
@@ -140,11 +139,14 @@ class ReplicaLease:
 
     def _turn(self) -> None:
         if self._draining.is_set() and not self._drained.is_set():
-            self._held("POST", "/drain")  # though it may not be registered: the answer that it is may have been lost
+            # Though it may not be registered: the answer that it is may have been lost.
+            self._held(answers.ANYTHING, "POST", "/drain")
             self._drained.set()
         elif self._registered:
-            body = {"figures": self._figures()}
-            if not self._held("POST", "/beat", body, self._take):
+            beaten = self._held(answers.LEASE, "POST", "/beat", {"figures": self._figures()})
+            if beaten is not None:
+                self._seconds = beaten.lease_seconds
+            else:
                 self._registered = False
                 if not self._draining.is_set():
                     log.warning("the scheduler had dropped the lease of %s; it is registered again", self.endpoint)
@@ -153,27 +155,23 @@ class ReplicaLease:
             self._register()
 
     def _register(self) -> None:
-        self._contact.ask(self._take, "PUT", f"/v1/replicas/{self.id}", self._body)
+        self._seconds = self._ask(answers.LEASE, "PUT", "", self._body).lease_seconds
         self._registered = True
 
-    def _held(self, method: str, action: str, body: Any = None, read: Callable[[Any], None] = lambda _: None) -> bool:
-        """Make a call; False if the service has no such lease."""
+    def _held(self, kind: TypeAdapter[T], method: str, action: str, body: Any = None) -> T | None:
+        """The answer, None if the service has no such lease."""
         try:
-            self._contact.ask(read, method, f"/v1/replicas/{self.id}{action}", body)
+            return self._ask(kind, method, action, body)
         except Refusal as error:
             if error.status != 404:
                 raise
-            return False
-        return True
+            return None
 
-    def _take(self, tree: dict[str, Any]) -> None:
-        seconds = float(tree["lease_seconds"])
-        if not 0.0 < seconds < 1e6:
-            raise ValueError(f"a lease of {seconds} s")
-        self._seconds = seconds
+    def _ask(self, kind: TypeAdapter[T], method: str, action: str, body: Any = None) -> T:
+        return answers.ask(self._contact.api, kind, method, f"/v1/replicas/{self.id}{action}", body)
 
     def _give_back(self) -> None:
         try:
-            self._held("DELETE", "")
+            self._held(answers.ANYTHING, "DELETE", "")
         except (Away, Refusal) as error:
             log.warning("%s; the lease of %s will run out", error, self.endpoint)

@@ -13,7 +13,8 @@ from fastapi import Response
 from sqlalchemy import Connection
 
 from megapd.config import SchedulerConfig
-from megapd.scheduler.service.access import Authenticator, is_loopback
+from megapd.network import is_loopback
+from megapd.scheduler.service.access import Authenticator
 from megapd.scheduler.service.lease_table import LeaseTable
 from megapd.scheduler.service.metrics import Metrics
 from megapd.scheduler.store import NotFound, Store, Unavailable, events

@@ -27,19 +27,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from megapd.batch import DIGEST_BYTES, Batch
-from megapd.signals import (
-    Head,
-    Signal,
-    SignalDamaged,
-    SignalMismatch,
-    SignalSpec,
-    as_sent,
-    decode,
-    encode,
-    encode_head,
-    pack,
-    valid_rows,
-)
+from megapd.errors import SignalDamaged, SignalMismatch
+from megapd.signals import Head, Signal, SignalSpec, as_sent, decode, encode, encode_head, pack, valid_rows
 from megapd.teacher.cache.parts import Index, Rows, concatenate, samples_of
 from megapd.teacher.cache.reader import HEAD, Reader
 from megapd.teacher.cache.writer import Writer

@@ -10,8 +10,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from megapd.batch import DIGEST_BYTES
+from megapd.errors import SignalDamaged
 from megapd.files import atomic_file
-from megapd.signals import NO_ARROW, SignalDamaged, SignalSpec, check_form, digests_of
+from megapd.signals import NO_ARROW, SignalSpec, check_form, digests_of
 
 
 class Index:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from megapd.errors import SignalDamaged, SignalMismatch
 from megapd.files import TEMPORARY_INFIX
-from megapd.signals import Head, SignalDamaged, SignalMismatch, SignalSpec, decode_head
+from megapd.signals import Head, SignalSpec, decode_head
 from megapd.teacher.cache.parts import Index, check_part, read_records, samples_of
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import threading
 
 from megapd.errors import UserError
 from megapd.teacher.client.replicas import Replicas, classify
-from megapd.teacher.wire.calls import parse_json
+from megapd.teacher.wire import parse_json
 from megapd.trajectory import Checkpoints
 
 log = logging.getLogger(__name__)

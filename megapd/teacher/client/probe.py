@@ -7,9 +7,6 @@ import ssl
 from typing import Literal
 from urllib.parse import urlsplit
 
-from megapd.config import TeacherConfig
-from megapd.errors import UserError
-
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04" + bytes(5)  # and SETTINGS without any (RFC 9113)
 
 
@@ -19,18 +16,6 @@ SETTINGS = 4  # the kind of frame that a server begins with
 # certificate: either end refuses the other's. silent: whoever is there closes the connection without a word of HTTP/2, as a
 # server of TLS does to plain text, or one that starts. away: nobody is there, or whatever it was is over.
 Reach = Literal["certificate", "silent", "away"]
-
-
-def client_context(config: TeacherConfig) -> ssl.SSLContext:
-    """Of grpc+tls:// replicas. Raises UserError where a certificate cannot be used."""
-    try:
-        context = ssl.create_default_context(cafile=config.root_certificate)
-        if config.certificate is not None:
-            context.load_cert_chain(config.certificate, config.key)
-    except OSError as error:  # ssl.SSLError is one
-        raise UserError(f"teacher.root_certificate, teacher.certificate, teacher.key: they cannot be used: {error}") from error
-    context.set_alpn_protocols(["h2"])
-    return context
 
 
 def reach(address: str, context: ssl.SSLContext | None, seconds: float) -> tuple[Reach, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-import random
+import ssl
 import threading
 import time
 from collections import Counter
@@ -17,13 +17,10 @@ import pyarrow as pa
 import pyarrow.flight as flight
 
 from megapd.config import TeacherConfig
-from megapd.errors import TeacherLost
-from megapd.signals.signal import SignalDamaged, SignalMismatch
-from megapd.teacher.client.probe import Reach, client_context, reach
-from megapd.teacher.wire.calls import parse_json
-from megapd.teacher.wire.messages import MESSAGE_BYTES
-from megapd.teacher.wire.refusals import RefusalKind, Refused, refusal
-from megapd.teacher.wire.secrets import bearer, read_secret, read_token
+from megapd.errors import SignalDamaged, SignalMismatch, TeacherLost
+from megapd.network import backoff, client_tls, read_secret
+from megapd.teacher.client.probe import Reach, reach
+from megapd.teacher.wire import MESSAGE_BYTES, RefusalKind, Refused, bearer, parse_json, read_token, refusal
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +101,7 @@ class Remote:
             raise (refusal(error) or error) from error
         if len(results) != 1:
             raise SignalDamaged(f"{name}: {len(results)} results instead of one")
-        return results[0].body.to_pybytes()
+        return bytes(results[0].body)
 
 
 @dataclass
@@ -140,9 +137,9 @@ class Replicas:
         files = {"tls_root_certs": "root_certificate", "cert_chain": "certificate", "private_key": "key"}
         paths = {argument: (getattr(config, name), f"teacher.{name}") for argument, name in files.items()}
         self._tls = {argument: read_secret(path, name) for argument, (path, name) in paths.items() if path is not None}
-        # Made where it is needed: 50 ms, for the authorities of the system.
-        self._context = client_context(config) if self._tls else None
         self._config = config
+        # Made where it is needed: 50 ms, for the authorities of the system.
+        self._context = self._client_tls() if self._tls else None
         self._known: dict[str, Remote] = {}
         self._turn = itertools.count()
         self._lock = threading.Lock()
@@ -203,12 +200,16 @@ class Replicas:
         self.closed.set()
         self._endpoints.close()
 
+    def _client_tls(self) -> ssl.SSLContext:
+        named = self._config.root_certificate, self._config.certificate, self._config.key
+        return client_tls("teacher.root_certificate, teacher.certificate, teacher.key", *named, protocol="h2")
+
     def _classify(self, error: Exception, remote: Remote, seconds: float) -> tuple[Failure, str]:
         failure, message = classify(error)
         if failure != "away" or not isinstance(error, flight.FlightUnavailableError):
             return failure, message
         if _is_tls(remote.address) and self._context is None:
-            self._context = client_context(self._config)
+            self._context = self._client_tls()
         return reach(remote.address, self._context if _is_tls(remote.address) else None, min(seconds, PROBE_SECONDS))
 
     def _choose(self, later: dict[str, float], previous: str) -> tuple[Remote | None, float]:
@@ -252,9 +253,9 @@ class Replicas:
         now = time.monotonic()
         if failure in ("away", "draining", "certificate", "silent"):  # of the replica, whatever is asked
             remote.failures += 1
-            remote.retry_at = now + pause(BACKOFF, remote.failures)
+            remote.retry_at = now + backoff(BACKOFF, remote.failures)
             return 0.0
-        return now + pause(BUSY if failure == "busy" else BACKOFF, known.count)
+        return now + backoff(BUSY if failure == "busy" else BACKOFF, known.count)
 
     def _judge(self, what: str, verdicts: dict[str, _Verdict]) -> None:
         addresses = [remote.address for remote in self.current()]
@@ -295,8 +296,3 @@ def classify(error: Exception) -> tuple[Failure, str]:
 
 def _is_tls(address: str) -> bool:
     return address.startswith("grpc+tls:")
-
-
-def pause(bounds: tuple[float, float], count: int) -> float:
-    """Seconds before try number count + 1: doubled each time, with jitter, so that clients do not come back all at once."""
-    return min(bounds[1], bounds[0] * 2.0 ** min(count - 1, 30)) * random.uniform(0.5, 1.5)

@@ -20,24 +20,26 @@ from torch import Tensor
 
 from megapd.batch import Batch
 from megapd.config import TeacherConfig
-from megapd.errors import TeacherLost
+from megapd.errors import SignalDamaged, TeacherLost
 from megapd.schedule.plan import Plan
-from megapd.signals import Head, Signal, SignalDamaged
-from megapd.signals.arrow import decode
-from megapd.signals.heads import decode_head
-from megapd.signals.spec import SignalSpec
+from megapd.signals import Head, Signal, SignalSpec, decode, decode_head
 from megapd.teacher.client.announce import Announcer
-from megapd.teacher.client.replicas import Endpoints, FixedEndpoints, Remote, Replicas
-from megapd.teacher.client.trajectory import RemoteTrajectory
-from megapd.teacher.wire.calls import encode_head_question
-from megapd.teacher.wire.messages import HEAD, SIGNAL, answer_length, fill, read_stream, stream_bytes
-from megapd.teacher.wire.refusals import Refused, refusal
-from megapd.teacher.wire.requests import encode_request, with_memory
-from megapd.teacher.wire.shared_memory import Slots
+from megapd.teacher.client.replicas import Endpoints, Remote, Replicas
+from megapd.teacher.wire import (
+    HEAD,
+    SIGNAL,
+    Refused,
+    Slots,
+    answer_length,
+    encode_head_question,
+    encode_request,
+    fill,
+    read_stream,
+    refusal,
+    stream_bytes,
+    with_memory,
+)
 from megapd.trajectory import Checkpoint, Checkpoints
-
-__all__ = ["Endpoints", "FixedEndpoints", "RemoteTrajectory", "ServedStream"]
-
 
 log = logging.getLogger(__name__)
 
@@ -318,10 +320,10 @@ class ServedStream:
         if self._device.type != "cuda":
             return _Arrived(signal, None)
         if not hasattr(self._local, "stream"):
-            self._local.stream = torch.cuda.Stream(self._device)
+            self._local.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._local.stream):
             copied = signal.map(lambda tensor: tensor.pin_memory().to(self._device, non_blocking=True))
-            there = torch.cuda.Event()
+            there = torch.cuda.Event()  # type: ignore[no-untyped-call]
             there.record()
         return _Arrived(copied, there)
 

@@ -16,12 +16,9 @@ import pyarrow as pa
 import torch
 
 from megapd.batch import Batch
-from megapd.signals import Head, Signal
-from megapd.signals.heads import encode_head
-from megapd.signals.spec import SignalSpec
+from megapd.signals import Head, Signal, SignalSpec, encode_head
 from megapd.teacher.server.metrics import Metrics
-from megapd.teacher.wire.refusals import Refused
-from megapd.teacher.wire.requests import Request
+from megapd.teacher.wire import Refused, Request
 from megapd.trajectory import Checkpoints
 
 log = logging.getLogger(__name__)

@@ -13,26 +13,43 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.flight as flight
 
 from megapd.errors import UserError
-from megapd.signals.arrow import encode
+from megapd.signals import encode
 from megapd.teacher.server.dispatch import Answer, Dispatcher, Job, Replica
 from megapd.teacher.server.metrics import Metrics
-from megapd.teacher.wire.calls import encode_catalogue, parse_head_question, parse_json, parse_teacher
-from megapd.teacher.wire.messages import HEAD, KIND_BYTES, SIGNAL, pieces, stream_parts
-from megapd.teacher.wire.refusals import Refused
-from megapd.teacher.wire.requests import Request, check_request, decode_request
-from megapd.teacher.wire.secrets import bearer, check_token
-from megapd.teacher.wire.shared_memory import Mappings, write
+from megapd.teacher.wire import (
+    HEAD,
+    KIND_BYTES,
+    SIGNAL,
+    Mappings,
+    Refused,
+    Request,
+    bearer,
+    check_request,
+    check_token,
+    decode_request,
+    encode_catalogue,
+    parse_head_question,
+    parse_json,
+    parse_teacher,
+    pieces,
+    stream_parts,
+    write,
+)
 from megapd.trajectory import Checkpoint
 from megapd.trajectory.listing import nearest_steps
 
 log = logging.getLogger(__name__)
+
+
+T = TypeVar("T")
 
 
 GONE_SECONDS = 0.5  # a handler looks whether its client is still there this often
@@ -44,7 +61,7 @@ SWEEP_SECONDS = 10.0  # between looks for clients' memory that nobody else has a
 LONGEST_WAIT = 30.0  # seconds that `prepare` may wait for staging
 
 
-class _Token(flight.ServerMiddlewareFactory):
+class _Token(flight.ServerMiddlewareFactory):  # type: ignore[misc] # pyarrow has no types
     """Refuses calls without the bearer token, before anything of them is read."""
 
     def __init__(self, token: bytes | None, metrics: Metrics) -> None:
@@ -63,7 +80,7 @@ class _Token(flight.ServerMiddlewareFactory):
             raise error.as_flight() from None
 
 
-class TeacherFlight(flight.FlightServerBase):
+class TeacherFlight(flight.FlightServerBase):  # type: ignore[misc] # pyarrow has no types
     """The Flight service of one replica. Answers from its construction on, as far as `dispatcher` runs; `shutdown` ends it."""
 
     def __init__(
@@ -112,7 +129,8 @@ class TeacherFlight(flight.FlightServerBase):
         check_request(request, checkpoint)
         # Opened before the forward pass, which would be in vain where the memory cannot be reached.
         memory = None if request.memory is None else self._mappings.open(request.memory)
-        record = self.respond(request, self._ask(request, gone))
+        job = Job(request.step, request.teacher, request, gone)
+        record = self.respond(request, self._wait(job, job.answer))
         self._sweep()
         if memory is None:
             parts = stream_parts(record.schema, [record])
@@ -143,7 +161,7 @@ class TeacherFlight(flight.FlightServerBase):
                 raise Refused("invalid", f"action: there are {', '.join(answers)}")
             return [answers[action.type](parse_json(action.body.to_pybytes()))]
 
-    def list_actions(self, context: Any) -> list[tuple[str, str]]:
+    def list_actions(self, context: Any) -> Any:
         return self._no()
 
     def list_flights(self, context: Any, criteria: bytes) -> Any:
@@ -229,11 +247,8 @@ class TeacherFlight(flight.FlightServerBase):
             raise Refused("wrong_teacher", f"{text}; teacher.trajectory and the server's are different runs")
         return found
 
-    def _ask(self, request: Request, gone: Callable[[], bool]) -> Answer:
-        job = Job(request.step, request.teacher, request, gone)
-        return self._wait(job, job.answer)
-
-    def _wait(self, job: Job, future: Any) -> Any:
+    def _wait(self, job: Job, future: Future[T]) -> T:
+        """What the engine thread makes of the job. Raises Refused where it cannot, or nobody waits for it any more."""
         self._dispatcher.submit(job)
         while True:
             try:

@@ -67,7 +67,7 @@ class MetricsServer:
     """Serves a registry on a thread until `close`. port: 0 takes any free one, which `port` then tells."""
 
     def __init__(self, metrics: Metrics, host: str, port: int, draining: Callable[[], bool]) -> None:
-        shown = make_wsgi_app(metrics.registry)
+        shown: Callable[..., Iterable[bytes]] = make_wsgi_app(metrics.registry)
 
         def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
             path = environ.get("PATH_INFO")

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import os
-import signal as signals
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pyarrow as pa
 import pyarrow.flight as flight
 
 from megapd.config import Config, TeacherServerConfig
 from megapd.errors import UserError
+from megapd.interrupts import until_signalled
+from megapd.network import is_loopback, read_secret
 from megapd.scheduler.client.lease import ReplicaLease, advertised
 from megapd.teacher.server.dispatch import Dispatcher, Replica
 from megapd.teacher.server.flight import TeacherFlight
 from megapd.teacher.server.metrics import Metrics, MetricsServer
-from megapd.teacher.wire.secrets import read_secret, read_token
+from megapd.teacher.wire import read_token
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def serve(
         raise UserError("teacher: the configuration has no such section; name teacher.trajectory, whose checkpoints are served")
     options = config.teacher.server
     token = None if config.teacher.token is None else read_token(config.teacher.token)
-    if token is None and not _loopback(options.host):
+    if token is None and not is_loopback(options.host):
         raise UserError(
             f"teacher.token: teacher.server.host {options.host} is reached from other machines, so a token is needed; "
             f"name a file that holds one, or listen on 127.0.0.1"
@@ -57,7 +57,7 @@ def serve(
             stack.callback(shown.close)
         server = _listen(options, dispatcher, token, flight_class)
         stack.callback(_shut, server, options.drain_seconds)
-        stack.enter_context(_stopped_by_signals(stop))
+        stack.enter_context(until_signalled(stop))
         pa.array([0]).to_numpy()  # imports pandas, up to 1 s that the first requests would wait for
         log.info("teacher listens on %s:%d", options.host, server.port)
         if config.scheduler.url is not None:
@@ -129,25 +129,3 @@ def _shut(server: TeacherFlight, seconds: float) -> None:
     closing.join(seconds)
     if closing.is_alive():
         log.warning("some answers were still being sent after %g s", seconds)
-
-
-@contextlib.contextmanager
-def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signals.signal(number, lambda *_: stop.set()) for number in (signals.SIGTERM, signals.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signals.signal(number, handler)
-
-
-def _loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

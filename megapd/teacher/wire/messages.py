@@ -19,8 +19,8 @@ from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
 
-from megapd.signals.arrow import NO_ARROW
-from megapd.signals.signal import SignalDamaged
+from megapd.errors import SignalDamaged
+from megapd.signals import NO_ARROW
 from megapd.teacher.wire.refusals import MAX_ANSWER_BYTES
 
 KIND_BYTES = 8  # a multiple of 8: what follows stays aligned

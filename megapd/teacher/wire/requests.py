@@ -27,8 +27,9 @@ import torch
 from numpy.typing import NDArray
 
 from megapd.batch import DIGEST_BYTES, Batch
+from megapd.errors import SignalDamaged
 from megapd.models import HUGGING_FACE, checkpoint_shape
-from megapd.signals import SignalDamaged, SignalSpec
+from megapd.signals import SignalSpec
 from megapd.teacher.wire.calls import parse_json, parse_teacher
 from megapd.teacher.wire.messages import read_record
 from megapd.teacher.wire.refusals import MAX_ANSWER_BYTES, Refused
@@ -256,13 +257,15 @@ def _values(column: pa.Array, name: str) -> NDArray[np.int64]:
     leaf = column.values.slice(first, last - first)
     if column.null_count or leaf.null_count:
         raise Refused("invalid", f"request: {name} has nulls")
-    return leaf.to_numpy(zero_copy_only=True).astype(np.int64)
+    values: NDArray[np.int64] = leaf.to_numpy(zero_copy_only=True).astype(np.int64)
+    return values
 
 
 def _digests(column: pa.Array) -> bytes:
     if column.type != pa.binary(DIGEST_BYTES) or column.null_count:
         raise Refused("invalid", f"request: sample is of type {column.type}, or has nulls")
-    return column.buffers()[1][column.offset * DIGEST_BYTES : (column.offset + len(column)) * DIGEST_BYTES].to_pybytes()
+    buffer: pa.Buffer = column.buffers()[1]
+    return bytes(buffer[column.offset * DIGEST_BYTES : (column.offset + len(column)) * DIGEST_BYTES])
 
 
 def _text(metadata: dict[bytes, bytes], key: bytes) -> str:

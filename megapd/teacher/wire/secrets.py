@@ -1,4 +1,4 @@
-"""Carried out of megapd/teacher/wire.py."""
+"""The bearer token that students and their teacher share."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import re
 from pathlib import Path
 
 from megapd.errors import UserError
+from megapd.network import read_secret
 from megapd.teacher.wire.refusals import Refused
 
 MIN_TOKEN_CHARACTERS = 16
-
-
-# --------------------------------------------------------------------------------------------------------------- token
 
 
 def read_token(path: Path) -> bytes:
@@ -28,13 +26,6 @@ def read_token(path: Path) -> bytes:
             f"teacher.token: {path} holds characters that are not printable ASCII; write it with `openssl rand -hex 32`"
         )
     return token
-
-
-def read_secret(path: Path, setting: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{setting}: {path}: {error.strerror or error}; name a file that can be read") from error
 
 
 def bearer(token: bytes) -> bytes:

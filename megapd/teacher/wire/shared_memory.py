@@ -20,7 +20,7 @@ from collections import OrderedDict, deque
 
 import pyarrow as pa
 
-from megapd.signals.signal import SignalDamaged
+from megapd.errors import SignalDamaged
 from megapd.teacher.wire.messages import read_record
 from megapd.teacher.wire.refusals import Refused
 from megapd.teacher.wire.requests import Memory
