@@ -24,19 +24,12 @@ def test_help(arguments):
     assert not modules & {*HEAVY, "numpy", "pydantic"}
 
 
-@pytest.mark.parametrize(
-    "policy", [["equal", "--schedule.checkpoints=3", "--schedule.steps=10"], ["transition", "--schedule.steps=9"]]
-)
-def test_plan(tmp_path, policy):
-    for number, step in enumerate((10, 20, 30, 40, 50)):
-        write(tmp_path / "trajectory", step, metrics={"eval/loss": (5.0, 4.9, 2.0, 1.9, 1.8)[number]})
-    settings = [
-        f"--teacher.trajectory={tmp_path / 'trajectory'}",
-        f"--schedule.policy={policy[0]}",
-        "--schedule.checkpoints=3",
-        *policy[1:],
-    ]
-    modules = imported("-m", "megapd", "plan", *settings, f"--runs_dir={tmp_path}")
+@pytest.mark.parametrize("schedule", ["{policy: equal, checkpoints: 3, steps: 10}", "{policy: transition, steps: 9}"])
+def test_plan(tmp_path, schedule):
+    for step, loss in ((10, 5.0), (20, 4.9), (30, 2.0), (40, 1.9), (50, 1.8)):
+        write(tmp_path / "trajectory", step, metrics={"eval/loss": loss})
+    settings = [f"--teacher.trajectory={tmp_path / 'trajectory'}", f"--schedule={schedule}", f"--runs_dir={tmp_path}"]
+    modules = imported("-m", "megapd", "plan", *settings)
     assert {"megapd.schedule.policies", "megapd.trajectory.reader"} <= modules
     assert not modules & HEAVY
     assert (tmp_path / "run" / "plots" / "plan.png").exists()
