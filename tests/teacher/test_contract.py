@@ -8,8 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megapd.errors import TeacherLost, UserError
-from megapd.signals import SignalMismatch
+from megapd.errors import SignalMismatch, TeacherLost, UserError
 from megapd.teacher.cache import CachedStream, SignalCache
 from megapd.teacher.stream import ColocatedStream, Stream
 from tests.teacher.serving import (

@@ -63,8 +63,9 @@ def test_a_server_that_is_restarted(shared_memory):
     port, replica = free_port(), FakeReplica()
     with stream_of(f"grpc://127.0.0.1:{port}", shared_memory=shared_memory) as stream:
         for steps in (range(0, 4), range(4, 9)):
+            retries = stream.counts["retries"]
             stream.request(steps.start, batches_of(steps.start))  # while nobody is there
-            time.sleep(0.3)
+            wait_for(lambda retries=retries: stream.counts["retries"] > retries)
             with served(replica, port=port):
                 assert len(list(run_through(stream, replica, steps=steps))) == 2 * len(steps)
         assert stream.counts["retries"] > 0

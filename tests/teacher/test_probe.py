@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.flight as flight
 import pytest
 
+from megapd.errors import SignalDamaged, SignalMismatch
 from megapd.network import client_tls
 from megapd.processes.local import free_port
-from megapd.signals import SignalDamaged, SignalMismatch
 from megapd.teacher.client.probe import reach
 from megapd.teacher.client.replicas import classify
 from megapd.teacher.wire.refusals import Refused

@@ -1,4 +1,4 @@
-"""Carried out of megapd/teacher/wire.py."""
+"""How a teacher says no: a kind that the client acts on, in the extra information of a Flight error."""
 
 from __future__ import annotations
 
@@ -35,13 +35,10 @@ class Refused(Exception):
         self.kind: RefusalKind = kind
         self.needed = needed
 
-    def as_json(self) -> bytes:
-        """What `parse_refusal` reads."""
-        return json.dumps({"kind": self.kind, "message": str(self)[:MAX_MESSAGE], "needed": self.needed}).encode()
-
     def as_flight(self) -> flight.FlightError:
         """The error that a Flight handler raises, which `refusal` turns back on the client."""
-        message, extra = str(self)[:MAX_MESSAGE], self.as_json()
+        message = str(self)[:MAX_MESSAGE]
+        extra = json.dumps({"kind": self.kind, "message": message, "needed": self.needed}).encode()
         if self.kind == "token":
             return flight.FlightUnauthenticatedError(message, extra)
         if self.kind in ("busy", "draining"):
@@ -51,14 +48,8 @@ class Refused(Exception):
 
 def refusal(error: BaseException) -> Refused | None:
     """The refusal that a Flight error carries; None where the teacher itself said nothing (it is away, or the call ran out)."""
-    extra = getattr(error, "extra_info", None)
-    return parse_refusal(extra) if extra else None
-
-
-def parse_refusal(data: bytes) -> Refused | None:
-    """None where it is none of a teacher's."""
     try:
-        tree = json.loads(data)
+        tree = json.loads(getattr(error, "extra_info", None) or b"null")
         kind, message, needed = tree["kind"], str(tree["message"]), tree.get("needed", 0)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # another server's
         return None
