@@ -43,8 +43,8 @@ class Student:
 
     def start(self) -> None:
         command = local_command(self.arguments, self.ranks, "tests.training.scheduler_worker")
-        self.log = (self.folder.parent / f"{self.name}.log").open("a")
-        self.process = subprocess.Popen(command, env=self.environment, stdout=self.log, stderr=self.log)
+        with (self.folder.parent / f"{self.name}.log").open("a") as log:
+            self.process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
 
     def wait_for(self, step: int) -> None:
         deadline = time.monotonic() + 240
@@ -55,11 +55,9 @@ class Student:
 
     def end(self) -> None:
         assert self.process.wait(300) == 0, self.said()
-        self.log.close()
 
     def kill(self) -> None:
         runs.kill_ranks(self.process, self.ranks)
-        self.log.close()
 
     def said(self) -> str:
         return (self.folder.parent / f"{self.name}.log").read_text()[-5000:]
