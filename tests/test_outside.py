@@ -14,7 +14,7 @@ from tests.training import runs
 SOURCE = Path(__file__).parent / "outside"
 CONFIG = """
 task: {kind: bitcount, length: 6}
-model: {kind: mlp, width: 16}
+model: {kind: signs, width: 6}
 optimizer: {lr: 0.01}
 training: {steps: 20, global_batch: 16, callbacks: [mean_labelled]}
 telemetry: {every: 5, wandb: disabled, progress: false, trackers: [lines]}
@@ -47,7 +47,7 @@ def installed(tmp_path_factory):
     return folder, megapd
 
 
-def test_a_task_a_policy_a_callback_and_a_tracker_of_another_package_train(installed):
+def test_a_task_a_model_a_policy_a_callback_and_a_tracker_of_another_package_train(installed):
     folder, megapd = installed
     (folder / "teacher.yaml").write_text(CONFIG)
     (folder / "student.yaml").write_text(CONFIG + STUDENT)
@@ -60,3 +60,23 @@ def test_a_task_a_policy_a_callback_and_a_tracker_of_another_package_train(insta
     lines = [json.loads(line) for line in (folder / "runs" / "student" / "lines.txt").read_text().splitlines()]
     assert [line[:2] for line in lines] == [[r["kind"], r["step"]] for r in records]
     assert "mean_labelled" in lines[1][2]
+    meta = json.loads((folder / "runs" / "student" / "trajectory" / "step_20" / "meta.json").read_text())
+    assert meta["config"]["task"] == {"kind": "bitcount", "length": 6, "classes": 3}
+    assert meta["config"]["model"] == {"kind": "signs", "width": 6}
+    assert "schedule halves: 2 checkpoints over 20 student steps" in megapd("plan", "student.yaml").stdout
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("--task.kind=bitcont", "task.kind: unknown task 'bitcont'; the nearest is 'bitcount'"),
+        ("--model.hidden=3", "model.hidden: unknown setting"),
+        ("--task.length=0", "task.length: Input should be greater than or equal to 1 (got 0)"),
+    ],
+)
+def test_its_settings_are_checked_as_megapds_own(installed, setting, told):
+    folder, megapd = installed
+    (folder / "teacher.yaml").write_text(CONFIG)
+    done = megapd("plan", "teacher.yaml", setting)
+    assert done.returncode == 2
+    assert told in done.stderr

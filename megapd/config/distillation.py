@@ -6,10 +6,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megapd.config.base import Section
 from megapd.config.scheduler import SchedulerConfig
+from megapd.registry import signal_kinds
+
+SIGNALS = ("auto", "dense", "hidden", "topk", "sampled", "argmax")  # megapd's kinds register where torch is imported
 
 
 class TeacherServerConfig(Section):
@@ -52,7 +55,7 @@ class TeacherConfig(Section):
     )
     steps: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="steps of a trajectory that is written with {step}")
     same_vocabulary: bool = Field(False, description="trust that the teacher's ids mean what the task's do, if nothing proves it")
-    signal: Literal["auto", "dense", "hidden", "topk", "sampled", "argmax"] = Field("auto", description="auto: cheapest exact")
+    signal: str = Field("auto", description="dense, hidden, topk, sampled, argmax or a registered kind; auto: cheapest exact")
     k: int | None = Field(None, ge=1, description="classes of topk, default 64; draws of sampled, default 12")
     encoding: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field("auto", description="auto: the teacher's precision")
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="of the teacher; default: training.precision")
@@ -79,6 +82,14 @@ class TeacherConfig(Section):
     )
     server: TeacherServerConfig = TeacherServerConfig()
 
+    @field_validator("signal")
+    @classmethod
+    def _kind(cls, signal: str) -> str:
+        kinds = list(dict.fromkeys([*SIGNALS, *signal_kinds.names()]))
+        if signal not in kinds:
+            raise ValueError(f"Input should be {', '.join(map(repr, kinds[:-1]))} or {kinds[-1]!r}")
+        return signal
+
     @model_validator(mode="after")
     def _possible(self) -> TeacherConfig:
         remote = self.carrier in ("served", "shared_memory")
@@ -93,9 +104,9 @@ class TeacherConfig(Section):
             raise ValueError("on_failure: cache needs teacher.cache, and a carrier that can fail; set both, or choose wait")
         if self.on_failure == "labels" and not remote:
             raise ValueError(f"on_failure: labels is for a served teacher; carrier {self.carrier} cannot be lost, choose wait")
-        if self.k is not None and self.signal not in ("topk", "sampled"):
+        if self.k is not None and self.signal in ("auto", "dense", "hidden", "argmax"):
             raise ValueError(f"k: has no meaning for signal {self.signal}; choose topk or sampled")
-        if self.encoding == "int8" and self.signal not in ("hidden", "auto"):
+        if self.encoding == "int8" and self.signal in ("dense", "topk", "sampled", "argmax"):
             raise ValueError(f"encoding: int8 is for hidden states, not for signal {self.signal}; choose fp16")
         if (self.certificate is None) != (self.key is None):
             missing = "certificate" if self.certificate is None else "key"

@@ -13,10 +13,9 @@ from typing import Any, Protocol
 from megapd.config import AdaptiveConfig
 from megapd.errors import UserError
 from megapd.files import write_atomic
-from megapd.schedule import reports as reports_module
 from megapd.schedule.adaptive import decide, reported_kind
 from megapd.schedule.plan import Change, Decision, Report, Version
-from megapd.schedule.reports import ReportLog, subject
+from megapd.schedule.reports import REPORTS_FILE, ReportLog, subject
 
 FORMAT = "megapd-changes/2"
 FORMER_FORMAT = "megapd-changes/1"  # whose versions do not say whether they grow
@@ -148,7 +147,7 @@ class EmbeddedSource:
 def open_embedded(folder: Path, settings: AdaptiveConfig, candidates: Sequence[int], changes: ChangeLog) -> EmbeddedSource:
     """The decisions of the run in `folder`, which is locked until the source is closed. What a run begun before kept in
     decisions.jsonl is put on record. Raises UserError; see ReportLog."""
-    reports = ReportLog(folder / reports_module.FILE, subject(settings, candidates))
+    reports = ReportLog(folder / REPORTS_FILE, subject(settings, candidates))
 
     def keep(decisions: Sequence[Decision]) -> None:
         if not changes.changes:  # else a crash came after this and before the former file went

@@ -20,7 +20,7 @@ from megapd.schedule.plan import Decision, Report
 log = logging.getLogger(__name__)
 
 FORMAT = "megapd-reports/1"
-FILE = "reports.jsonl"  # in the run's folder
+REPORTS_FILE = "reports.jsonl"  # in the run's folder
 FORMER_FORMAT = "megapd-decisions/1"
 FORMER_FILE = "decisions.jsonl"  # where runs kept reports and decisions together
 
@@ -114,7 +114,7 @@ def subject(settings: AdaptiveConfig, candidates: Sequence[int]) -> dict[str, An
 
 def has_reports(folder: Path) -> bool:
     """Whether a run's folder has reports on record: its own process decides then, and nobody else."""
-    files = (folder / FILE, folder / FORMER_FILE)
+    files = (folder / REPORTS_FILE, folder / FORMER_FILE)
     return any(path.read_bytes().count(b"\n") > 1 for path in files if path.exists())
 
 

@@ -11,7 +11,7 @@ from megapd.schedule.adaptive import check_lead
 from megapd.schedule.changes import FILE, ChangeLog, ChangeSource, open_embedded
 from megapd.schedule.plan import Change, Decision, LivePlan, Plan, resolved
 from megapd.schedule.policies import candidates
-from megapd.schedule.reports import has_reports
+from megapd.schedule.reports import REPORTS_FILE, has_reports
 from megapd.schedule.resolve import resolve_plan
 from megapd.scheduler.client.changes import ServiceSource
 from megapd.scheduler.client.contact import CALL_SECONDS
@@ -133,8 +133,8 @@ def _resume_alone(
     _take_known(plan, log, known)
     if plan.grows_after(step):
         raise UserError(
-            f"scheduler.url: the scheduler decides for this run ({FILE} in its folder), and nothing else can go "
-            f"on with that; name the scheduler again, or start a run of another name"
+            f"scheduler.url: the scheduler decides for this run ({FILE} in its folder), and nothing else can go on with that; "
+            f"name the scheduler again, or start a run of another name; if the run decided by itself, restore {REPORTS_FILE}"
         )
     return None
 

@@ -91,6 +91,7 @@ def test_activation_checkpointing_gives_the_same_gradients_and_recomputes(kind):
 
 
 @pytest.mark.full
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo looks at it
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_blocks_equal_plain_ones(kind, checkpointing):

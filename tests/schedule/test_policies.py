@@ -309,3 +309,11 @@ def test_a_plan_is_a_value():
     plans = [build_plan(MatchedConfig(refresh=2), available=[2, 4], steps=4) for _ in range(2)]
     assert plans[0] == plans[1]
     assert hash(plans[0]) == hash(plans[1])
+
+
+def test_a_policy_says_what_it_needs():
+    follow, adaptive = FollowConfig(refresh=5, last=60, timeout_seconds=7.0), AdaptiveConfig(checkpoints=2)
+    transition, plain = TransitionConfig(steps=3), OneShotConfig()
+    assert [s.waits for s in (follow, adaptive, transition, plain)] == [7.0, None, None, None]
+    assert [s.grows for s in (follow, adaptive, transition, plain)] == [None, adaptive, None, None]
+    assert [s.needs_metrics for s in (follow, adaptive, transition, plain)] == [False, False, True, False]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-import megapd.commands.schedule  # noqa: F401 - this verb and the service start without what only data planes need
+import megapd.commands.schedule
+import megapd.commands.scheduler  # noqa: F401 - these verbs and the service start without what only data planes need
 from megapd.config import SchedulerConfig
 from megapd.interrupts import until_signalled
 from megapd.scheduler.server import serve

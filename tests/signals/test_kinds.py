@@ -1,14 +1,17 @@
 """Kinds of signals: one object each, the package's own and others registered the same way."""
 
 import hashlib
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from megapd.config import load
 from megapd.errors import SignalMismatch, UserError
 from megapd.models import LossHead
 from megapd.registry import signal_kinds
+from megapd.schedule.plan import Plan
 from megapd.signals import (
     Answer,
     Column,
@@ -23,7 +26,10 @@ from megapd.signals import (
     encode,
     negotiate,
 )
+from megapd.tasks import build_task
 from megapd.teacher.cache import SignalCache
+from megapd.teacher.setup import signal_spec
+from megapd.trajectory import Checkpoint
 from megapd_kernels import LossOptions
 from tests.signals.examples import CLASSES, SPECS, TEACHER, WIDTH, content, make_batch, make_signal, through_stream
 
@@ -120,6 +126,17 @@ def test_a_kind_from_outside_is_answered_carried_kept_and_learned_from(coarse, t
 def test_a_kind_from_outside_is_negotiated(coarse):
     assert negotiate(CLASSES, WIDTH, 1.0, "tvd") == "coarse"
     assert negotiate(CLASSES, WIDTH, 1.0, "jsd") == "hidden"
+
+
+def test_a_kind_from_outside_is_a_setting(coarse):
+    settings = ["--teacher.trajectory=x", "--schedule.policy=one_shot", "--teacher.precision=bf16"]
+    config = load(None, [*settings, "--teacher.signal=coarse"])
+    theirs = {"hugging_face": {"vocab_size": CLASSES, "hidden_size": WIDTH}}
+    checkpoint = Checkpoint(10, Path("nowhere"), TEACHER, "", theirs, {}, {})
+    found = signal_spec(config, build_task(config), Plan("one_shot", 100, (0,), (10,)), checkpoint)
+    assert found == coarse
+    with pytest.raises(UserError, match=r"teacher\.signal: Input should be 'auto', 'dense', .*'coarse'"):
+        load(None, [*settings, "--teacher.signal=coarsest"])
 
 
 def test_what_a_kind_does_not_have_is_refused(coarse):

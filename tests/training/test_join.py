@@ -84,8 +84,10 @@ def test_what_the_scheduler_changed_lasts_without_its_url(config):
     config = config.model_copy(update={"scheduler": SchedulerConfig()})
     plan = resumed(config, World(0), step=40, known=0)
     assert (plan.rotations(), plan.known) == (PLAN.rotations(), 0)
-    with pytest.raises(UserError, match=r"knew 1 changes, but 0 are on record; restore changes\.json"):
-        resumed(config, World(0), known=1)
+    first = World(0)
+    for world in (first, World(1, first.given)):  # all ranks say so together
+        with pytest.raises(UserError, match=r"knew 1 changes, but 0 are on record; restore changes\.json"):
+            resumed(config, world, known=1)
     log = ChangeLog(config.folder / FILE)
     log.append(PINNED)
     first = World(0)
@@ -94,7 +96,7 @@ def test_what_the_scheduler_changed_lasts_without_its_url(config):
         assert plan.rotations() == [(0, 10), (53, 20)]
         assert plan.known == 1
     log.append(Version(3, 80, "adaptive", ((0, 20),), grows=True))
-    with pytest.raises(UserError, match=r"scheduler\.url: the scheduler decides for this run"):
+    with pytest.raises(UserError, match=r"scheduler\.url: the scheduler decides for this run .* restore reports\.jsonl"):
         resumed(config, World(0), known=2)
 
 

@@ -52,8 +52,6 @@ class DecisionAnswer(Decision):
 
     applied: int | None
 
-    __str__ = Decision.__str__
-
     @property
     def path(self) -> str:
         """Below the run's."""

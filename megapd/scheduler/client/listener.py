@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 class Listener:
     """Changes that were heard of, in order, until the run takes them in.
 
-    The run's thread calls `may_decide`, `take` and `take_all`, the line's own thread the rest, which is not started before
-    `take_all` is done. One lock guards all; Sender.owe is called while it is held.
+    The run's thread calls `may_decide`, `take` and `take_all`, the line's own thread the rest; before that is started, the run's
+    thread calls all. One lock guards what was heard; Sender.owe is called while it is held.
     """
 
     def __init__(

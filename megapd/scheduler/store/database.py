@@ -117,8 +117,10 @@ class Store:
         self._listeners.append(tell)
 
     def lock_service(self) -> None:
-        """Be the one service of this store until `close`: two would each drop the replicas that beat at the other. UserError if
-        there is one."""
+        """Be the one service of this store until `close`: two would each drop the replicas whose heartbeats go to the other.
+
+        UserError if there is one.
+        """
         text_ = f"scheduler.database: another scheduler serves {self._shown}; stop it, or give this one a store of its own"
         if self.path is not None:
             descriptor = os.open(f"{self.path}.service", os.O_RDWR | os.O_CREAT, 0o600)

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from bitcount.settings import BitCountConfig, HalvesConfig
+from bitcount.settings import BitCountConfig, HalvesConfig, SignsConfig
 from megapd.batch import Batch
+from megapd.models import Body, Parts
 from megapd.training import Callback, Run, StepResult, Tracker
 
 
@@ -39,6 +41,25 @@ class BitCount:
         ids = torch.from_numpy(bits[rows.start : rows.stop])
         last = torch.arange(1, len(ids) + 1) * self.length - 1
         return Batch(ids, None, last, ids.sum(1) % self.classes, torch.from_numpy(samples))
+
+
+class Signs(Body):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(width))
+
+    def forward(self, ids: Tensor, segments: Tensor | None = None) -> Tensor:
+        return ((2 * ids - 1).to(self.scale.dtype) * self.scale).unsqueeze(1)
+
+    def initialise(self, parameter: nn.Parameter, name: str, owner: nn.Module, generator: torch.Generator) -> None:
+        if owner is self:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0.0, 0.1, generator=generator)
+
+
+def signs(settings: SignsConfig, *, vocab_size: int, classes: int, length: int) -> Parts:
+    return Parts(Signs(length))
 
 
 def halves(settings: HalvesConfig, there: tuple[int, ...], steps: int) -> tuple[list[tuple[int, int]], list[str]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megapd.config import ScheduleConfig, TaskConfig
-from megapd.registry import policies, tasks
+from pydantic import Field
+
+from megapd.config import ModelConfig, ScheduleConfig, TaskConfig
+from megapd.registry import models, policies, tasks
 
 
 @tasks.register("bitcount")
@@ -15,8 +17,32 @@ class BitCountConfig(TaskConfig):
     builder = "bitcount.parts:BitCount"
 
     kind: Literal["bitcount"] = "bitcount"
-    length: int = 8
+    length: int = Field(8, ge=1)
     classes: int = 3
+
+
+@models.register("signs")
+class SignsConfig(ModelConfig):
+    """The bits as +-1, each scaled, straight to the head; width: how many there are."""
+
+    builder = "bitcount.parts:signs"
+
+    kind: Literal["signs"] = "signs"
+    width: int = 8
+
+    @property
+    def head_width(self) -> int:
+        return self.width
+
+    @property
+    def causal(self) -> None:
+        return None
+
+    def flops_per_token(self, *, classes: int, length: int, labelled_share: float) -> float:
+        return labelled_share * 6.0 * length * classes
+
+    def activations(self, length: int) -> int:
+        return length
 
 
 @policies.register("halves")

@@ -3,7 +3,7 @@
 const SVG = "http://www.w3.org/2000/svg";
 
 // Plotly reads a few tags in texts (<b>, <a>, <br>), so what comes from the service is escaped for it.
-export function plain(text) {
+function plain(text) {
   return String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 }
 

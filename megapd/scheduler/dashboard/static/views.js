@@ -137,12 +137,12 @@ export function facts(entries) {
   );
 }
 
-// age: seconds since the last beat, now.
+// age: seconds since the last heartbeat, now.
 export function replicaTable(replicas, age) {
   at("replicas-empty").hidden = replicas.length > 0;
   at("replicas-empty").textContent = "None has a lease: students are taught by what they hold or run themselves.";
-  const rate = (figures) => Object.entries(figures).filter(([key]) => key.endsWith("_per_second"));
-  const rest = (figures) => Object.entries(figures).filter(([key]) => !key.endsWith("_per_second"));
+  const rate = (metrics) => Object.entries(metrics).filter(([key]) => key.endsWith("_per_second"));
+  const rest = (metrics) => Object.entries(metrics).filter(([key]) => !key.endsWith("_per_second"));
   const shown = replicas.map((replica) => [replica.id, replica.group, replica.endpoint, replica.state, replica.figures, replica.lease_seconds]);
   const rows = replicas.map((replica) => {
     const meter = make("meter");
@@ -150,15 +150,15 @@ export function replicaTable(replicas, age) {
     meter.setAttribute("aria-label", `age of the lease of ${replica.id}`);
     const lease = make("span", undefined, "lease");
     lease.append(make("span", "", "lease-age"), meter);
-    const figures = (entries) => entries.map(([key, value]) => `${number(value)} ${key.replace("_per_second", "/s").replaceAll("_", " ")}`);
+    const shownMetrics = (entries) => entries.map(([key, value]) => `${number(value)} ${key.replace("_per_second", "/s").replaceAll("_", " ")}`);
     return [
       replica.id,
       replica.group,
       replica.endpoint,
       make("span", replica.state, `state ${replica.state === "live" ? "good" : "warn"}`),
       lease,
-      figures(rate(replica.figures)).join(", ") || "not told",
-      figures(rest(replica.figures)).join(", "),
+      shownMetrics(rate(replica.figures)).join(", ") || "not told",
+      shownMetrics(rest(replica.figures)).join(", "),
     ];
   });
   table("replicas", ["Replica", "Group", "Endpoint", "State", "Lease age", "Throughput", "Other figures"], rows, shown);

@@ -1,0 +1,27 @@
+"""The examples do what they say."""
+
+import pytest
+
+from examples import minimal, own_task
+
+
+@pytest.mark.full
+def test_progressive_distillation_in_one_file(tmp_path, capsys):
+    minimal.main(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["run", "steps", "to", "99", "%", "final", "accuracy"]
+    runs = {line.split()[0]: line.split()[1:] for line in lines[1:]}
+    assert list(runs) == ["teacher", "labels", "one_shot", "progressive"]
+    assert runs["labels"][:2] == runs["one_shot"][:2] == [">", "1000"]
+    assert int(runs["teacher"][0]) < int(runs["progressive"][0]) < 1000
+    assert float(runs["progressive"][1]) > 0.99
+    minimal.main(tmp_path)  # complete: what they came to is in their folders
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_a_task_of_ones_own(tmp_path, capsys):
+    own_task.main(tmp_path)
+    teacher, student = capsys.readouterr().out.splitlines()
+    assert teacher.startswith("teacher  150 steps, held-out accuracy ")
+    assert float(teacher.split()[-1]) > 0.95
+    assert float(student.split()[-1]) > 0.95
