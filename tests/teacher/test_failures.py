@@ -3,14 +3,17 @@
 import signal
 import time
 from concurrent.futures import CancelledError
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.flight as flight
 import pytest
 
 from megapd.errors import SignalMismatch, TeacherLost
 from megapd.processes.local import free_port
 from megapd.teacher.server.flight import TeacherFlight
+from megapd.teacher.wire.messages import SIGNAL
 from tests.forked import Forked, environment
 from tests.teacher.serving import (
     PLAN,
@@ -18,8 +21,10 @@ from tests.teacher.serving import (
     FakeReplica,
     FakeTrajectory,
     batches_of,
+    exchange,
     make_batch,
     queued,
+    refused,
     run_through,
     same,
     served,
@@ -223,3 +228,27 @@ def test_a_killed_server_that_comes_back(teacher_process):
         with served(port=int(address.rsplit(":", 1)[1])) as server:
             assert len(list(run_through(stream, server.replica, steps=range(1, 3)))) == 4
         assert stream.counts["retries"] > 0
+
+
+def test_a_strangers_question_is_not_read(tmp_path, token_file):
+    """gRPC would take 2 GiB of it: the token is looked at first."""
+    output = tmp_path / "output"
+    output.touch()
+    process = Forked("tests.teacher.replica_worker", [f"--teacher.token={token_file}"], environment(), output)
+    try:
+        wait_for(lambda: output.read_text().endswith("\n"), 60)
+
+        def peak():
+            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) << 10
+
+        before = peak()
+        with flight.FlightClient(f"grpc://127.0.0.1:{int(output.read_text())}") as client:
+            with pytest.raises(flight.FlightUnauthenticatedError):
+                exchange(client, SIGNAL + bytes(128 << 20), b"Bearer " + TOKEN[::-1])
+            assert peak() - before < 32 << 20
+            with refused("invalid", "not an Arrow stream"):
+                exchange(client, SIGNAL + bytes(128 << 20), b"Bearer " + TOKEN)
+            assert peak() - before > 128 << 20
+    finally:
+        process.kill()
