@@ -15,7 +15,7 @@ import psutil
 
 from megapd.cli import main
 from megapd.processes.local import local_command
-from tests.forked import environment, run_ranks
+from tests.forked import Forked, environment, run_ranks
 
 TIMINGS = ("seconds", "tok_per_sec", "mfu")
 
@@ -68,11 +68,14 @@ def launch(arguments: list[str], ranks: int, *, check: bool = True) -> subproces
     return done
 
 
-def launch_and_kill(arguments: list[str], ranks: int, run: Path, step: int) -> None:
-    """Start a run and kill -9 every rank once it has logged `step`."""
-    process = subprocess.Popen(
-        local_command(arguments, ranks), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+def start_and_kill(arguments: list[str], ranks: int, run: Path, step: int, *, launcher: bool = False) -> None:
+    """Start a run and kill -9 every rank once it has logged `step`. launcher: under deepspeed's, which takes seconds."""
+    process: subprocess.Popen[bytes] | Forked
+    if launcher:
+        null = subprocess.DEVNULL
+        process = subprocess.Popen(local_command(arguments, ranks), env=environment(), stdout=null, stderr=null)
+    else:
+        process = Forked("megapd", arguments, environment(), Path(os.devnull), ranks)
     deadline = time.monotonic() + 120
     while last_step(run) < step:
         assert process.poll() is None, "the run ended before it could be killed"
@@ -81,14 +84,17 @@ def launch_and_kill(arguments: list[str], ranks: int, run: Path, step: int) -> N
     kill_ranks(process, ranks)
 
 
-def kill_ranks(process: subprocess.Popen, ranks: int) -> None:
-    """kill -9 of every rank of a launch, in any order; the launcher then ends by itself."""
-    victims = [p for p in psutil.Process(process.pid).children(recursive=True) if "--local_rank" in " ".join(p.cmdline())]
-    victims = [p for p in victims if "deepspeed.launcher" not in " ".join(p.cmdline())]
+def kill_ranks(process: subprocess.Popen[bytes] | Forked, ranks: int) -> None:
+    """kill -9 of every rank of a run, in any order; the launcher, if there is one, then ends by itself."""
+    if isinstance(process, Forked):
+        victims = list(process.pids)
+    else:
+        started = {p.pid: " ".join(p.cmdline()) for p in psutil.Process(process.pid).children(recursive=True)}
+        victims = [pid for pid, line in started.items() if "--local_rank" in line and "deepspeed.launcher" not in line]
     assert len(victims) == ranks
     random.shuffle(victims)
     for victim in victims:
-        os.kill(victim.pid, signal.SIGKILL)
+        os.kill(victim, signal.SIGKILL)
     process.wait(timeout=60)
 
 

@@ -92,7 +92,7 @@ def test_killed_ranks_decide_as_undisturbed_ones(trajectory, tmp_path):
     runs.run(arguments(tmp_path, "undisturbed", trajectory))
     killed = tmp_path / "killed"
     for step in (40, 90):
-        runs.launch_and_kill(arguments(tmp_path, "killed", trajectory), 2, killed, step)
+        runs.start_and_kill(arguments(tmp_path, "killed", trajectory), 2, killed, step)
     runs.run(arguments(tmp_path, "killed", trajectory))
     assert runs.metrics(killed) == runs.metrics(tmp_path / "undisturbed")
     assert decisions(killed) == decisions(tmp_path / "undisturbed")

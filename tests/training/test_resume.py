@@ -40,7 +40,8 @@ def kill_and_resume(long_student, times, seed):
     # Anywhere in its part of the run: on a checkpoint, before the first one, around a rotation.
     for part in range(times):
         span = (STEPS - 40) // times
-        runs.launch_and_kill(arguments(name), 2, folder / name, draw.randint(5 + part * span, 5 + (part + 1) * span - 1))
+        step = draw.randint(5 + part * span, 5 + (part + 1) * span - 1)
+        runs.start_and_kill(arguments(name), 2, folder / name, step, launcher=part > 0)
     runs.run(arguments(name))
     resumed = runs.metrics(folder / name)
     assert [r["step"] for r in resumed if r["kind"] == "train"] == list(range(1, STEPS + 1))

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from megapd.cli import main
-from megapd.processes.local import local_command
 from megapd.trajectory import Trajectory
+from tests.forked import Forked
 from tests.scheduler import services
 from tests.training import runs
 
@@ -33,7 +33,7 @@ def service(tmp_path):
 
 
 class Student:
-    """A run of some ranks under the launcher, `pace` seconds a step at least."""
+    """A run of some ranks, `pace` seconds a step at least."""
 
     def __init__(self, folder: Path, name: str, url: str, ranks: int, *arguments: str, pace: float = 0.05) -> None:
         self.folder, self.ranks, self.name = folder / name, ranks, name
@@ -42,9 +42,9 @@ class Student:
         self.environment = {**runs.environment(), "MEGAPD_TEST_PACE": str(pace)}
 
     def start(self) -> None:
-        command = local_command(self.arguments, self.ranks, "tests.training.scheduler_worker")
-        with (self.folder.parent / f"{self.name}.log").open("a") as log:
-            self.process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+        self.log = self.folder.parent / f"{self.name}.log"
+        self.log.touch()
+        self.process = Forked("tests.training.scheduler_worker", self.arguments, self.environment, self.log, self.ranks)
 
     def wait_for(self, step: int) -> None:
         deadline = time.monotonic() + 240
@@ -60,7 +60,7 @@ class Student:
         runs.kill_ranks(self.process, self.ranks)
 
     def said(self) -> str:
-        return (self.folder.parent / f"{self.name}.log").read_text()[-5000:]
+        return self.log.read_text()[-5000:]
 
     def taught(self, rank: int) -> list[tuple[int, str]]:
         """(student step, digest of the teacher) in the order of events: a killed run goes back."""
@@ -152,7 +152,7 @@ def process(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
 @pytest.fixture
 def cluster(service, tmp_path):
     """Two replicas of a teacher that is still training, the registry beside it; ends what is left of them."""
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[subprocess.Popen[bytes] | Forked] = []
     folder = tmp_path / "teacher"
     teacher = Student(
         tmp_path, "teacher", service.url, 1, f"--trajectory.every={EVERY}", f"--training.steps={FOLLOWED}", pace=0.15
