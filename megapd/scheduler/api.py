@@ -15,18 +15,15 @@ _PRINTABLE = r"^[^\x00-\x1f\x7f]*$"
 
 
 def _plain(tree: Any) -> Any:
-    level, depth = [tree], 0
-    while level:
-        depth += 1
-        if depth > DEPTH:
-            raise ValueError(f"nested more than {DEPTH} deep")
-        below: list[Any] = []
-        for node in level:
-            if isinstance(node, dict):
-                below.extend(node.values())
-            elif isinstance(node, list):
-                below.extend(node)
-        level = below
+    level = [tree]
+    for _ in range(DEPTH):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node if isinstance(node, list) else ())
+        ]
+    if level:
+        raise ValueError(f"nested more than {DEPTH} deep")
     canonical(tree)  # ValueError: numbers that are not finite
     return tree
 
@@ -34,7 +31,9 @@ def _plain(tree: Any) -> Any:
 Name = Annotated[str, Field(pattern=NAME)]
 Digest = Annotated[str, Field(pattern=DIGEST)]
 Step = Annotated[int, Field(ge=0, lt=STEPS)]
+StepKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,14})$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
+Vocabulary = Annotated[str, Field(max_length=128, pattern=r"^[\w:-]*$")]
 Line = Annotated[str, Field(max_length=1000, pattern=_PRINTABLE)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Metrics = Annotated[dict[Annotated[str, Field(pattern=r"^[\w./-]{1,80}$")], Number], Field(max_length=200)]
@@ -65,9 +64,7 @@ class NewTrajectory(Body):
     location: Line = Field(
         min_length=1, description="folder, or hf: with a pattern, as its run's machines see it; never opened here"
     )
-    vocabulary: Annotated[str, Field(max_length=128, pattern=r"^[\w:-]*$")] = Field(
-        "", description="digest of what the token ids mean; empty: unknown"
-    )
+    vocabulary: Vocabulary = Field("", description="digest of what the token ids mean; empty: unknown")
     name: Name | None = Field(None, description="also point this name to it")
 
 
@@ -81,7 +78,7 @@ class NewCheckpoint(Body):
     location: Line = Field(min_length=1)
     weights: Digest = Field(description="digest of the weights, which every signal names")
     head: Digest | None = Field(None, description="sha256 of the head's weight; none: not known")
-    tokenizer: Annotated[str, Field(max_length=128, pattern=r"^[\w:-]*$")] = ""
+    tokenizer: Vocabulary = ""
     files: dict[Annotated[str, Field(max_length=300, pattern=r"^[^\x00-\x1f\x7f]+$")], StoredFile] = Field(max_length=5000)
     metrics: Tree = Field(default_factory=dict)
     probe_loss: Number | None = Field(None, description="on a sample that is the same for the whole trajectory")
@@ -90,12 +87,9 @@ class NewCheckpoint(Body):
 class Findings(Body):
     """What `megapd trajectory verify` found: all of it; earlier flags that are not among it are removed."""
 
-    flags: Annotated[
-        dict[
-            Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,14})$")], dict[Literal["changed", "duplicate", "order", "loss"], Line]
-        ],
-        Field(max_length=10_000),
-    ] = Field(description="teacher step -> kind -> detail")
+    flags: dict[StepKey, dict[Literal["changed", "duplicate", "order", "loss"], Line]] = Field(
+        max_length=10_000, description="teacher step -> kind -> detail"
+    )
 
 
 class NewName(Body):

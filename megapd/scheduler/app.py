@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -14,7 +14,7 @@ from megapd import __version__
 from megapd.errors import UserError
 from megapd.scheduler import dashboard, routes
 from megapd.scheduler.api import Problem
-from megapd.scheduler.service import CanonicalJSON, Guard, Service
+from megapd.scheduler.service import Guard, Service, problem, unavailable
 from megapd.scheduler.store import Conflict, NotFound, Refused, Unavailable
 
 
@@ -43,44 +43,36 @@ def build_app(service: Service) -> FastAPI:
     return app
 
 
-def _problem(status: int, detail: str, current: Any = None, **headers: str) -> CanonicalJSON:
-    body = {"detail": detail} if current is None else {"detail": detail, "current": current}
-    return CanonicalJSON(body, status, headers=headers)
+def _told(status: int) -> Callable[[Request, Exception], Awaitable[Response]]:
+    """A handler that answers what the error says."""
 
+    async def answer(_: Request, error: Exception) -> Response:
+        return problem(status, str(error), getattr(error, "current", None))
 
-async def _not_found(_: Request, error: Exception) -> Response:
-    return _problem(404, str(error))
-
-
-async def _conflict(_: Request, error: Exception) -> Response:
-    return _problem(409, str(error), getattr(error, "current", None))
-
-
-async def _refused(_: Request, error: Exception) -> Response:
-    return _problem(422, str(error))
+    return answer
 
 
 async def _unavailable(_: Request, error: Exception) -> Response:
-    return _problem(503, f"the database does not answer: {error}", **{"Retry-After": "2"})
+    return unavailable(error)
 
 
 async def _invalid(_: Request, error: Exception) -> Response:
     # Without what was sent, which the default answer repeats: it may be long, or no JSON (NaN).
     assert isinstance(error, RequestValidationError)
     told = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()[:5]]
-    return _problem(422, "; ".join(told)[:2000])
+    return problem(422, "; ".join(told)[:2000])
 
 
 async def _other(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _problem(error.status_code, str(error.detail), **(error.headers or {}))
+    return problem(error.status_code, str(error.detail), **(error.headers or {}))
 
 
 _HANDLERS: dict[Any, Any] = {
-    NotFound: _not_found,
-    Conflict: _conflict,
-    Refused: _refused,
-    UserError: _refused,
+    NotFound: _told(404),
+    Conflict: _told(409),
+    Refused: _told(422),
+    UserError: _told(422),
     Unavailable: _unavailable,
     RequestValidationError: _invalid,
     HTTPException: _other,

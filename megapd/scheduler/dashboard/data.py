@@ -131,9 +131,8 @@ def curve(connection: Connection, run: str) -> list[dict[str, Any]]:
 
 def teacher_curve(connection: Connection, reference: str, after: int, limit: int) -> list[dict[str, Any]]:
     """{"step", "digest", "metrics", "flags"} of checkpoints after a step; metrics: the numbers alone, probe_loss among them."""
-    digest = catalogue.find_trajectory(connection, reference)["digest"]
     found = []
-    for checkpoint in catalogue.list_checkpoints(connection, digest, after, limit):
+    for checkpoint in catalogue.list_checkpoints(connection, reference, after, limit):
         metrics = dict(numbers(checkpoint["metrics"]))
         if checkpoint.get("probe_loss") is not None:
             metrics["probe_loss"] = checkpoint["probe_loss"]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, HTTPException, Query, Request, Response
-from sqlalchemy import Connection
 
 from megapd.scheduler import api
 from megapd.scheduler.routes.common import ADMIN, READ, RUN, Serving, made, needs_admin
@@ -94,12 +93,8 @@ async def applied(service: Serving, name: api.NamePath, version: int, body: api.
 @routes.get("/{name}/decisions", response_model=list[api.DecisionAnswer], dependencies=[READ])
 async def decisions(service: Serving, name: api.NamePath, after: api.AfterNumber = -1, limit: api.Limit = 100) -> Response:
     """In order, those with a greater number."""
-
-    def find(connection: Connection) -> list[runs.Stored]:
-        runs.find_run(connection, name)
-        return runs.list_decisions(connection, name, after, limit)
-
-    return CanonicalJSON(await service.read(find))
+    await service.look(runs.find_run, name)
+    return CanonicalJSON(await service.read(runs.list_decisions, name, after, limit))
 
 
 @routes.post("/{name}/decisions", response_model=api.DecisionAnswer, dependencies=[RUN])
@@ -120,12 +115,8 @@ async def decision_applied(service: Serving, name: api.NamePath, sequence: int, 
 @routes.get("/{name}/reports", response_model=list[api.ReportAnswer], dependencies=[READ])
 async def reports(service: Serving, name: api.NamePath, after: api.AfterNumber = -1, limit: api.Limit = 1000) -> Response:
     """In order, those of later steps."""
-
-    def find(connection: Connection) -> list[dict[str, Any]]:
-        runs.find_run(connection, name)
-        return runs.list_reports(connection, name, after, limit)
-
-    return CanonicalJSON(await service.read(find))
+    await service.look(runs.find_run, name)
+    return CanonicalJSON(await service.read(runs.list_reports, name, after, limit))
 
 
 @routes.post("/{name}/reports", response_model=api.ReportedAnswer, dependencies=[RUN])

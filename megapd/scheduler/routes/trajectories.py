@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Response
-from sqlalchemy import Connection
 
 from megapd.scheduler import api
 from megapd.scheduler.routes.common import ADMIN, READ, RUN, Serving, made
@@ -26,14 +25,7 @@ async def list_trajectories(service: Serving, after: api.AfterName = "", limit: 
 @routes.post("/trajectories", response_model=api.TrajectoryAnswer, tags=["trajectories"], dependencies=[RUN])
 async def add_trajectory(service: Serving, body: api.NewTrajectory) -> Response:
     """201: it is new; 200: it was there."""
-
-    def write(connection: Connection) -> tuple[dict[str, Any], bool]:
-        found, new = catalogue.add_trajectory(connection, body.run, body.location, body.vocabulary)
-        if body.name is not None:
-            catalogue.set_name(connection, body.name, found["digest"])
-        return found, new
-
-    return made(*await service.write(write))
+    return made(*await service.write(catalogue.add_trajectory, **body.model_dump()))
 
 
 @routes.get("/trajectories/{reference}", response_model=api.TrajectoryAnswer, tags=["trajectories"], dependencies=[READ])
@@ -43,21 +35,13 @@ async def find_trajectory(service: Serving, reference: api.NamePath) -> Response
 
 
 @routes.get(
-    "/trajectories/{reference}/checkpoints",
-    response_model=list[api.CheckpointAnswer],
-    tags=["trajectories"],
-    dependencies=[READ],
+    "/trajectories/{reference}/checkpoints", response_model=list[api.CheckpointAnswer], tags=["trajectories"], dependencies=[READ]
 )
 async def list_checkpoints(
     service: Serving, reference: api.NamePath, after: api.AfterNumber = -1, limit: api.Limit = 100
 ) -> Response:
     """In the order of their steps, those after one."""
-
-    def find(connection: Connection) -> list[dict[str, Any]]:
-        digest = catalogue.find_trajectory(connection, reference)["digest"]
-        return catalogue.list_checkpoints(connection, digest, after, limit)
-
-    return CanonicalJSON(await service.read(find))
+    return CanonicalJSON(await service.read(catalogue.list_checkpoints, reference, after, limit))
 
 
 @routes.post(
@@ -67,12 +51,7 @@ async def add_checkpoint(service: Serving, reference: api.NamePath, body: api.Ne
     """201: it is new; 200: it was there; 409: the trajectory has another one of that step."""
     record = body.model_dump(mode="json")
     record["bytes"] = sum(file.bytes for file in body.files.values())
-
-    def write(connection: Connection) -> tuple[dict[str, Any], bool]:
-        digest = catalogue.find_trajectory(connection, reference)["digest"]
-        return catalogue.add_checkpoint(connection, digest, record)
-
-    return made(*await service.write(write))
+    return made(*await service.write(catalogue.add_checkpoint, reference, record))
 
 
 @routes.put(
@@ -81,11 +60,7 @@ async def add_checkpoint(service: Serving, reference: api.NamePath, body: api.Ne
 async def set_flags(service: Serving, reference: api.NamePath, body: api.Findings) -> Response:
     """What `verify` found, instead of what it found before. Returns the flagged checkpoints."""
     found = {int(step): {str(kind): detail for kind, detail in kinds.items()} for step, kinds in body.flags.items()}
-
-    def write(connection: Connection) -> list[dict[str, Any]]:
-        return catalogue.set_flags(connection, catalogue.find_trajectory(connection, reference)["digest"], found)
-
-    return CanonicalJSON(await service.write(write))
+    return CanonicalJSON(await service.write(catalogue.set_flags, reference, found))
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints

@@ -69,8 +69,7 @@ class Service:
         try:
             yield
         finally:
-            self.stopping = True
-            self._tell()
+            self.stop()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -115,3 +114,13 @@ class CanonicalJSON(Response):
 
     def render(self, content: Any) -> bytes:
         return canonical(content).encode()
+
+
+def problem(status: int, detail: str, current: Any = None, **headers: str) -> CanonicalJSON:
+    """An api.Problem."""
+    body = {"detail": detail} if current is None else {"detail": detail, "current": current}
+    return CanonicalJSON(body, status, headers=headers)
+
+
+def unavailable(error: Exception) -> CanonicalJSON:
+    return problem(503, f"the database does not answer: {error}", **{"Retry-After": "2"})

@@ -9,23 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
 
 from fastapi import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from megapd.scheduler.service.core import CanonicalJSON, Service
+from megapd.scheduler.service.core import CanonicalJSON, Service, problem, unavailable
 from megapd.scheduler.store import Unavailable
 
 BODY_SECONDS = 30.0  # for a request's body to arrive
-
 GUARDED = ("/v1", "/metrics", "/openapi.json")  # what needs a token; the rest (health, the page without its data) does not
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Guard:
@@ -34,7 +26,7 @@ class Guard:
     A scope that has its caller already is of this process (see local.py): it passes.
     """
 
-    def __init__(self, app: App, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._authenticator, self._metrics = app, service.authenticator, service.metrics
         self._max = service.settings.max_body_bytes
 
@@ -66,22 +58,22 @@ class Guard:
             headers[key] = b"" if key == b"authorization" and key in headers else value
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length[:20]) > self._max:
-            return _problem(413, f"the body is longer than scheduler.max_body_bytes, {self._max}", Connection="close")
+            return problem(413, f"the body is longer than scheduler.max_body_bytes, {self._max}", Connection="close")
         if not scope["path"].startswith(GUARDED):
             return None
         try:
             if self._authenticator.open():
                 if not _local(headers.get(b"host", b"")):
-                    return _problem(421, "host: without tokens, this service answers to localhost alone")
+                    return problem(421, "host: without tokens, this service answers to localhost alone")
                 scope["caller"] = ("anybody", "admin")
                 return None
             scheme, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
             found = self._authenticator.find(token.strip()) if scheme.lower() == "bearer" and token else None
         except Unavailable as error:
-            return _problem(503, f"the database does not answer: {error}", **{"Retry-After": "2"})
+            return unavailable(error)
         if found is None:
             what = "authorization: a bearer token is needed; `megapd scheduler token ROLE` makes one"
-            return _problem(401, what, **{"WWW-Authenticate": "Bearer"})
+            return problem(401, what, **{"WWW-Authenticate": "Bearer"})
         scope["caller"] = found
         return None
 
@@ -105,10 +97,6 @@ class Guard:
             return message
 
         return limited
-
-
-def _problem(status: int, detail: str, **headers: str) -> CanonicalJSON:
-    return CanonicalJSON({"detail": detail}, status, headers=headers)
 
 
 def _local(host: bytes) -> bool:

@@ -66,9 +66,6 @@ class LeaseTable:
         """Whether it is new. id: chosen by the replica's process, so that a repeat is known for one; Conflict if another uses
         it."""
 
-        def write(connection: Connection) -> tuple[bool, list[str]]:
-            return _register(connection, id, group, endpoint, facts)
-
         def written(result: tuple[bool, list[str]]) -> bool:
             new, replaced = result
             for other in replaced:
@@ -76,7 +73,8 @@ class LeaseTable:
             self._held[id] = Lease(id, group, endpoint, "live", self._clock())
             return new
 
-        return self._then(self._store.submit(write), written)
+        write = self._store.submit(lambda connection: _register(connection, id, group, endpoint, facts))
+        return self._then(write, written)
 
     def heartbeat(self, id: str, metrics: dict[str, float]) -> Lease:
         """Renew a lease. NotFound once it was dropped: the replica registers again."""
@@ -176,9 +174,3 @@ def _change(connection: Connection, id: str, state: str, reason: str) -> None:
     connection.execute(update(replicas).where(replicas.c.id == id).values(state=state, reason=reason))
     emit(connection, "replica", replica=id, group=found.group, endpoint=found.endpoint, state=state, reason=reason)
     reassign(connection, found.group)
-
-
-def list_replicas(connection: Connection, after: str, limit: int) -> list[dict[str, Any]]:
-    """Those that are gone and not yet forgotten as well, in the order of their ids."""
-    query = select(replicas).where(replicas.c.id > after).order_by(replicas.c.id).limit(limit)
-    return [dict(row._mapping) for row in connection.execute(query)]

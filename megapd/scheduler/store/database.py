@@ -20,15 +20,16 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
+from sqlalchemy import Connection, Engine, Row, Select, create_engine, event, inspect, make_url, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from megapd.errors import UserError
+from megapd.scheduler.store.tables import metadata
 
 log = logging.getLogger(__name__)
 HEAD = "0001"  # the newest migration; a store at it starts without alembic, which takes as long to import as all of this
@@ -36,6 +37,7 @@ BUSY_SECONDS = 30.0  # wait for another process that writes
 BATCH = 256  # writes in one transaction at most
 WRITE_LOCK, SERVICE_LOCK = 0x6D65_6761, 0x6D65_6762  # PostgreSQL's advisory locks
 T = TypeVar("T")
+_Work: TypeAlias = tuple[Callable[[Connection], Any], Future[Any]]
 
 
 class StoreError(Exception):
@@ -80,11 +82,10 @@ class Store:
             self._reader_engine = _engine(parsed, writes=False)
             _migrate(self._writer_engine, self._shown)
         except (SQLAlchemyError, OSError) as error:
-            what = " ".join(str(getattr(error, "orig", error)).split())
-            raise UserError(
-                f"scheduler.database: {self._shown} cannot be opened: {what}; correct the URL or its rights"
-            ) from error
-        self._queue: queue.SimpleQueue[tuple[Callable[[Connection], Any], Future[Any]] | None] = queue.SimpleQueue()
+            what = _one_line(getattr(error, "orig", error))
+            problem = f"scheduler.database: {self._shown} cannot be opened: {what}; correct the URL or its rights"
+            raise UserError(problem) from error
+        self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._closed = False
         self._locked = contextlib.ExitStack()
         self._listeners: list[Callable[[], None]] = []
@@ -121,18 +122,18 @@ class Store:
 
         UserError if there is one.
         """
-        text_ = f"scheduler.database: another scheduler serves {self._shown}; stop it, or give this one a store of its own"
+        problem = f"scheduler.database: another scheduler serves {self._shown}; stop it, or give this one a store of its own"
         if self.path is not None:
             descriptor = os.open(f"{self.path}.service", os.O_RDWR | os.O_CREAT, 0o600)
             self._locked.callback(os.close, descriptor)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(text_) from error
+                raise UserError(problem) from error
         elif not self.sqlite:
             connection = self._locked.enter_context(self._reader_engine.connect())
             if not connection.execute(text("SELECT pg_try_advisory_lock(:key)"), {"key": SERVICE_LOCK}).scalar():
-                raise UserError(text_)
+                raise UserError(problem)
 
     def close(self) -> None:
         """After the writes that wait."""
@@ -145,28 +146,21 @@ class Store:
         self._writer_engine.dispose()
         self._reader_engine.dispose()
 
-    # ------------------------------------------------------------------------------------------------ the writing thread
-
     def _work(self) -> None:
-        ended = False
-        while not ended:
+        waiting: list[_Work | None] = []
+        while None not in waiting:
             waiting = [self._queue.get()]
-            while len(waiting) < BATCH:
-                try:
+            with contextlib.suppress(queue.Empty):
+                while len(waiting) < BATCH:
                     waiting.append(self._queue.get_nowait())
-                except queue.Empty:
-                    break
-            ended = None in waiting
             batch = [item for item in waiting if item is not None and item[1].set_running_or_notify_cancel()]
             if batch:
                 self._commit(batch)
 
-    def _commit(self, batch: list[tuple[Callable[[Connection], Any], Future[Any]]]) -> None:
-        outcomes: list[tuple[bool, Any]] = []
+    def _commit(self, batch: list[_Work]) -> None:
         try:
             with self._writer_engine.begin() as connection:
-                for do, _ in batch:
-                    outcomes.append(_attempt(connection, do))
+                outcomes = [_attempt(connection, do) for do, _ in batch]
         except Exception as error:
             if isinstance(error, DBAPIError):
                 log.error("%s: %s", self._shown, error)
@@ -179,6 +173,14 @@ class Store:
                 future.set_exception(outcome)
         for tell in self._listeners:
             tell()
+
+
+def one(connection: Connection, query: Select[Any], missing: str) -> Row[Any]:
+    """The first row; NotFound, which says `missing`, without one."""
+    row = connection.execute(query).first()
+    if row is None:
+        raise NotFound(missing)
+    return row
 
 
 def _attempt(connection: Connection, do: Callable[[Connection], Any]) -> tuple[bool, Any]:
@@ -195,7 +197,11 @@ def _attempt(connection: Connection, do: Callable[[Connection], Any]) -> tuple[b
 
 
 def _unavailable(error: DBAPIError) -> Unavailable:
-    return Unavailable(" ".join(str(error.orig).split()))
+    return Unavailable(_one_line(error.orig))
+
+
+def _one_line(what: object) -> str:
+    return " ".join(str(what).split())
 
 
 def _engine(url: Any, *, writes: bool) -> Engine:
@@ -205,9 +211,8 @@ def _engine(url: Any, *, writes: bool) -> Engine:
         engine = create_engine(url, pool_pre_ping=writes, connect_args=patience, pool_size=4, max_overflow=12)
         if not writes:
             return engine.execution_options(isolation_level="AUTOCOMMIT")
-        event.listen(
-            engine, "begin", lambda connection: connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITE_LOCK})")
-        )
+        lock = f"SELECT pg_advisory_xact_lock({WRITE_LOCK})"
+        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(lock))
         return engine
     engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False}, pool_size=4, max_overflow=28)
 
@@ -226,36 +231,22 @@ def _engine(url: Any, *, writes: bool) -> Engine:
 
 def _migrate(engine: Engine, shown: str) -> None:
     with engine.begin() as connection:
-        if _version(connection) == HEAD:
+        known = inspect(connection).has_table("alembic_version")
+        version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar() if known else None
+        if version == HEAD:
             return
-        known = [*_older()]
-        version = _version(connection)
-        if version is not None and version not in known:
-            raise UserError(
-                f"scheduler.database: {shown} is of a newer megapd (version {version}); update megapd, or use its own"
-            )
         from alembic import command
         from alembic.config import Config
+        from alembic.script import ScriptDirectory
 
-        config = Config()
+        config = Config(attributes={"connection": connection})
         config.set_main_option("script_location", "megapd.scheduler.store:migrations")
         config.set_main_option("path_separator", "os")
-        config.attributes["connection"] = connection
-        command.upgrade(config, HEAD)
-
-
-def _version(connection: Connection) -> str | None:
-    if not inspect(connection).has_table("alembic_version"):
-        return None
-    return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
-
-
-def _older() -> Iterator[str]:
-    from alembic.config import Config
-    from alembic.script import ScriptDirectory
-
-    config = Config()
-    config.set_main_option("script_location", "megapd.scheduler.store:migrations")
-    config.set_main_option("path_separator", "os")
-    for revision in ScriptDirectory.from_config(config).walk_revisions():
-        yield revision.revision
+        if version is None:
+            metadata.create_all(connection, checkfirst=False)
+            command.stamp(config, HEAD)
+        elif any(older.revision == version for older in ScriptDirectory.from_config(config).walk_revisions()):
+            command.upgrade(config, HEAD)
+        else:
+            told = f"{shown} is of a newer megapd (version {version}); update megapd, or use its own"
+            raise UserError(f"scheduler.database: {told}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, TypedDict
 
@@ -23,7 +23,7 @@ from megapd.schedule.adaptive import decide
 from megapd.schedule.plan import Decision, Plan, Report
 from megapd.schedule.policies import build_plan, candidates
 from megapd.scheduler.store import trajectories as catalogue
-from megapd.scheduler.store.database import Conflict, NotFound, Refused
+from megapd.scheduler.store.database import Conflict, NotFound, Refused, one
 from megapd.scheduler.store.events import emit
 from megapd.scheduler.store.tables import canonical, decisions, replicas, reports, runs, schedules
 
@@ -68,28 +68,22 @@ def put_run(
     """
     digest = None if trajectory is None else catalogue.find_trajectory(connection, trajectory)["digest"]
     found = connection.execute(select(runs).where(runs.c.name == name)).first()
+    given = {"trajectory": digest, "group": group, "steps": steps, "facts": canonical(facts)}
     if found is None:
-        given = {"name": name, "trajectory": digest, "group": group, "steps": steps, "facts": canonical(facts)}
         none = {"schedule_version": 0, "decisions": 0, "step": -1, "reported": None, "assignment_version": 0, "endpoints": "[]"}
-        row = {**given, **none, "created": time.time()}
-        connection.execute(insert(runs), row)
-        emit(connection, "run", name, trajectory=digest, group=group, steps=steps)
+        connection.execute(insert(runs), {"name": name, **given, **none, "created": time.time()})
+    elif found.trajectory not in (None, digest):
+        raise Conflict(f"trajectory: {name} is taught by {found.trajectory}; start a run of another name", _run(found))
     else:
-        if found.trajectory not in (None, digest):
-            raise Conflict(f"trajectory: {name} is taught by {found.trajectory}; start a run of another name", _run(found))
-        values = {"trajectory": digest, "group": group, "steps": steps, "facts": canonical(facts)}
-        if values != {key: getattr(found, key) for key in values}:
-            connection.execute(update(runs).where(runs.c.name == name).values(values))
-            emit(connection, "run", name, trajectory=digest, group=group, steps=steps)
+        connection.execute(update(runs).where(runs.c.name == name).values(given))
+    if found is None or any(found._mapping[key] != value for key, value in given.items()):
+        emit(connection, "run", name, trajectory=digest, group=group, steps=steps)
     reassign(connection, group)
     return find_run(connection, name), found is None
 
 
 def find_run(connection: Connection, name: str) -> dict[str, Any]:
-    row = connection.execute(select(runs).where(runs.c.name == name)).first()
-    if row is None:
-        raise NotFound(f"run: there is none called {name}")
-    return _run(row)
+    return _run(one(connection, select(runs).where(runs.c.name == name), f"run: there is none called {name}"))
 
 
 def list_runs(connection: Connection, after: str, limit: int) -> list[dict[str, Any]]:
@@ -143,9 +137,8 @@ def set_schedule(
         raise Refused(f"effective: {run} ends at step {found['steps']}; choose an earlier one")
     _check_schedule(connection, found, parsed, effective, accept)
     version = present + 1
-    given = {"run": run, "version": version, "document": shown, "effective": effective, "author": author, "note": note}
-    row = {**given, "applied": None if present else 0, "created": time.time()}
-    connection.execute(insert(schedules), row)
+    row = {"run": run, "version": version, "document": shown, "effective": effective, "author": author, "note": note}
+    connection.execute(insert(schedules), {**row, "applied": None if present else 0, "created": time.time()})
     connection.execute(update(runs).where(runs.c.name == run).values(schedule_version=version))
     emit(connection, "schedule", run, version=version, policy=parsed.policy, effective=effective, by=author, note=note)
     return find_schedule(connection, run), True
@@ -163,13 +156,13 @@ def parse_schedule(document: Any) -> ScheduleConfig:
 
 def find_schedule(connection: Connection, run: str, version: int | None = None) -> dict[str, Any]:
     """Of a version; None: the newest."""
-    if version is None:
-        row = connection.execute(_NEWEST, {"run": run}).first()
-        if row is None:
-            find_run(connection, run)
-            raise NotFound(f"schedule: {run} has none yet")
-        return _schedule(row)
-    return _schedule(_schedule_row(connection, run, version))
+    if version is not None:
+        return _schedule(_schedule_row(connection, run, version))
+    row = connection.execute(_NEWEST, {"run": run}).first()
+    if row is None:
+        find_run(connection, run)
+        raise NotFound(f"schedule: {run} has none yet")
+    return _schedule(row)
 
 
 def list_schedules(connection: Connection, run: str, after: int = 0, limit: int = 1 << 30) -> list[dict[str, Any]]:
@@ -180,15 +173,13 @@ def list_schedules(connection: Connection, run: str, after: int = 0, limit: int 
 
 
 def apply_schedule(connection: Connection, run: str, version: int, step: int) -> dict[str, Any]:
-    """The run's ranks have agreed to take a version up at student step `step`. A repeat changes nothing, another step is a
-    Conflict."""
+    """The ranks agreed to take a version up at student step `step`. A repeat changes nothing, another step is a Conflict."""
     row = _schedule_row(connection, run, version)
     if row.applied is None:
         if step < row.effective:
             raise Refused(f"step: version {version} begins at student step {row.effective}, not before")
-        connection.execute(
-            update(schedules).where((schedules.c.run == run) & (schedules.c.version == version)).values(applied=step)
-        )
+        mine = (schedules.c.run == run) & (schedules.c.version == version)
+        connection.execute(update(schedules).where(mine).values(applied=step))
         emit(connection, "schedule_applied", run, version=version, step=step)
     elif row.applied != step:
         raise Conflict(f"step: version {version} was taken up at student step {row.applied}", _schedule(row))
@@ -209,8 +200,7 @@ def _schedule(row: Any) -> dict[str, Any]:
 
 
 def resolve(connection: Connection, run: dict[str, Any], schedule: ScheduleConfig) -> Plan:
-    """The schedule over the run's registered checkpoints. Refused where it asks for what is not there, or nothing is
-    registered."""
+    """The schedule over the run's registered checkpoints. Refused where there are none, or not those that it asks for."""
     if run["trajectory"] is None:
         raise Refused(f"trajectory: none is registered for {run['name']}, so its schedule cannot be resolved here")
     steps = catalogue.steps_of(connection, run["trajectory"])
@@ -273,15 +263,14 @@ def add_decision(connection: Connection, run: str, decision: Stored) -> tuple[St
 
 def list_decisions(connection: Connection, run: str, after: int = -1, limit: int = 1 << 30) -> list[Stored]:
     """Those with a greater number, in order; none of a run that there is not."""
-    query = select(decisions).where((decisions.c.run == run) & (decisions.c.sequence > after))
+    columns = [decisions.c[key] for key in Stored.__annotations__]
+    query = select(*columns).where((decisions.c.run == run) & (decisions.c.sequence > after))
     rows = connection.execute(query.order_by(decisions.c.sequence).limit(limit))
-    keys = ("sequence", "step", "effective", "checkpoint", "reason", "applied")
-    return [Stored(**{key: getattr(r, key) for key in keys}, evidence=json.loads(r.evidence)) for r in rows]  # type: ignore[typeddict-item]
+    return [Stored(**{**row._mapping, "evidence": json.loads(row.evidence)}) for row in rows]  # type: ignore[typeddict-item]
 
 
 def apply_decision(connection: Connection, run: str, sequence: int, step: int) -> Stored:
-    """The run learned of a decision too late, the service having been away, and its ranks take it up at student step `step`. A
-    repeat changes nothing, another step is a Conflict."""
+    """The run learned of a decision too late, and its ranks take it up at student step `step`; as `apply_schedule`."""
     found = list_decisions(connection, run, sequence - 1, 1)
     if not found or found[0]["sequence"] != sequence:
         find_run(connection, run)
@@ -334,7 +323,11 @@ def _decide(connection: Connection, run: dict[str, Any], step: int, now: int) ->
     available = catalogue.steps_of(connection, run["trajectory"]) if run["trajectory"] else list(settings.teachers)
     last = list_decisions(connection, run["name"], run["decisions"] - 2, 1)
     start = begins(last[0]) if last else 0
-    measured = [Report(r["step"], r["metrics"][settings.metric]) for r in _since(connection, run["name"], start, settings.metric)]
+    # The reports after the last decision's beginning, and the last one before it.
+    before = select(func.max(reports.c.step)).where((reports.c.run == run["name"]) & (reports.c.step <= start))
+    first = connection.execute(before).scalar()
+    found = list_reports(connection, run["name"], -1 if first is None else first - 1)
+    measured = [Report(r["step"], r["metrics"][settings.metric]) for r in found if settings.metric in r["metrics"]]
     made = [*[None] * (run["decisions"] - len(last)), *map(_as_taken, last)]
     decision = decide(settings, candidates(settings, tuple(available)), measured, made, now)  # type: ignore[arg-type]
     if decision is None:
@@ -349,14 +342,6 @@ def _decide(connection: Connection, run: dict[str, Any], step: int, now: int) ->
 def _as_taken(stored: Stored) -> Decision:
     """As its run took it up."""
     return Decision(**{**{key: value for key, value in stored.items() if key != "applied"}, "effective": begins(stored)})  # type: ignore[arg-type]
-
-
-def _since(connection: Connection, run: str, start: int, metric: str) -> list[dict[str, Any]]:
-    """The reports after a student step that hold the metric, and the last one before them."""
-    before = select(func.max(reports.c.step)).where((reports.c.run == run) & (reports.c.step <= start))
-    first = connection.execute(before).scalar()
-    found = list_reports(connection, run, -1 if first is None else first - 1)
-    return [report for report in found if metric in report["metrics"]]
 
 
 def list_reports(connection: Connection, run: str, after: int = -1, limit: int = 1 << 30) -> list[dict[str, Any]]:
@@ -383,17 +368,10 @@ def reassign(connection: Connection, group: str) -> None:
     """
     query = select(replicas.c.endpoint).where((replicas.c.group == group) & (replicas.c.state == "live"))
     live = list(connection.execute(query).scalars())
-    for row in connection.execute(
-        select(runs.c.name, runs.c.assignment_version, runs.c.endpoints).where(runs.c.group == group)
-    ).all():
-        endpoints = canonical(_ordered(row.name, live))
-        if endpoints != row.endpoints:
-            version = row.assignment_version + 1
-            connection.execute(
-                update(runs).where(runs.c.name == row.name).values(assignment_version=version, endpoints=endpoints)
-            )
-            emit(connection, "assignment", row.name, version=version, endpoints=json.loads(endpoints))
-
-
-def _ordered(run: str, endpoints: Sequence[str]) -> list[str]:
-    return sorted(endpoints, key=lambda endpoint: hashlib.sha256(f"{run}\n{endpoint}".encode()).digest())
+    mine = select(runs.c.name, runs.c.assignment_version, runs.c.endpoints).where(runs.c.group == group)
+    for name, version, before in connection.execute(mine).all():
+        endpoints = sorted(live, key=lambda endpoint: hashlib.sha256(f"{name}\n{endpoint}".encode()).digest())
+        if canonical(endpoints) != before:
+            values = {"assignment_version": version + 1, "endpoints": canonical(endpoints)}
+            connection.execute(update(runs).where(runs.c.name == name).values(values))
+            emit(connection, "assignment", name, version=version + 1, endpoints=endpoints)

@@ -1,4 +1,4 @@
-"""Tables of the store, in SQLAlchemy's terms; migrations/ makes them.
+"""Tables of the store, in SQLAlchemy's terms: a new store gets these, migrations/ bring an older one to them.
 
 Times are seconds since 1970 (float), trees are canonical JSON as text (`canonical`), digests hexadecimal sha256. Text is never
 bytes that a database could refuse: JSON is ASCII, and names follow NAME.
@@ -10,19 +10,7 @@ import hashlib
 import json
 from typing import Any
 
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    Float,
-    ForeignKey,
-    Index,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    Text,
-    UniqueConstraint,
-)
+from sqlalchemy import BigInteger, Column, Float, ForeignKey, Index, Integer, MetaData, String, Table, Text, UniqueConstraint
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,119}$"  # of runs, names and replicas' groups; a digest is none: 64 hexadecimal digits
 DIGEST = r"^[0-9a-f]{64}$"

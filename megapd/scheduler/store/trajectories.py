@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, delete, insert, select, update
+from sqlalchemy import Connection, Row, delete, insert, select, update
 
-from megapd.scheduler.store.database import Conflict, NotFound, Refused
+from megapd.scheduler.store.database import Conflict, NotFound, Refused, one
 from megapd.scheduler.store.events import emit
 from megapd.scheduler.store.tables import DIGEST, NAME, canonical, checkpoints, digest_of, flags, names, trajectories
 
@@ -25,26 +25,26 @@ KINDS = ("changed", "duplicate", "order", "loss")
 # ---------------------------------------------------------------------------------------------------------- trajectories
 
 
-def add_trajectory(connection: Connection, run: str, location: str, vocabulary: str) -> tuple[dict[str, Any], bool]:
-    """(the trajectory, whether it is new): a repeat changes nothing."""
+def add_trajectory(
+    connection: Connection, run: str, location: str, vocabulary: str, name: str | None = None
+) -> tuple[dict[str, Any], bool]:
+    """(the trajectory, whether it is new): a repeat changes nothing. name: also points to it."""
     record = {"run": run, "location": location, "vocabulary": vocabulary}
     digest = digest_of(record)
     found = connection.execute(select(trajectories).where(trajectories.c.digest == digest)).first()
-    if found is not None:
-        return dict(found._mapping), False
-    row = {"digest": digest, **record, "created": time.time()}
-    connection.execute(insert(trajectories), row)
-    emit(connection, "trajectory", trajectory=digest, of=run, location=location)
-    return row, True
+    row = {"digest": digest, **record, "created": time.time()} if found is None else dict(found._mapping)
+    if found is None:
+        connection.execute(insert(trajectories), row)
+        emit(connection, "trajectory", trajectory=digest, of=run, location=location)
+    if name is not None:
+        set_name(connection, name, digest)
+    return row, found is None
 
 
 def find_trajectory(connection: Connection, reference: str) -> dict[str, Any]:
     """Of a digest or a name."""
-    digest = resolve(connection, reference)
-    row = connection.execute(select(trajectories).where(trajectories.c.digest == digest)).first()
-    if row is None:
-        raise NotFound(f"trajectory: there is none called {reference}")
-    return dict(row._mapping)
+    query = select(trajectories).where(trajectories.c.digest == resolve(connection, reference))
+    return dict(one(connection, query, f"trajectory: there is none called {reference}")._mapping)
 
 
 def list_trajectories(connection: Connection, after: str, limit: int) -> list[dict[str, Any]]:
@@ -57,10 +57,11 @@ def list_trajectories(connection: Connection, after: str, limit: int) -> list[di
 
 
 def add_checkpoint(connection: Connection, trajectory: str, record: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """(the checkpoint, whether it is new) of a record with at least step and weights.
+    """(the checkpoint, whether it is new) of a record with at least step and weights; trajectory: digest or name.
 
     A repeat of the same record changes nothing; another one for the same step is a Conflict, since records are immutable.
     """
+    trajectory = find_trajectory(connection, trajectory)["digest"]
     digest = digest_of({"trajectory": trajectory, **record})
     place = (checkpoints.c.trajectory == trajectory) & (checkpoints.c.step == record["step"])
     found = connection.execute(select(checkpoints).where(place)).first()
@@ -72,44 +73,31 @@ def add_checkpoint(connection: Connection, trajectory: str, record: dict[str, An
                 {"digest": found.digest},
             )
         return _checkpoint(connection, found), False
-    row = {
-        "digest": digest,
-        "trajectory": trajectory,
-        "step": record["step"],
-        "weights": record["weights"],
-        "record": canonical(record),
-        "created": time.time(),
-    }
+    given = {"digest": digest, "trajectory": trajectory, "step": record["step"], "weights": record["weights"]}
+    row = {**given, "record": canonical(record), "created": time.time()}
     connection.execute(insert(checkpoints), row)
     emit(connection, "checkpoint", trajectory=trajectory, checkpoint=digest, step=record["step"])
     return {**_flat(row), "flags": []}, True
 
 
 def find_checkpoint(connection: Connection, reference: str) -> dict[str, Any]:
-    digest = resolve(connection, reference)
-    row = connection.execute(select(checkpoints).where(checkpoints.c.digest == digest)).first()
-    if row is None:
-        raise NotFound(f"checkpoint: there is none called {reference}")
-    return _checkpoint(connection, row)
+    query = select(checkpoints).where(checkpoints.c.digest == resolve(connection, reference))
+    return _checkpoint(connection, one(connection, query, f"checkpoint: there is none called {reference}"))
 
 
 def checkpoint_at(connection: Connection, trajectory: str, step: int) -> dict[str, Any]:
-    place = (checkpoints.c.trajectory == trajectory) & (checkpoints.c.step == step)
-    row = connection.execute(select(checkpoints).where(place)).first()
-    if row is None:
-        raise NotFound(f"step: the trajectory has no checkpoint of step {step}")
-    return _checkpoint(connection, row)
+    query = select(checkpoints).where((checkpoints.c.trajectory == trajectory) & (checkpoints.c.step == step))
+    return _checkpoint(connection, one(connection, query, f"step: the trajectory has no checkpoint of step {step}"))
 
 
 def list_checkpoints(connection: Connection, trajectory: str, after: int = -1, limit: int = 1 << 30) -> list[dict[str, Any]]:
-    """Those of steps after `after`, in order."""
-    query = select(checkpoints).where((checkpoints.c.trajectory == trajectory) & (checkpoints.c.step > after))
-    rows = connection.execute(query.order_by(checkpoints.c.step).limit(limit)).all()
-    flagged = _flags(connection, flags.c.checkpoint.in_([row.digest for row in rows])) if len(rows) <= 500 else None
-    if flagged is None:  # more than a database takes in one list
-        inside = select(checkpoints.c.digest).where(checkpoints.c.trajectory == trajectory)
-        flagged = _flags(connection, flags.c.checkpoint.in_(inside))
-    return [{**_flat(dict(row._mapping)), "flags": flagged.get(row.digest, [])} for row in rows]
+    """Those of steps after `after`, in order; trajectory: digest or name."""
+    digest = find_trajectory(connection, trajectory)["digest"]
+    query = select(checkpoints).where((checkpoints.c.trajectory == digest) & (checkpoints.c.step > after))
+    query = query.order_by(checkpoints.c.step).limit(limit)
+    flagged = _flags(connection, flags.c.checkpoint.in_(query.with_only_columns(checkpoints.c.digest)))
+    rows = connection.execute(query).mappings()
+    return [{**_flat(row), "flags": flagged.get(row["digest"], [])} for row in rows]
 
 
 def steps_of(connection: Connection, trajectory: str) -> list[int]:
@@ -148,9 +136,11 @@ def refuse_flagged(connection: Connection, trajectory: str, steps: Iterable[int]
 def set_flags(connection: Connection, trajectory: str, found: dict[int, dict[str, str]]) -> list[dict[str, Any]]:
     """Replace the trajectory's flags by {teacher step: {kind: detail}}; what was accepted with the same detail stays accepted.
 
-    Returns the flagged checkpoints. NotFound for a step that the trajectory does not have.
+    trajectory: digest or name. Returns the flagged checkpoints. NotFound for a step that the trajectory does not have.
     """
-    digests = dict(_digests(connection, trajectory))
+    trajectory = find_trajectory(connection, trajectory)["digest"]
+    query = select(checkpoints.c.step, checkpoints.c.digest).where(checkpoints.c.trajectory == trajectory)
+    digests = {row.step: row.digest for row in connection.execute(query)}
     missing = found.keys() - digests.keys()
     if missing:
         raise NotFound(f"step: the trajectory has no checkpoint of step {min(missing)}")
@@ -187,8 +177,7 @@ def accept(connection: Connection, checkpoint: str, author: str) -> dict[str, An
 
 
 def set_name(connection: Connection, name: str, digest: str, expected: int | None = None) -> dict[str, Any]:
-    """Point a name to a trajectory or checkpoint. expected: its present version, 0 of none, else Conflict; None: whatever it
-    is."""
+    """Point a name to a trajectory or checkpoint. expected: its present version, 0 of none, else Conflict; None: any."""
     if not re.fullmatch(NAME, name) or re.fullmatch(DIGEST, name):
         raise Refused(f"name: {name!r} is none; give up to 120 letters, digits, dots, underscores, hyphens, and no digest")
     known = [connection.execute(select(t.c.digest).where(t.c.digest == digest)).first() for t in (trajectories, checkpoints)]
@@ -226,26 +215,20 @@ def resolve(connection: Connection, reference: str) -> str:
 # --------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _digests(connection: Connection, trajectory: str) -> Iterable[tuple[int, str]]:
-    query = select(checkpoints.c.step, checkpoints.c.digest).where(checkpoints.c.trajectory == trajectory)
-    return [(row.step, row.digest) for row in connection.execute(query)]
-
-
 def _flags(connection: Connection, which: Any) -> dict[str, list[dict[str, Any]]]:
-    query: Select[Any] = select(flags).where(which).order_by(flags.c.kind)
+    """Those of each flagged checkpoint."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for row in connection.execute(query):
-        entry = {"kind": row.kind, "detail": row.detail, "found": row.found, "accepted_by": row.accepted_by}
-        found.setdefault(row.checkpoint, []).append(entry)
+    for row in connection.execute(select(flags).where(which).order_by(flags.c.kind)).mappings():
+        flag = dict(row)
+        found.setdefault(flag.pop("checkpoint"), []).append(flag)
     return found
 
 
 def _checkpoint(connection: Connection, row: Row[Any]) -> dict[str, Any]:
     flagged = _flags(connection, flags.c.checkpoint == row.digest)
-    return {**_flat(dict(row._mapping)), "flags": flagged.get(row.digest, [])}
+    return {**_flat(row._mapping), "flags": flagged.get(row.digest, [])}
 
 
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
+def _flat(row: Mapping[Any, Any]) -> dict[str, Any]:
     """The record's fields beside its address."""
-    record = json.loads(row["record"])
-    return {"digest": row["digest"], "trajectory": row["trajectory"], "created": row["created"], **record}
+    return {**{key: row[key] for key in ("digest", "trajectory", "created")}, **json.loads(row["record"])}

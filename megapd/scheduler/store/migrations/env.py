@@ -5,6 +5,4 @@ from alembic import context
 from megapd.scheduler.store.tables import metadata
 
 context.configure(connection=context.config.attributes["connection"], target_metadata=metadata)
-
-
 context.run_migrations()
