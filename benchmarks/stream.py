@@ -182,7 +182,7 @@ class Bench:
         assert config is not None
         return ServedStream(
             config,
-            Plan("one_shot", STEPS, (0,), (STEP,)),
+            Plan("one_shot", STEPS, ((0, STEP),)),
             self.kind.spec,
             OneCheckpoint(SIZES),
             device=torch.device("cpu"),

@@ -61,7 +61,7 @@ def student(folder: Path, name: str, plan: Plan) -> dict[str, Any]:
 
 
 def two_shot(checkpoint: int, last: int, times: int, steps: int) -> Plan:
-    return Plan("explicit", steps, (0, times), (checkpoint, last))
+    return Plan("explicit", steps, ((0, checkpoint), (times, last)))
 
 
 def main() -> None:

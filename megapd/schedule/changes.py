@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,51 +28,42 @@ class ChangeLog:
     def __init__(self, path: Path) -> None:
         """Reads what is there. UserError if the file is damaged."""
         self._path = path
-        self._changes: list[Change] = []
+        self.changes: tuple[Change, ...] = ()
         if path.exists():
             try:
                 tree = json.loads(path.read_text())
                 if tree["format"] not in (FORMAT, FORMER_FORMAT):
                     raise ValueError(f"its format is {tree['format']!r}, this megapd reads {FORMAT!r}")
-                for entry in tree["changes"]:
-                    change = _parse(entry)
-                    self._check_order(change)
-                    self._changes.append(change)
+                self.changes = _in_order(map(_parse, tree["changes"]))
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path}: damaged ({error}); restore it from a copy, or start a run of another name") from error
 
     @property
-    def changes(self) -> tuple[Change, ...]:
-        return tuple(self._changes)
-
-    @property
     def decisions(self) -> tuple[Decision, ...]:
-        return tuple(change for change in self._changes if isinstance(change, Decision))
+        return tuple(change for change in self.changes if isinstance(change, Decision))
 
     def append(self, *changes: Change) -> None:
         """Returns when they are on the disk, all or none. ValueError if a decision is not the next."""
-        before = list(self._changes)
-        try:
-            for change in changes:
-                self._check_order(change)
-                self._changes.append(change)
-            entries = [{"kind": type(entry).__name__.lower(), **asdict(entry)} for entry in self._changes]
-            write_atomic(self._path, json.dumps({"format": FORMAT, "changes": entries}, indent=1))
-        except BaseException:
-            self._changes = before
-            raise
+        after = _in_order([*self.changes, *changes])
+        entries = [{"kind": type(entry).__name__.lower(), **asdict(entry)} for entry in after]
+        write_atomic(self._path, json.dumps({"format": FORMAT, "changes": entries}, indent=1))
+        self.changes = after
 
-    def _check_order(self, change: Change) -> None:
+
+def _in_order(changes: Iterable[Change]) -> tuple[Change, ...]:
+    """ValueError if a decision is not the next."""
+    before: list[Decision] = []
+    found = tuple(changes)
+    for change in found:
         if not isinstance(change, Decision):
-            return
-        before = self.decisions
+            continue
         if change.sequence != len(before):
             raise ValueError(f"{change} does not follow the {len(before)} on record")
         if before and change.effective <= before[-1].effective:
-            raise ValueError(
-                f"{change} takes effect at student step {change.effective}, not after the one before it, at "
-                f"{before[-1].effective}"
-            )
+            start = before[-1].effective
+            raise ValueError(f"{change} takes effect at student step {change.effective}, not after the one before it, at {start}")
+        before.append(change)
+    return found
 
 
 def _parse(entry: Mapping[str, Any]) -> Change:

@@ -13,14 +13,20 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import Any
 
 from megapd.config import ScheduleConfig
 
 Rotations = tuple[tuple[int, int], ...]  # (student step, teacher step), the first at 0
+
+
+def merged(parts: Iterable[tuple[int, int]]) -> Rotations:
+    """Of neighbours with the same teacher step the first alone."""
+    return tuple(next(same) for _, same in groupby(parts, key=itemgetter(1)))
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,7 @@ class Plan:
 
     policy      the schedule's policy
     steps       student steps of the run
-    starts      increasing student steps, the first 0: where a checkpoint begins to teach
-    teachers    teacher step of each, the same length; neighbours differ
+    points      (student step, teacher step) where a checkpoint begins to teach: the first at 0, increasing, neighbours differ
     warnings    what a user may not have meant, one line each
 
     Of an adaptive schedule it is the first checkpoint for the whole run: what follows is decided as the run goes.
@@ -38,30 +43,35 @@ class Plan:
 
     policy: str
     steps: int
-    starts: tuple[int, ...]
-    teachers: tuple[int, ...]
+    points: Rotations
     warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        assert len(self.starts) == len(self.teachers)
-        assert self.starts[0] == 0
-        assert self.starts[-1] < self.steps
-        assert all(a < b for a, b in zip(self.starts, self.starts[1:], strict=False))
-        assert all(a != b for a, b in zip(self.teachers, self.teachers[1:], strict=False))
+        assert self.points[0][0] == 0
+        assert self.points[-1][0] < self.steps
+        assert all(a[0] < b[0] and a[1] != b[1] for a, b in pairwise(self.points))
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        return tuple(start for start, _ in self.points)
+
+    @property
+    def teachers(self) -> tuple[int, ...]:
+        return tuple(teacher for _, teacher in self.points)
 
     def checkpoint_at(self, student_step: int) -> int:
         """The teacher step that teaches student step `student_step`, 0 <= student_step < steps. O(log rotations)."""
         assert 0 <= student_step < self.steps, f"student step {student_step} of a plan for {self.steps} steps"
-        return self.teachers[bisect_right(self.starts, student_step) - 1]
+        return self.points[bisect_right(self.points, student_step, key=itemgetter(0)) - 1][1]
 
     def rotations(self) -> list[tuple[int, int]]:
-        """(student step, teacher step) wherever another checkpoint begins to teach; the first is at student step 0."""
-        return list(zip(self.starts, self.teachers, strict=True))
+        return list(self.points)
 
     def next_after(self, student_step: int) -> tuple[int, int] | None:
         """The first rotation later than `student_step`, None if there is none. O(log rotations)."""
-        place = bisect_right(self.starts, student_step)
-        return (self.starts[place], self.teachers[place]) if place < len(self.starts) else None
+        points = self.points  # a live plan may replace them meanwhile
+        place = bisect_right(points, student_step, key=itemgetter(0))
+        return points[place] if place < len(points) else None
 
     def fixed(self) -> list[tuple[int, int]]:
         """The rotations that a resumed run must find again: those of the run's own configuration."""
@@ -162,60 +172,30 @@ def pieces(rotations: Sequence[tuple[int, int]], start: int, end: int) -> Iterat
 
 
 class LivePlan(Plan):
-    """A plan that versions and decisions change. May be asked from several threads.
+    """A plan that versions and decisions change, known so far. May be asked from several threads.
 
-    `starts`, `teachers`, `rotations` and `next_after` say what is known so far. checkpoint_at of a step that was asked for never
-    changes: `take` refuses what would change it.
+    checkpoint_at of a step that was asked for never changes: `take` refuses what would change it.
     """
 
     def __init__(self, first: Version, steps: int, changes: Sequence[Change] = ()) -> None:
         """first: of the run's own configuration; changes: those on record, in order."""
-        # No field of Plan is set: this class computes each.
         assert first.start == 0
-        assert steps >= 1
-        self._steps = steps
         self._asked = -1  # the latest step that checkpoint_at was asked for
         self._guard = threading.Lock()
         self._versions: list[Version] = [first]
         self._decisions: list[Decision] = []
-        self._points = self._resolve()  # the rotations that the run reaches; neighbours differ
+        super().__init__("live", steps, self._resolve(steps))
         for change in changes:
             self.take(change)
 
-    policy = "live"
-    warnings = ()
     __eq__ = object.__eq__  # two plans may yet grow apart
     __hash__ = object.__hash__
 
-    def __repr__(self) -> str:
-        return f"LivePlan(versions={[v.version for v in self._versions]}, steps={self._steps}, rotations={self.rotations()})"
-
-    @property
-    def steps(self) -> int:
-        return self._steps
-
-    @property
-    def starts(self) -> tuple[int, ...]:
-        return tuple(start for start, _ in self._points)
-
-    @property
-    def teachers(self) -> tuple[int, ...]:
-        return tuple(teacher for _, teacher in self._points)
-
     def checkpoint_at(self, student_step: int) -> int:
-        assert 0 <= student_step < self._steps, f"student step {student_step} of a plan for {self._steps} steps"
         with self._guard:
+            teacher = super().checkpoint_at(student_step)
             self._asked = max(self._asked, student_step)
-            points = self._points
-        return points[bisect_right(points, student_step, key=lambda point: point[0]) - 1][1]
-
-    def rotations(self) -> list[tuple[int, int]]:
-        return list(self._points)
-
-    def next_after(self, student_step: int) -> tuple[int, int] | None:
-        points = self._points
-        place = bisect_right(points, student_step, key=lambda point: point[0])
-        return points[place] if place < len(points) else None
+        return teacher
 
     def fixed(self) -> list[tuple[int, int]]:
         return list(self._versions[0].rotations)
@@ -247,7 +227,7 @@ class LivePlan(Plan):
 
     def grows_after(self, student_step: int) -> bool:
         """Whether a version that decisions extend is in force somewhere from `student_step` on."""
-        versions = in_force([version.start for version in self._versions], self._steps)
+        versions = in_force([version.start for version in self._versions], self.steps)
         return any(self._versions[place].grows and end > student_step for place, _, end in versions)
 
     def take(self, change: Change) -> None:
@@ -270,15 +250,14 @@ class LivePlan(Plan):
                         f"{change} begins at student step {change.effective}, not after the one before it, at {self.latest}"
                     )
                 self._decisions.append(change)
-            self._points = self._resolve()
+            object.__setattr__(self, "points", self._resolve(self.steps))  # frozen for all others
 
-    def _resolve(self) -> Rotations:
-        points: list[tuple[int, int]] = []
+    def _resolve(self, steps: int) -> Rotations:
+        """The rotations that the run reaches."""
         decided = [(decision.effective, decision.checkpoint) for decision in self._decisions]
-        for place, start, end in in_force([version.start for version in self._versions], self._steps):
+        taught: list[tuple[int, int]] = []
+        for place, start, end in in_force([version.start for version in self._versions], steps):
             version = self._versions[place]
             rotations = [version.rotations[0], *decided] if version.grows else version.rotations
-            for begun, _, teacher in pieces(rotations, start, end):
-                if not points or points[-1][1] != teacher:
-                    points.append((begun, teacher))
-        return tuple(points)
+            taught += [(begun, teacher) for begun, _, teacher in pieces(rotations, start, end)]
+        return merged(taught)

@@ -39,11 +39,12 @@ from megapd.config import (
 )
 from megapd.errors import UserError
 from megapd.registry import imported
-from megapd.schedule.plan import Plan
+from megapd.schedule.plan import Plan, merged
 from megapd.schedule.transition import Metrics, all_metrics, find_transition, nearest_increasing
 
 MetricsOf = Callable[[int], Mapping[str, Any]]  # teacher step -> what its checkpoint's meta.json holds as metrics
 Pieces = list[tuple[int, int]]  # (student step, teacher step), the first at 0, all below the run's steps; neighbours may be equal
+Distances = Callable[[Sequence[int], int], Callable[[int, int], int]]  # (steps, count) -> of target i and element j
 Resolved = tuple[Pieces, list[str]]  # and warnings, one line each
 
 
@@ -73,12 +74,7 @@ def build_plan(
     resolved: Resolved = imported(schedule.builder)(schedule, there, steps, *metrics)
     pieces, warnings = resolved
     assert schedule.waits is not None or {teacher for _, teacher in pieces} <= set(there), f"{schedule.policy} names others"
-    merged: list[tuple[int, int]] = []
-    for start, teacher in pieces:
-        if not merged or merged[-1][1] != teacher:
-            merged.append((start, teacher))
-    starts, teachers = zip(*merged, strict=True)
-    return Plan(schedule.policy, steps, starts, teachers, tuple(warnings))
+    return Plan(schedule.policy, steps, merged(pieces), tuple(warnings))
 
 
 def one_shot(schedule: OneShotConfig, there: tuple[int, ...], steps: int) -> Resolved:
@@ -105,10 +101,7 @@ def explicit(schedule: ExplicitConfig, there: tuple[int, ...], steps: int) -> Re
 
 def equal(schedule: EqualConfig, there: tuple[int, ...], steps: int) -> Resolved:
     count = schedule.checkpoints
-    trained = _trained(there, count)
-    chosen = equally_spaced(trained, count)
-    nearest = [min(trained, key=lambda step: (abs(step * count - trained[-1] * i), step)) for i in range(1, count + 1)]
-    warnings = [] if chosen == nearest else [_uneven(count, "distances", chosen)]
+    chosen, warnings = _spread(_differences, "distances", _trained(there, count), count)
     return _parts(chosen, [i * schedule.steps for i in range(count)], steps, "schedule.steps", warnings)
 
 
@@ -122,9 +115,7 @@ def geometric(schedule: GeometricConfig, there: tuple[int, ...], steps: int) -> 
             f"schedule.first: {len(trained)} checkpoints from step {trained[0]} on, but schedule.checkpoints asks for {count}; "
             f"lower one of them"
         )
-    chosen = geometrically_spaced(trained, count)
-    nearest = [min(range(len(trained)), key=lambda j: (_ratio(trained, count, i, j), j)) for i in range(count)]
-    warnings = [] if chosen == [trained[j] for j in nearest] else [_uneven(count, "ratios", chosen)]
+    chosen, warnings = _spread(_ratios, "ratios", trained, count)
     if schedule.steps is not None:
         return _parts(chosen, [i * schedule.steps for i in range(count)], steps, "schedule.steps", warnings)
     assert schedule.total is not None
@@ -164,11 +155,16 @@ def _trained(there: Sequence[int], count: int) -> tuple[int, ...]:
     return trained
 
 
-def _uneven(count: int, what: str, chosen: Sequence[int]) -> str:
-    return (
+def _spread(distances: Distances, what: str, trained: Sequence[int], count: int) -> tuple[list[int], list[str]]:
+    """The checkpoints chosen, and a warning if they are not each the nearest."""
+    chosen, distance = _spaced(distances, trained, count), distances(trained, count)
+    nearest = [trained[min(range(len(trained)), key=lambda j: (distance(i, j), j))] for i in range(count)]
+    if chosen == nearest:
+        return chosen, []
+    return chosen, [
         f"schedule.checkpoints: the trajectory is too uneven for {count} equal {what}, "
         f"several of which end nearest to one checkpoint; using {', '.join(map(str, chosen))}"
-    )
+    ]
 
 
 def _parts(chosen: Sequence[int], starts: Sequence[int], steps: int, setting: str, warnings: list[str]) -> Resolved:
@@ -188,45 +184,41 @@ def equally_spaced(steps: Sequence[int], count: int) -> list[int]:
     That is the nearest element to each target where those are distinct (of two equally near, the earlier), and else the
     increasing choice with the smallest sum of distances. The last element is always chosen. O(count * len(steps)).
     """
-    last = steps[-1]
-    assert 1 <= count <= len(steps)
-    assert steps[0] > 0
-    # Distances times `count`, to stay whole.
-    return [steps[j] for j in nearest_increasing(lambda i, j: abs(steps[j] * count - last * (i + 1)), count, len(steps))]
+    return _spaced(_differences, steps, count)
 
 
 def geometrically_spaced(steps: Sequence[int], count: int) -> list[int]:
     """`count` distinct elements of the increasing positive `steps`, as near in ratio to first * (last / first)^(i / (count - 1)),
     i = 0..count - 1, as they can be; of one, the last. Chosen as by `equally_spaced`; first and last are among them."""
+    return _spaced(_ratios, steps, count)
+
+
+def _spaced(distances: Distances, steps: Sequence[int], count: int) -> list[int]:
     assert 1 <= count <= len(steps)
     assert steps[0] > 0
-    return [steps[j] for j in nearest_increasing(lambda i, j: _ratio(steps, count, i, j), count, len(steps))]
+    return [steps[j] for j in nearest_increasing(distances(steps, count), count, len(steps))]
 
 
-def _ratio(steps: Sequence[int], count: int, i: int, j: int) -> int:
+def _differences(steps: Sequence[int], count: int) -> Callable[[int, int], int]:
+    """|element j - target i|, times `count`, to stay whole."""
+    return lambda i, j: abs(steps[j] * count - steps[-1] * (i + 1))
+
+
+def _ratios(steps: Sequence[int], count: int) -> Callable[[int, int], int]:
     """|ln| of element j over target i, in units of 1e-9: whole, so that sums are exact and equal ones tie on every machine."""
-    share = i / (count - 1) if count > 1 else 1.0
-    target = log(steps[0]) + share * log(steps[-1] / steps[0])
-    return round(1e9 * abs(log(steps[j]) - target))
+    first, whole = log(steps[0]), log(steps[-1] / steps[0])
+    return lambda i, j: round(1e9 * abs(log(steps[j]) - (first + (i / (count - 1) if count > 1 else 1.0) * whole)))
 
 
 def matched(schedule: MatchedConfig, there: tuple[int, ...], steps: int) -> Resolved:
-    pieces = _lockstep(schedule, there[-1], steps)
-    for _, teacher in pieces:
-        _require(teacher, there, "schedule.refresh, schedule.speed")
-    return pieces, _unreached(pieces, there[-1], steps)
+    return _lockstep(schedule, there, there[-1], steps)
 
 
 def follow(schedule: FollowConfig, there: tuple[int, ...], steps: int) -> Resolved:
-    pieces = _lockstep(schedule, schedule.last, steps)
-    for _, teacher in pieces:
-        # A teacher writes in order, so what lies before its newest checkpoint and is not there will never come.
-        if there and teacher < there[-1]:
-            _require(teacher, there, "schedule.refresh, schedule.speed")
-    return pieces, _unreached(pieces, schedule.last, steps)
+    return _lockstep(schedule, there, schedule.last, steps)
 
 
-def _lockstep(schedule: MatchedConfig | FollowConfig, last: int, steps: int) -> Pieces:
+def _lockstep(schedule: MatchedConfig | FollowConfig, there: tuple[int, ...], last: int, steps: int) -> Resolved:
     """(iR, min((i + 1) * R * speed, last)) until the last is reached or the run ends; exact in the decimal digits of `speed`."""
     pace = schedule.refresh * Fraction(repr(schedule.speed))
     pieces: Pieces = []
@@ -240,14 +232,14 @@ def _lockstep(schedule: MatchedConfig | FollowConfig, last: int, steps: int) -> 
         pieces.append((start, int(wanted)))
         if wanted == last:
             break
-    return pieces
-
-
-def _unreached(pieces: Pieces, last: int, steps: int) -> list[str]:
+    for _, teacher in pieces:
+        # A teacher writes in order, so what lies before its newest checkpoint and is not there will never come.
+        if there and teacher < there[-1]:
+            _require(teacher, there, "schedule.refresh, schedule.speed")
     reached = pieces[-1][1]
     if reached >= last:
-        return []
-    return [
+        return pieces, []
+    return pieces, [
         f"schedule.speed: the teacher's last checkpoint, step {last}, never teaches: "
         f"the run ends at training.steps {steps}, taught by step {reached}"
     ]

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,27 +41,20 @@ class ReportLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = _open_locked(path)
         try:
-            found = _read(path, FORMAT, subject)
-            self._reports, self._size = found.reports, found.whole
-            os.ftruncate(self._file, self._size)
-            if self._size == 0:
-                self._write({"kind": "subject", "format": FORMAT, **subject})
+            self.reports, _, whole = _read(path, FORMAT, subject)
+            self._cut(whole)
             self.sync()
             fsync_folder(path.parent)
         except BaseException:
             self.close()
             raise
 
-    @property
-    def reports(self) -> Sequence[Report]:
-        return tuple(self._reports)
-
     def append(self, report: Report) -> bool:
         """False, and nothing changes, if the record holds one of that step or a later one."""
-        if self._reports and report.step <= self._reports[-1].step:
+        if self.reports and report.step <= self.reports[-1].step:
             return False
         self._write({"kind": "report", **asdict(report)})
-        self._reports.append(report)
+        self.reports += (report,)
         return True
 
     def sync(self) -> None:
@@ -83,18 +76,23 @@ class ReportLog:
             return
         lock = _open_locked(former)
         try:
-            found = _read(former, FORMER_FORMAT, self._subject)
-            os.ftruncate(self._file, 0)
-            self._reports, self._size = [], 0
-            self._write({"kind": "subject", "format": FORMAT, **self._subject})
-            for report in found.reports:
+            reports, decisions, _ = _read(former, FORMER_FORMAT, self._subject)
+            self.reports = ()
+            self._cut(0)
+            for report in reports:
                 self.append(report)
             self.sync()
-            keep(found.decisions)
+            keep(decisions)
             former.unlink()
             fsync_folder(former.parent)
         finally:
             os.close(lock)
+
+    def _cut(self, size: int) -> None:
+        os.ftruncate(self._file, size)
+        self._size = size
+        if size == 0:
+            self._write({"kind": "subject", "format": FORMAT, **self._subject})
 
     def _write(self, record: Mapping[str, Any]) -> None:
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
@@ -131,19 +129,13 @@ def _open_locked(path: Path) -> int:
 # ---------------------------------------------------------------------------------------------------------------- reading
 
 
-@dataclass
-class _Found:
-    """What a file holds; whole: the bytes of its whole lines."""
-
-    reports: list[Report] = field(default_factory=list)
-    decisions: list[Decision] = field(default_factory=list)
-    whole: int = 0
-
-
-def _read(path: Path, form: str, subject: Mapping[str, Any]) -> _Found:
-    """UserError if a damaged line is followed by others, or the file is about another subject."""
+def _read(path: Path, form: str, subject: Mapping[str, Any]) -> tuple[tuple[Report, ...], tuple[Decision, ...], int]:
+    """Reports, decisions, and the bytes of whole lines. UserError if a damaged line is followed by others, or the file is about
+    another subject."""
     content = path.read_bytes()
-    found = _Found()
+    reports: list[Report] = []
+    decisions: list[Decision] = []
+    whole = 0
     *lines, _ = content.split(b"\n")
     for number, line in enumerate(lines, start=1):
         try:
@@ -154,9 +146,9 @@ def _read(path: Path, form: str, subject: Mapping[str, Any]) -> _Found:
             if kind == "subject":
                 _check_subject(path, form, record, json.loads(json.dumps(subject)))
             elif kind == "report":
-                found.reports.append(Report(**record))
+                reports.append(Report(**record))
             elif kind == "decision" and form == FORMER_FORMAT:
-                found.decisions.append(Decision(**record))
+                decisions.append(Decision(**record))
             else:
                 raise ValueError(f"kind {kind!r}")
         except UserError:
@@ -168,10 +160,10 @@ def _read(path: Path, form: str, subject: Mapping[str, Any]) -> _Found:
                     f"a run of another name"
                 ) from error
             break
-        found.whole += len(line) + 1
-    if found.whole < len(content):
-        log.warning("%s: dropping %d bytes at its end that were not written whole", path, len(content) - found.whole)
-    return found
+        whole += len(line) + 1
+    if whole < len(content):
+        log.warning("%s: dropping %d bytes at its end that were not written whole", path, len(content) - whole)
+    return tuple(reports), tuple(decisions), whole
 
 
 def _check_subject(path: Path, form: str, record: dict[str, Any], now: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -55,10 +56,8 @@ class Curve:
 
     def slopes(self) -> list[float]:
         """Fall per unit of ln(step) from each checkpoint to the next, one fewer than there are."""
-        return [
-            (self.values[i] - self.values[i + 1]) / math.log(self.steps[i + 1] / self.steps[i])
-            for i in range(len(self.steps) - 1)
-        ]
+        points = zip(self.steps, self.values, strict=True)
+        return [(value - later) / math.log(after / step) for (step, value), (after, later) in pairwise(points)]
 
 
 @dataclass(frozen=True)

@@ -118,25 +118,24 @@ def _resume_alone(
 ) -> ChangeSource | None:
     """What changes the plan where no service does: an adaptive schedule's own decisions, or nothing any more."""
     grows = None if config.schedule is None else config.schedule.grows
-    if grows:
-        # Decisions without reports are the service's.
-        own = has_reports(config.folder) and all(isinstance(change, Decision) for change in log.changes)
-        if own or not log.changes:
-            assert trajectory is not None
-            source = open_embedded(config.folder, grows, candidates(grows, trajectory.steps), log)
-            try:
-                _take_known(plan, log, known)
-            except BaseException:
-                source.close()
-                raise
-            return source
-    _take_known(plan, log, known)
-    if plan.grows_after(step):
+    source = None
+    # Decisions without reports are the service's.
+    own = has_reports(config.folder) and all(isinstance(change, Decision) for change in log.changes)
+    if grows and (own or not log.changes):
+        assert trajectory is not None
+        source = open_embedded(config.folder, grows, candidates(grows, trajectory.steps), log)
+    try:
+        _take_known(plan, log, known)
+    except BaseException:
+        if source is not None:
+            source.close()
+        raise
+    if source is None and plan.grows_after(step):
         raise UserError(
             f"scheduler.url: the scheduler decides for this run ({FILE} in its folder), and nothing else can go on with that; "
             f"name the scheduler again, or start a run of another name; if the run decided by itself, restore {REPORTS_FILE}"
         )
-    return None
+    return source
 
 
 def _take_known(plan: LivePlan | None, log: ChangeLog, known: int) -> None:

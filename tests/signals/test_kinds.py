@@ -133,7 +133,7 @@ def test_a_kind_from_outside_is_a_setting(coarse):
     config = load(None, [*settings, "--teacher.signal=coarse"])
     theirs = {"hugging_face": {"vocab_size": CLASSES, "hidden_size": WIDTH}}
     checkpoint = Checkpoint(10, Path("nowhere"), TEACHER, "", theirs, {}, {})
-    found = signal_spec(config, build_task(config), Plan("one_shot", 100, (0,), (10,)), checkpoint)
+    found = signal_spec(config, build_task(config), Plan("one_shot", 100, ((0, 10),)), checkpoint)
     assert found == coarse
     with pytest.raises(UserError, match=r"teacher\.signal: Input should be 'auto', 'dense', .*'coarse'"):
         load(None, [*settings, "--teacher.signal=coarsest"])

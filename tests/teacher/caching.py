@@ -14,7 +14,7 @@ from megapd.trajectory import Checkpoint
 
 STEPS, GLOBAL = 8, 6
 CLASSES, WIDTH = 9, 4
-PLAN = Plan("explicit", STEPS, (0, 3, 6), (10, 20, 30))
+PLAN = Plan("explicit", STEPS, ((0, 10), (3, 20), (6, 30)))
 SPECS = [
     SignalSpec("dense"),
     SignalSpec("dense", "bf16"),

@@ -39,7 +39,7 @@ from megapd.trajectory import Checkpoint
 VOCABULARY, CLASSES, WIDTH, LENGTH = 300, 40, 8, 12
 STEPS = (10, 20, 30)
 TOKEN = b"0123456789abcdef0123"
-PLAN = Plan("explicit", 9, (0, 4, 6), STEPS)
+PLAN = Plan("explicit", 9, tuple(zip((0, 4, 6), STEPS, strict=True)))
 SPECS = {
     "dense": SignalSpec("dense"),
     "dense-bf16": SignalSpec("dense", "bf16"),

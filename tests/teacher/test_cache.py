@@ -122,7 +122,7 @@ def test_rows_that_lie_together_are_read_without_a_copy(tmp_path):
 def test_a_changed_schedule_uses_what_still_holds(tmp_path):
     spec = SPECS[0]
     recorded(tmp_path, spec)
-    later = Plan("explicit", STEPS, (0, 5, 6), (10, 20, 30))  # steps 3 and 4 change their teacher, 5 to 7 keep it
+    later = Plan("explicit", STEPS, ((0, 10), (5, 20), (6, 30)))  # steps 3 and 4 change their teacher, 5 to 7 keep it
     source = Source(spec, later)
     stream = CachedStream(make_cache(tmp_path), later, spec, Steps(), source, record=True, classes=CLASSES)
     taken = walk(stream)

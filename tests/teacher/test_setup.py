@@ -17,7 +17,7 @@ from megapd.world import join_world
 from tests.teacher.teachers import STEPS, configuration, write_trajectory
 
 TEACHER = ["--teacher.trajectory=x", "--schedule.policy=one_shot"]
-PLAN = Plan("one_shot", 100, (0,), (10,))
+PLAN = Plan("one_shot", 100, ((0, 10),))
 
 
 @pytest.fixture(scope="module")

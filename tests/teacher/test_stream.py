@@ -70,7 +70,7 @@ def teacher(trajectory, task):
     teacher.close()
 
 
-PLAN = Plan("explicit", 9, (0, 4, 6), STEPS)
+PLAN = Plan("explicit", 9, tuple(zip((0, 4, 6), STEPS, strict=True)))
 
 
 @pytest.mark.parametrize("kind", ["dense", "hidden", "argmax"])

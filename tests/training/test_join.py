@@ -50,7 +50,7 @@ def config(tmp_path):
     return Config(**tree, scheduler={"url": "http://127.0.0.1:9"}, training={"steps": 100})
 
 
-PLAN = Plan("one_shot", 100, (0,), (10,))
+PLAN = Plan("one_shot", 100, ((0, 10),))
 
 
 def test_a_rank_that_is_late_does_not_find_what_rank_0_wrote_meanwhile(config, monkeypatch):

@@ -59,12 +59,7 @@ class ReplicaLease:
     """
 
     def __init__(
-        self,
-        settings: SchedulerConfig,
-        group: str,
-        endpoint: str,
-        facts: dict[str, Any],
-        figures: Callable[[], dict[str, float]],
+        self, settings: SchedulerConfig, group: str, endpoint: str, facts: dict[str, Any], figures: Callable[[], dict[str, float]]
     ) -> None:
         """facts: kept with the registration, a JSON object. figures: of each beat, finite numbers.
 
