@@ -74,8 +74,9 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def temporary_folder(final: Path) -> Path:
-    """Where to build the folder that `commit_folder` renames to `final`: made afresh, beside it.
+@contextlib.contextmanager
+def temporary_folder(final: Path) -> Iterator[Path]:
+    """Where to build the folder that `commit_folder` renames to `final`: made afresh beside it, and removed if not committed.
 
     Leftovers for the same destination of processes that no longer run on this machine are removed.
     """
@@ -86,7 +87,10 @@ def temporary_folder(final: Path) -> Path:
             shutil.rmtree(entry)
     temporary = final.with_name(f"{final.name}{TEMPORARY_INFIX}{os.getpid()}")
     temporary.mkdir()
-    return temporary
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # an error that brought us here says more than a failing clean-up would
 
 
 def commit_folder(temporary: Path, final: Path) -> None:

@@ -20,9 +20,7 @@ class TeacherServerConfig(Section):
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all, which needs teacher.token")
     advertise: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z0-9._:-]{1,250}$",
-        description="host that students reach it by, for scheduler.url; default: host",
+        None, pattern=r"^[A-Za-z0-9._:-]{1,250}$", description="host that students reach it by, for scheduler.url; default: host"
     )
     port: int = Field(8470, ge=0, lt=1 << 16, description="replica i listens on port + i; 0: any free one")
     metrics_port: int | None = Field(None, ge=0, lt=1 << 16, description="HTTP /metrics and /health, replica i on + i; none: off")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -49,8 +48,7 @@ def prepare(config: settings.Config, progress: bool = True) -> Path:
         print(f"{output}: already prepared", file=sys.stderr)
         return output
     sources = [TextSource(source, number) for number, source in enumerate(corpus.sources)]
-    temporary = temporary_folder(output)
-    try:
+    with temporary_folder(output) as temporary:
         tokenizer = _tokenizer(corpus, sources, progress)
         write_atomic(temporary / MODEL, tokenizer.model)
         splits, per_source = _pack(corpus, sources, tokenizer, temporary, progress)
@@ -69,9 +67,6 @@ def prepare(config: settings.Config, progress: bool = True) -> Path:
         }
         write_atomic(temporary / META, json.dumps(meta, indent=1) + "\n")
         commit_folder(temporary, output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return output
 
 

@@ -1,7 +1,6 @@
 """The models: bodies, heads with their loss, and how they are built, read, written and sharded."""
 
-from megapd.models.body import Body, Parts
-from megapd.models.build import Learner, ParameterCount, build_model, init_weights, parameter_count
+from megapd.models.build import Body, Learner, LossHead, Parts, build_model, parameter_count
 from megapd.models.from_checkpoint import (
     HUGGING_FACE,
     Shape,
@@ -11,10 +10,9 @@ from megapd.models.from_checkpoint import (
     checkpoint_shape,
     read_parts,
 )
-from megapd.models.heads import LossHead
 from megapd.models.hub import load_hugging_face, save_hugging_face
 from megapd.models.mlp import MLP
-from megapd.models.transformer import MaskedTransform, Transformer, document_mask
+from megapd.models.transformer import Transformer
 from megapd.models.weights import copy_weights
 
 __all__ = [
@@ -23,8 +21,6 @@ __all__ = [
     "Body",
     "Learner",
     "LossHead",
-    "MaskedTransform",
-    "ParameterCount",
     "Parts",
     "Shape",
     "Transformer",
@@ -34,8 +30,6 @@ __all__ = [
     "check_architecture",
     "checkpoint_shape",
     "copy_weights",
-    "document_mask",
-    "init_weights",
     "load_hugging_face",
     "parameter_count",
     "read_parts",

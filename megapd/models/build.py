@@ -1,26 +1,102 @@
-"""Learner: body, head and loss as one module; how it is built, initialised and counted."""
+"""A model: its kind's body, the head with the loss, and the Learner that is both; how it is built, initialised and counted."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from megapd.batch import Batch
 from megapd.config import ModelConfig
-from megapd.models.body import Body, Parts
-from megapd.models.heads import LossHead
 from megapd.registry import imported
-from megapd.signals import Signal
-from megapd_kernels import LossOptions
+from megapd.signals import LossTargets, Signal
+from megapd_kernels import LossOptions, LossResult, linear_distillation_loss
+
+
+class Body(nn.Module, ABC):
+    """Token ids to final hidden states; it initialises the weights of the learner that it is the body of."""
+
+    @abstractmethod
+    def forward(self, ids: Tensor, segments: Tensor | None = None) -> Tensor:
+        """ids [B, L] int64; segments [B, L] int64, documents that attention stays inside, or None -> hidden [B, R, D].
+
+        R rows a sample: its L tokens, or one for all.
+        """
+
+    @abstractmethod
+    def initialise(self, parameter: nn.Parameter, name: str, owner: nn.Module, generator: torch.Generator) -> None:
+        """Fill a parameter in place, without gradients; name: within the learner; owner: the module that has it."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A learner before its head.
+
+    transform   applied to the labelled positions alone, [N, D] -> [N, D], between body and head; None: nothing
+    bias        whether the head has one
+    embedding   whose weight [V, D] the head shares; None: it has its own
+    """
+
+    body: Body
+    transform: nn.Module | None = None
+    bias: bool = False
+    embedding: nn.Embedding | None = None
+
+
+class LossHead(nn.Module):
+    """Output layer, weight [V, D] and bias [V] or None, with the loss of its logits.
+
+    The fused loss never forms the logits, so it needs the output weight itself. Under ZeRO-3 that weight exists on a rank
+    only while the module that registers it runs, between the hooks of its __call__. Hence the module that owns the weight
+    calls the kernel, inside the model's forward: DeepSpeed gathers the weight before, reduces its gradient after, and no
+    other code touches it. A tied head registers the embedding's Parameter a second time; ZeRO counts it once.
+
+    embedding: the token embedding whose weight is shared (V its rows); None: a weight of its own, left uninitialised.
+    """
+
+    def __init__(
+        self, width: int, classes: int, *, bias: bool, options: LossOptions, embedding: nn.Embedding | None = None
+    ) -> None:
+        super().__init__()
+        self.options = options
+        self.weight = nn.Parameter(torch.empty(classes, width)) if embedding is None else embedding.weight
+        assert self.weight.shape == (classes, width), f"a tied head of {classes} x {width} on {tuple(self.weight.shape)}"
+        self.bias = nn.Parameter(torch.empty(classes)) if bias else None
+
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        signal: Signal | None = None,
+        denominator: float | None = None,
+        mode: Literal["loss", "logits"] = "loss",
+    ) -> LossResult | Tensor:
+        """mode loss: hidden [N, D], labels [N] int64 -> LossResult; mode logits: hidden -> logits [N, V] in its dtype.
+
+        With a signal the loss is the one `options` describe; without, the labels' cross entropy, whatever alpha says.
+        denominator: what the sums are divided by; None: the N positions.
+        """
+        if mode == "logits":
+            return F.linear(hidden, self.weight, self.bias)
+        options, targets = self.options, LossTargets() if signal is None else signal.targets
+        if signal is None:
+            options = dataclasses.replace(options, alpha=1.0)
+        elif "temperature" in signal.spec.definition.uses:  # its probabilities have the temperature already
+            options = dataclasses.replace(options, teacher_temperature=1.0)
+        return linear_distillation_loss(
+            hidden, self.weight, bias=self.bias, labels=labels, denominator=denominator, options=options, **targets
+        )
 
 
 class Learner(nn.Module):
     """A model that turns a batch and a teacher's signal into a loss; teachers are learners too.
 
-    transform: applied to the labelled positions alone, between body and head (BERT's); None: nothing.
     Submodules are called, never their methods, so that the hooks of ZeRO-3 run at every one of them.
     """
 
@@ -52,16 +128,6 @@ class Learner(nn.Module):
         result = self.head(hidden_ND, batch.labels, signal, denominator)
         sums = (result.divergence, result.cross_entropy, result.correct)
         return result.loss, torch.stack([s.detach().to(torch.float64) for s in sums])
-
-    def hidden(self, batch: Batch) -> Tensor:
-        """Final hidden states [N, D] of the labelled positions: what the head's weight multiplies."""
-        hidden_ND: Tensor = self(batch, mode="hidden")
-        return hidden_ND
-
-    def logits(self, batch: Batch) -> Tensor:
-        """Logits [N, V] of the labelled positions."""
-        logits_NV: Tensor = self(batch, mode="logits")
-        return logits_NV
 
     def _labelled(self, batch: Batch, hidden_BRD: Tensor) -> Tensor:
         """The rows [N, D] that predict; R rows a sample: its tokens, or one for all (mlp)."""
@@ -99,13 +165,10 @@ def init_weights(learner: Learner, seed: int) -> None:
     So a parameter's value depends neither on the order of construction nor on which other parameters exist.
     """
     for name, parameter in learner.named_parameters():
-        generator = torch.Generator().manual_seed(_key(seed, name))
+        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+        key = int.from_bytes(digest, "little") >> 1  # manual_seed takes a signed 64-bit number
+        generator = torch.Generator().manual_seed(key)
         learner.body.initialise(parameter, name, learner.get_submodule(name.rpartition(".")[0]), generator)
-
-
-def _key(seed: int, name: str) -> int:
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1  # manual_seed takes a signed 64-bit number
 
 
 class ParameterCount(NamedTuple):
@@ -118,10 +181,6 @@ def parameter_count(model: nn.Module) -> ParameterCount:
 
     An untied head is no embedding table. Whole sizes, also where ZeRO-3 has partitioned the parameters.
     """
-    sizes = {id(p): _size(p) for p in model.parameters()}
+    sizes = {id(p): getattr(p, "ds_numel", p.numel()) for p in model.parameters()}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     return ParameterCount(sum(sizes.values()), sum(size for key, size in sizes.items() if key not in tables))
-
-
-def _size(parameter: nn.Parameter) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())

@@ -54,14 +54,7 @@ def build_teacher(checkpoint: Checkpoint, chunk_bytes: int | None) -> nn.Module:
     if HUGGING_FACE in checkpoint.config:
         return build_pretrained(checkpoint.config[HUGGING_FACE], torch.float32, torch.device("meta"))
     model, shapes = _described(checkpoint)
-    return build_model(
-        model,
-        vocab_size=shapes["vocab_size"],
-        classes=shapes["classes"],
-        length=shapes["length"],
-        options=LossOptions(chunk_bytes=chunk_bytes),
-        seed=0,
-    )
+    return build_model(model, **shapes, options=LossOptions(chunk_bytes=chunk_bytes), seed=0)
 
 
 def read_parts(trajectory: Any, checkpoint: Checkpoint, model: nn.Module, parts: Mapping[str, Part]) -> dict[str, Tensor]:
@@ -96,14 +89,15 @@ def canary(checkpoint: Checkpoint) -> Batch:
 
 
 def _described(checkpoint: Checkpoint) -> tuple[ModelConfig, dict[str, int]]:
+    """Its model, and vocab_size, classes and length."""
     meta = checkpoint.path / "meta.json"
     try:
         model = TypeAdapter[ModelConfig](ModelConfig).validate_python(checkpoint.config["model"])
-        shapes = checkpoint.config["shapes"]
-        missing = [key for key in ("vocab_size", "classes", "length") if not isinstance(shapes.get(key), int)]
+        shapes = {key: checkpoint.config["shapes"].get(key) for key in ("vocab_size", "classes", "length")}
     except (AttributeError, KeyError, ValidationError) as error:
         what = " ".join(str(error).split())
         raise UserError(f"{meta}: no usable model configuration: {what}") from error
-    if missing:
-        raise UserError(f"{meta}: no usable model configuration: shapes.{missing[0]} is missing")
+    for key, size in shapes.items():
+        if not isinstance(size, int):
+            raise UserError(f"{meta}: no usable model configuration: shapes.{key} is missing")
     return model, shapes

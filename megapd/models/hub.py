@@ -8,7 +8,6 @@ view in their layout, is copied to or from. Models of other architectures are pr
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,10 +57,7 @@ _OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
         "add_cross_attention": (False,),
     },
 }
-_DROPOUT = {
-    "gpt": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
-    "bert": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
-}
+_DROPOUT = {"gpt": ("resid_pdrop", "embd_pdrop", "attn_pdrop"), "bert": ("hidden_dropout_prob", "attention_probs_dropout_prob")}
 _MODEL_TYPE = {"gpt": "gpt2", "bert": "bert"}
 _ARCHITECTURE = {"gpt": "GPT2LMHeadModel", "bert": "BertForMaskedLM"}
 _BIAS, _DECODER_BIAS = "cls.predictions.bias", "cls.predictions.decoder.bias"
@@ -264,15 +260,11 @@ def save_hugging_face(
     parameters = dict(learner.named_parameters())
     assert all(p.numel() for p in parameters.values()), "partitioned by ZeRO-3: load the trajectory into a fresh learner"
 
-    temporary = temporary_folder(folder)
-    try:
+    with temporary_folder(folder) as temporary:
         config = _settings(model_config, body, learner.head.weight.dtype, special_tokens or {})
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         _write_weights(_links(model_config), parameters, temporary, shard_bytes)
         commit_folder(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _settings(

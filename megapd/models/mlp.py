@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megapd.config import MLPConfig
-from megapd.models.body import Body, Parts
+from megapd.models.build import Body, Parts
 
 
 class MLP(Body):

@@ -22,6 +22,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from megapd.batch import Batch
 from megapd.errors import UserError
 from megapd.models.sharding import allocate, whole_shape
+from megapd.models.transformer import document_mask
 from megapd.models.weights import stored_tensors
 from megapd.slices import Part, take
 
@@ -169,16 +170,14 @@ class Pretrained(nn.Module):
         bool [B, 1, L, L] is what scaled dot product attention takes; additive what code that adds it to the scores does;
         0 and 1 [B, L, L] what transformers' BERT turned into an additive one before release 5.
         """
-        seen_BLL = segments_BL[:, :, None] == segments_BL[:, None, :]
-        if self.causal:
-            seen_BLL = seen_BLL.tril()
+        seen_B1LL = document_mask(segments_BL, self.causal)
         if form == "bool":
-            return seen_BLL.unsqueeze(1)
+            return seen_B1LL
         dtype = next(p.dtype for p in self.parameters() if p.is_floating_point())
         if form == "additive":
-            zero = torch.zeros((), dtype=dtype, device=seen_BLL.device)
-            return torch.where(seen_BLL, zero, torch.finfo(dtype).min).unsqueeze(1)
-        return seen_BLL.to(dtype)
+            zero = torch.zeros((), dtype=dtype, device=seen_B1LL.device)
+            return torch.where(seen_B1LL, zero, torch.finfo(dtype).min)
+        return seen_B1LL.squeeze(1).to(dtype)
 
     @torch.no_grad()
     def _find_mask_form(self, device: torch.device) -> str:

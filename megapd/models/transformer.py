@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megapd.config import TransformerConfig
 from megapd.errors import UserError
-from megapd.models.body import Body, Parts
+from megapd.models.build import Body, Parts
 
 LAYER_NORM_EPS = {"gpt": 1e-5, "bert": 1e-12}  # the published models' values
 INIT_STD = 0.02  # GPT-2's and BERT's

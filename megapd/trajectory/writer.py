@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -46,13 +45,11 @@ def write_checkpoint(
     assert step >= 0
     assert shard_bytes > 0
     final = Path(folder) / step_folder(step)
-    temporary = temporary_folder(final)
-    try:
+    with temporary_folder(final) as temporary:
         files = _write_weights(temporary, tensors, shard_bytes)
         digest = weights_digest(files)
         kept = _kept(final, digest, vocabulary)
         if kept is not None:
-            shutil.rmtree(temporary)
             return kept
         meta = {
             "format": FORMAT,
@@ -65,9 +62,6 @@ def write_checkpoint(
         }
         (temporary / META).write_text(json.dumps(meta, indent=1, allow_nan=False))
         commit_folder(temporary, final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # the error that brought us here says more than a failing clean-up would
-        raise
     return read_meta(final)
 
 

@@ -26,7 +26,7 @@ def with_options(kind, **options):
 def test_without_a_signal_the_loss_is_the_cross_entropy(kind):
     learner, batch = build(config(kind)).double(), make_batch()
     loss, stats = learner(batch)
-    logits = learner.logits(batch)
+    logits = learner(batch, mode="logits")
     expected = F.cross_entropy(logits, batch.labels)
     torch.testing.assert_close(loss.double(), expected, atol=1e-6, rtol=1e-6)
     correct = (logits.argmax(-1) == batch.labels).sum().item()
@@ -40,7 +40,7 @@ def test_sparse_signals_have_the_teachers_temperature_already():
     """All classes as the top k give the dense teacher's loss; draws give its cross entropy on average."""
     teacher, batch = build(config("gpt"), seed=3).double(), make_batch(1)
     with torch.no_grad():
-        logits, hidden = 30 * teacher.logits(batch), 30 * teacher.hidden(batch)
+        logits, hidden = 30 * teacher(batch, mode="logits"), 30 * teacher(batch, mode="hidden")
     student = with_options("gpt", teacher_temperature=2.0)
     dense, _ = student(batch, signal("dense", logits, batch))
     head = Head(teacher.head.weight.detach(), None)
@@ -60,10 +60,10 @@ def test_signals_reach_the_loss_by_kind(kind):
     """Dense logits and hidden states of one teacher give one loss, the reference's; argmax its class's cross entropy."""
     teacher, batch = build(config(kind, hidden=32), seed=3).double(), make_batch(1)
     with torch.no_grad():
-        logits, hidden = 30 * teacher.logits(batch), 30 * teacher.hidden(batch)
+        logits, hidden = 30 * teacher(batch, mode="logits"), 30 * teacher(batch, mode="hidden")
         bias = None if teacher.head.bias is None else 30 * teacher.head.bias
     student = with_options(kind, alpha=0.25)
-    own = student.logits(batch).log_softmax(-1)
+    own = student(batch, mode="logits").log_softmax(-1)
     cross = F.nll_loss(own, batch.labels)
     divergence = F.kl_div(own, logits.log_softmax(-1), log_target=True, reduction="batchmean")
     expected = 0.25 * cross + 0.75 * divergence
@@ -86,7 +86,7 @@ def test_gradients_are_autograds(kind, tied):
     loss.backward()
     ours = {name: p.grad.clone() for name, p in learner.named_parameters() if p.grad is not None}
     learner.zero_grad()
-    F.cross_entropy(learner.logits(batch), batch.labels).backward()
+    F.cross_entropy(learner(batch, mode="logits"), batch.labels).backward()
     assert ours.keys() == {name for name, _ in learner.named_parameters()}
     for name, parameter in learner.named_parameters():
         torch.testing.assert_close(ours[name], parameter.grad, atol=1e-6, rtol=1e-5, msg=name)
@@ -112,7 +112,7 @@ def test_a_cast_learner_computes_in_its_dtype(model_config, dtype):
     loss.backward()
     assert math.isfinite(loss.item())
     assert stats.dtype == torch.float64
-    assert learner.hidden(batch).dtype == learner.logits(batch).dtype == dtype
+    assert learner(batch, mode="hidden").dtype == learner(batch, mode="logits").dtype == dtype
     assert all(p.grad is not None and p.grad.dtype == dtype for p in learner.parameters())
 
 
@@ -144,4 +144,4 @@ def test_head_logits():
     with torch.no_grad():
         head.weight.copy_(torch.arange(12.0).view(3, 4))
         head.bias.copy_(torch.tensor([1.0, 2.0, 3.0]))
-    assert head.logits(torch.tensor([[1.0, 0.0, 0.0, 1.0]])).tolist() == [[4.0, 13.0, 22.0]]
+    assert head(torch.tensor([[1.0, 0.0, 0.0, 1.0]]), mode="logits").tolist() == [[4.0, 13.0, 22.0]]

@@ -45,7 +45,7 @@ def spread(learner):
 
 def assert_equal_logits(learner, model):
     with torch.no_grad():
-        ours, expected = learner.logits(EVERYWHERE), model(IDS).logits.flatten(0, 1)
+        ours, expected = learner(EVERYWHERE, mode="logits"), model(IDS).logits.flatten(0, 1)
     assert expected.std() > 0.1
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-5)
 
@@ -119,7 +119,7 @@ def test_published_layouts_are_read(tmp_path):
     learner = load_hugging_face(tmp_path / "bert")[1]
     with torch.no_grad():
         expected = model(IDS).prediction_logits.flatten(0, 1)
-        torch.testing.assert_close(learner.logits(EVERYWHERE), expected, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(learner(EVERYWHERE, mode="logits"), expected, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("stored", ["decoder.bias", "bias"])
@@ -295,7 +295,7 @@ def test_a_model_saved_without_its_head(tmp_path, cls):
         learner = load_hugging_face(tmp_path)[1]
         with torch.no_grad():
             expected = model(IDS).last_hidden_state.flatten(0, 1)
-            torch.testing.assert_close(learner.hidden(EVERYWHERE), expected, atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(learner(EVERYWHERE, mode="hidden"), expected, atol=2e-5, rtol=2e-5)
     else:
         with pytest.raises(UserError, match=r"5 tensors are missing, e\.g\. cls\.predictions"):
             load_hugging_face(tmp_path)

@@ -175,9 +175,11 @@ def test_learner_gathers_labelled_rows():
     everything = make_batch(share=2.0)
     assert everything.labelled == everything.tokens
     assert 0 < batch.labelled < batch.tokens
-    torch.testing.assert_close(learner.hidden(batch), learner.hidden(everything)[batch.positions])
-    torch.testing.assert_close(learner.logits(batch), learner.logits(everything)[batch.positions])
-    torch.testing.assert_close(learner.hidden(batch) @ learner.head.weight.T + learner.head.bias, learner.logits(batch))
+    torch.testing.assert_close(learner(batch, mode="hidden"), learner(everything, mode="hidden")[batch.positions])
+    torch.testing.assert_close(learner(batch, mode="logits"), learner(everything, mode="logits")[batch.positions])
+    torch.testing.assert_close(
+        learner(batch, mode="hidden") @ learner.head.weight.T + learner.head.bias, learner(batch, mode="logits")
+    )
 
 
 def test_mlp_has_one_row_a_sample():
@@ -186,9 +188,9 @@ def test_mlp_has_one_row_a_sample():
     last = torch.arange(1, 5) * LENGTH - 1
     for positions in (last, last - LENGTH + 1):
         batch = Batch(ids, None, positions, torch.zeros(4, dtype=torch.int64), torch.arange(4))
-        torch.testing.assert_close(learner.hidden(batch), learner.body(ids).squeeze(1))
+        torch.testing.assert_close(learner(batch, mode="hidden"), learner.body(ids).squeeze(1))
     second = Batch(ids, None, last[1:2], torch.zeros(1, dtype=torch.int64), torch.arange(4))
-    torch.testing.assert_close(learner.hidden(second), learner.body(ids)[1])
+    torch.testing.assert_close(learner(second, mode="hidden"), learner.body(ids)[1])
 
 
 def test_parameter_count():

@@ -81,7 +81,7 @@ def test_every_step_has_the_signal_of_the_teacher_that_the_plan_names(teacher, t
         signals = list(stream.signals(step, batches))
         named = PLAN.checkpoint_at(step)
         for batch, signal in zip(batches, signals, strict=True):
-            logits = models[named].logits(batch)
+            logits = models[named](batch, mode="logits")
             assert signal.teacher == trajectory.checkpoint(named).digest
             assert signal.samples == batch.digest
             if kind == "dense":

@@ -60,10 +60,10 @@ def test_commit_folder_replaces_a_folder(tmp_path, monkeypatch, exchanges):
         monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     final = tmp_path / "final"
     for content in ("one", "two"):
-        temporary = temporary_folder(final)
-        (temporary / "sub").mkdir()
-        (temporary / "sub" / "x").write_text(content)
-        commit_folder(temporary, final)
+        with temporary_folder(final) as temporary:
+            (temporary / "sub").mkdir()
+            (temporary / "sub" / "x").write_text(content)
+            commit_folder(temporary, final)
         assert (final / "sub" / "x").read_text() == content
         assert [p.name for p in tmp_path.iterdir()] == ["final"]
 
@@ -76,12 +76,12 @@ def test_commit_folder_flushes_everything_before_the_rename_and_the_parent_after
         events.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
         fsync(descriptor)
 
-    temporary = temporary_folder(tmp_path / "final")
-    for name in ("x", "y"):
-        (temporary / name).write_text(name)
-    monkeypatch.setattr(os, "fsync", noted)
-    monkeypatch.setattr(os, "rename", lambda a, b: (events.append("rename"), rename(a, b)))
-    commit_folder(temporary, tmp_path / "final")
+    with temporary_folder(tmp_path / "final") as temporary:
+        for name in ("x", "y"):
+            (temporary / name).write_text(name)
+        monkeypatch.setattr(os, "fsync", noted)
+        monkeypatch.setattr(os, "rename", lambda a, b: (events.append("rename"), rename(a, b)))
+        commit_folder(temporary, tmp_path / "final")
     assert set(events[:3]) == {"x", "y", temporary.name}
     assert events[3:] == ["rename", tmp_path.name]
 
@@ -113,7 +113,9 @@ def test_temporary_folder_clears_leftovers_of_the_dead_alone(tmp_path):
     }
     for name in names.values():
         (tmp_path / name).mkdir()
-    own = temporary_folder(tmp_path / "final")
-    assert {p.name for p in tmp_path.iterdir()} == {own.name, names["alive"], names["other"]}
-    (own / "stale").write_text("")
-    assert list(temporary_folder(tmp_path / "final").iterdir()) == []
+    with temporary_folder(tmp_path / "final") as own:
+        assert {p.name for p in tmp_path.iterdir()} == {own.name, names["alive"], names["other"]}
+        (own / "stale").write_text("")
+        with temporary_folder(tmp_path / "final") as again:
+            assert list(again.iterdir()) == []
+    assert not own.exists()  # nothing was committed
