@@ -75,11 +75,7 @@ def join_world() -> World:
         # A lone rank needs no port that another run on the machine could hold.
         store = dist.HashStore() if alone else None  # type: ignore[attr-defined]
         dist.init_process_group(
-            "nccl" if cuda else "gloo",
-            store=store,
-            rank=0 if alone else -1,
-            world_size=1 if alone else -1,
-            timeout=TIMEOUT,
+            "nccl" if cuda else "gloo", store=store, rank=0 if alone else -1, world_size=1 if alone else -1, timeout=TIMEOUT
         )
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     return World(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))

@@ -14,31 +14,19 @@ Letters: N positions, C rows of a chunk, V classes (of this rank), D student wid
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from .options import LossResult
 from .rows.base import Problem
 from .rows.choose import make_rows
 
 
-class LinearLoss(NamedTuple):
-    """The fields of LossResult, and the gradients of the weighted sum in the accumulation type; None where not asked for."""
-
-    loss: Tensor
-    divergence: Tensor
-    cross_entropy: Tensor
-    correct: Tensor
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-
 def linear_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, needs: tuple[bool, bool, bool]
-) -> LinearLoss:
-    """hidden [N, D], weight [V, D], bias [V] or None; needs: which of their gradients are asked for."""
+) -> tuple[LossResult, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """The loss of hidden [N, D], weight [V, D], bias [V] or None, and the gradients of the weighted sum with respect to each, in
+    the accumulation type; needs: which are asked for."""
     n, v, dtype, device = hidden.shape[0], weight.shape[0], problem.dtype, hidden.device
     student = Product(hidden, weight, bias, dtype, problem.targets.counted)
     teacher: Product | None = None
@@ -67,7 +55,7 @@ def linear_loss(
             _matmul(g.t(), x, out=dw, add=True)
     if dx is not None and problem.shard is not None:
         problem.shard.reduce(dx)
-    return LinearLoss(*rows.results(), dx, dw, db)
+    return rows.results(), (dx, dw, db)
 
 
 class Product:

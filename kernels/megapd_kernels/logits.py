@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .options import LossResult
 from .rows.base import Problem, RowLoss
 from .rows.choose import implementation, make_rows
 
 
-def logits_loss(logits: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of LossResult of logits [N, V], and what backward needs beside them."""
+def logits_loss(logits: Tensor, problem: Problem) -> tuple[LossResult, Tensor]:
+    """The loss of logits [N, V], and what backward needs beside them."""
     if _direct(logits, problem):
         from .rows.triton import TritonLogits
 
         direct = TritonLogits(problem, logits)
         direct.forward()
-        return *direct.results(), direct.statistics
+        return direct.results(), direct.statistics
     rows = make_rows(problem, logits.shape[0], logits.shape[1], logits.device, grad=False)
     for start, stop in rows.chunks():
         _load(rows, logits, problem, start, stop)
         rows(start, stop)
-    return *rows.results(), logits.new_empty(0, dtype=problem.dtype)
+    return rows.results(), logits.new_empty(0, dtype=problem.dtype)
 
 
 def logits_gradient(logits: Tensor, problem: Problem, scale: Tensor, statistics: Tensor, out: Tensor) -> None:

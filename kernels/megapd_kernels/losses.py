@@ -70,14 +70,7 @@ def linear_distillation_loss(
     error.
     """
     teacher = Teacher(
-        teacher_logits,
-        teacher_hidden,
-        teacher_weight,
-        teacher_bias,
-        teacher_ids,
-        teacher_logprobs,
-        teacher_log_rest,
-        convention,
+        teacher_logits, teacher_hidden, teacher_weight, teacher_bias, teacher_ids, teacher_logprobs, teacher_log_rest, convention
     )
     return _linear(hidden, weight, bias, teacher, Positions(labels, token_weights, ignore_index, denominator), options, shard)
 

@@ -6,6 +6,7 @@ An operation's arguments are tensors, numbers and strings, so the checked Proble
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -20,32 +21,12 @@ from .shard import VocabularyShard
 from .sparse import SparseTeacher
 
 # Everything of a Problem: first its tensors, then the rest. A missing tensor is None.
-_TENSORS = (
-    "labels",
-    "counted",
-    "weights",
-    "denominator",
-    "ids",
-    "log_q",
-    "log_rest",
-    "first",
-    "teacher_logits",
-    "teacher_hidden",
-    "teacher_weight",
-    "teacher_bias",
-)
-_OPTIONS = {
-    "divergence": "str",
-    "teacher_temperature": "float",
-    "student_temperature": "float",
-    "alpha": "float",
-    "beta": "float",
-    "scale_t2": "bool",
-    "label_smoothing": "float",
-    "z_loss": "float",
-    "recompute": "bool",
-    "chunk_bytes": "int?",
-}
+_TARGETS = ("labels", "counted", "weights", "denominator")
+_SPARSE = ("ids", "log_q", "log_rest", "first")
+_TEACHER = ("teacher_logits", "teacher_hidden", "teacher_weight", "teacher_bias")
+_TENSORS = (*_TARGETS, *_SPARSE, *_TEACHER)
+_KINDS = {"Divergence": "str", "int | None": "int?"}  # a schema's words for the types that have others there
+_OPTIONS = {field.name: _KINDS.get(str(field.type), field.type) for field in fields(LossOptions)}
 _REST = {"buckets": "bool", "entropy_free": "bool", "group": "str", "start": "int", "total": "int"}
 _PROBLEM = ", ".join(
     [f"Tensor{'' if name == 'denominator' else '?'} {name}" for name in _TENSORS]
@@ -58,55 +39,39 @@ _SCALARS = len(LossResult._fields)
 
 def pack(problem: Problem) -> tuple[Any, ...]:
     """A Problem as arguments of the operations."""
-    targets, sparse, options, shard = problem.targets, problem.targets.sparse, problem.options, problem.shard
+    sparse, shard = problem.targets.sparse, problem.shard
     return (
-        targets.labels,
-        targets.counted,
-        targets.weights,
-        targets.denominator,
-        None if sparse is None else sparse.ids,
-        None if sparse is None else sparse.log_q,
-        None if sparse is None else sparse.log_rest,
-        None if sparse is None else sparse.first,
-        problem.teacher_logits,
-        problem.teacher_hidden,
-        problem.teacher_weight,
-        problem.teacher_bias,
-        *[getattr(options, name) for name in _OPTIONS],
-        sparse is not None and sparse.buckets,
-        sparse is not None and sparse.entropy_free,
-        "" if shard is None else shard.group,
-        0 if shard is None else shard.start,
-        0 if shard is None else shard.total,
+        *[getattr(problem.targets, name) for name in _TARGETS],
+        *[None if sparse is None else getattr(sparse, name) for name in _SPARSE],
+        *[getattr(problem, name) for name in _TEACHER],
+        *[getattr(problem.options, name) for name in _OPTIONS],
+        *((False, False) if sparse is None else (sparse.buckets, sparse.entropy_free)),
+        *(("", 0, 0) if shard is None else (shard.group, shard.start, shard.total)),
     )
 
 
 def _unpack(arguments: Sequence[Any]) -> Problem:
-    labels, counted, weights, denominator, ids, log_q, log_rest, first = arguments[:8]
-    logits, hidden, head, bias = arguments[8 : len(_TENSORS)]
+    labels, counted, weights, denominator, ids, log_q, log_rest, first, *teacher = arguments[: len(_TENSORS)]
     rest = len(_TENSORS) + len(_OPTIONS)
     options = LossOptions(**dict(zip(_OPTIONS, arguments[len(_TENSORS) : rest], strict=True)))
     buckets, entropy_free, group, start, total = arguments[rest:]
     sparse = None if ids is None else SparseTeacher(ids, log_q, log_rest, first, buckets, entropy_free)
-    shard = VocabularyShard(group, start, total) if group else None
     targets = Targets(labels, sparse, counted, weights, denominator)
-    return Problem(targets, denominator.dtype, options, logits, hidden, head, bias, shard)
+    shard = VocabularyShard(group, start, total) if group else None
+    return Problem(targets, denominator.dtype, options, **dict(zip(_TEACHER, teacher, strict=True)), shard=shard)
 
 
-def _linear(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, need_x: bool, need_w: bool, need_b: bool, *problem: Any
-) -> tuple[Tensor, ...]:
-    *scalars, dx, dw, db = linear_loss(hidden, weight, bias, _unpack(problem), (need_x, need_w, need_b))
-    return *scalars, *(hidden.new_empty(0) if g is None else g for g in (dx, dw, db))
-
-
-_linear_op = torch.library.custom_op(
+@torch.library.custom_op(
     "megapd_kernels::linear_loss",
-    _linear,
     mutates_args=(),
     schema=f"(Tensor hidden, Tensor weight, Tensor? bias, bool need_x, bool need_w, bool need_b, {_PROBLEM}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+def _linear_op(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, need_x: bool, need_w: bool, need_b: bool, *problem: Any
+) -> tuple[Tensor, ...]:
+    result, gradients = linear_loss(hidden, weight, bias, _unpack(problem), (need_x, need_w, need_b))
+    return *result, *(hidden.new_empty(0) if g is None else g for g in gradients)
 
 
 @_linear_op.register_fake
@@ -164,16 +129,14 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem
     return LossResult(*_linear_op(hidden, weight, bias, *needs, *pack(problem))[:_SCALARS])
 
 
-def _logits(logits: Tensor, in_place: bool, *problem: Any) -> tuple[Tensor, ...]:
-    return logits_loss(logits, _unpack(problem))
-
-
-_logits_op = torch.library.custom_op(
+@torch.library.custom_op(
     "megapd_kernels::logits_loss",
-    _logits,
     mutates_args=(),
     schema=f"(Tensor logits, bool in_place, {_PROBLEM}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+def _logits_op(logits: Tensor, in_place: bool, *problem: Any) -> tuple[Tensor, ...]:
+    result, statistics = logits_loss(logits, _unpack(problem))
+    return *result, statistics
 
 
 @_logits_op.register_fake
@@ -183,18 +146,15 @@ def _(logits: Tensor, in_place: bool, *problem: Any) -> tuple[Tensor, ...]:
     return *(logits.new_empty((), dtype=dtype) for _ in range(_SCALARS)), statistics
 
 
-def _logits_gradient(logits: Tensor, scale: Tensor, statistics: Tensor, *problem: Any) -> Tensor:
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    logits_gradient(logits, _unpack(problem), scale, statistics, out)
-    return out
-
-
-_gradient_op = torch.library.custom_op(
+@torch.library.custom_op(
     "megapd_kernels::logits_gradient",
-    _logits_gradient,
     mutates_args=(),
     schema=f"(Tensor logits, Tensor scale, Tensor statistics, {_PROBLEM}) -> Tensor",
 )
+def _gradient_op(logits: Tensor, scale: Tensor, statistics: Tensor, *problem: Any) -> Tensor:
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    logits_gradient(logits, _unpack(problem), scale, statistics, out)
+    return out
 
 
 @_gradient_op.register_fake
@@ -202,16 +162,13 @@ def _(logits: Tensor, scale: Tensor, statistics: Tensor, *problem: Any) -> Tenso
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-def _logits_gradient_in_place(logits: Tensor, scale: Tensor, statistics: Tensor, *problem: Any) -> None:
-    logits_gradient(logits, _unpack(problem), scale, statistics, logits)
-
-
-_gradient_in_place_op = torch.library.custom_op(
+@torch.library.custom_op(
     "megapd_kernels::logits_gradient_",
-    _logits_gradient_in_place,
     mutates_args=("logits",),
     schema=f"(Tensor(a!) logits, Tensor scale, Tensor statistics, {_PROBLEM}) -> ()",
 )
+def _gradient_in_place_op(logits: Tensor, scale: Tensor, statistics: Tensor, *problem: Any) -> None:
+    logits_gradient(logits, _unpack(problem), scale, statistics, logits)
 
 
 @_gradient_in_place_op.register_fake

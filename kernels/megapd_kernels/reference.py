@@ -108,10 +108,7 @@ def distillation_loss(
         loss = loss + options.z_loss * torch.logsumexp(student, -1).square()
     total = (weights * loss).sum() * reciprocal_or_zero(targets.denominator)
     return LossResult(
-        total,
-        (weights * divergence.detach()).sum(),
-        (weights * cross_entropy.detach()).sum(),
-        (weights * correct).sum(),
+        total, (weights * divergence.detach()).sum(), (weights * cross_entropy.detach()).sum(), (weights * correct).sum()
     )
 
 

@@ -101,8 +101,8 @@ def test_nothing_of_tokens_times_vocabulary_is_made(
     options = LossOptions(divergence, student_temperature=2.0, chunk_bytes=rows * row_bytes(v, torch.float32), **extra)
     arguments = below(lambda: case.loss(form, options, labels=case.labels))
     with torch.no_grad(), Recorder() as recorder:
-        inside = linear_loss(*arguments, ALL)
-    assert all(g is not None and g.norm() > 0 for g in inside[4:])
+        _, gradients = linear_loss(*arguments, ALL)
+    assert all(g is not None and g.norm() > 0 for g in gradients)
     # The logits keep to chunk_bytes: the student's alone has 40 rows, and more buffers have fewer each.
     assert options.chunk_bytes is not None
     assert recorder.largest * 4 <= options.chunk_bytes < n * v * 4 // 6
@@ -122,7 +122,7 @@ def test_logits_are_read_in_chunks(divergence: str) -> None:
     logits, problem, _ = below(lambda: softmax_kl(student, teacher, options=options))
     out, one = torch.empty_like(logits), torch.ones(())
     with Recorder() as recorder:
-        *_, statistics = logits_loss(logits, problem)
+        _, statistics = logits_loss(logits, problem)
     assert recorder.largest <= 40 * 300
     inputs = {tuple(out.shape), tuple(out[:0].shape)}
     with Recorder() as recorder:
@@ -226,8 +226,16 @@ def test_no_host_sync(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 )
                 targets = {"labels": case.labels, "token_weights": case.token_weights, "denominator": torch.empty(())}
                 with torch.no_grad():
-                    inside = linear_loss(*below(lambda: case.loss(form, options, **targets)), ALL)  # noqa: B023
-                assert [None if t is None else tuple(t.shape) for t in inside] == [(), (), (), (), (N, D), (V, D), (V,)]
+                    result, gradients = linear_loss(*below(lambda: case.loss(form, options, **targets)), ALL)  # noqa: B023
+                assert [None if t is None else tuple(t.shape) for t in (*result, *gradients)] == [
+                    (),
+                    (),
+                    (),
+                    (),
+                    (N, D),
+                    (V, D),
+                    (V,),
+                ]
             # Through the operation, too: what surrounds it runs, and it says its outputs' shapes.
             case.loss(form, options, **targets).loss.backward()
         assert case.weight.grad is not None
@@ -240,8 +248,8 @@ def test_no_host_sync_of_logits_and_topk() -> None:
         for divergence in DIVERGENCES:
             options = LossOptions(divergence, 0.7, 2.0, z_loss=0.1, chunk_bytes=3 * row_bytes(V))
             logits, problem, _ = below(lambda: softmax_kl(student, teacher, options=options))  # noqa: B023
-            *scalars, statistics = logits_loss(logits, problem)
-            assert [s.shape for s in scalars] == [()] * 4
+            result, statistics = logits_loss(logits, problem)
+            assert [s.shape for s in result] == [()] * 4
             out = torch.empty(N, V)
             logits_gradient(logits, problem, reciprocal_or_zero(torch.empty(())), statistics, out)
         ids, logprobs, log_rest = topk_logits(torch.empty(N, D), torch.empty(V, D), 4, chunk_bytes=3 * row_bytes(V))

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..options import LossOptions, Targets, known_names, reciprocal_or_zero
+from ..options import LossOptions, LossResult, Targets, known_names, reciprocal_or_zero
 from ..shard import VocabularyShard
 from ..sparse import SparseTeacher, one_hot_teacher
 from .divergences import local_total, sparse_divergence
@@ -143,8 +143,7 @@ class RowLoss(ABC):
             return torch.ones(stop - start, dtype=self.problem.dtype, device=self.device)
         return self.targets.weights[start:stop]
 
-    def sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(weighted loss times its denominator, divergence, cross entropy, correct), summed over the counted rows."""
+    def results(self) -> LossResult:
         columns = [*self.records[:4], self.log_sum.square()]
         if self.targets.weights is not None:
             # where, not times: a row that does not count may hold inf.
@@ -162,12 +161,7 @@ class RowLoss(ABC):
             total = total + self.problem.share * divergence
         if options.z_loss > 0:
             total = total + options.z_loss * square
-        return total, divergence, cross_entropy, correct
-
-    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The fields of LossResult."""
-        total, divergence, cross_entropy, correct = self.sums()
-        return total * reciprocal_or_zero(self.targets.denominator), divergence, cross_entropy, correct
+        return LossResult(total * reciprocal_or_zero(self.targets.denominator), divergence, cross_entropy, correct)
 
     def sparse_rows(self, start: int, stop: int, teacher: Tensor | None) -> SparseTeacher | None:
         """The rows' teacher by ids; for a dense one at temperature 0, of logits `teacher` [stop - start, V], its argmax."""

@@ -70,12 +70,7 @@ class SignalCache:
     @property
     def counts(self) -> dict[str, int]:
         """Samples looked up and there (hits) or not (misses), samples written (recorded), files set aside (damaged)."""
-        return {
-            "hits": self._hits,
-            "misses": self._misses,
-            "recorded": self._writer.recorded,
-            "damaged": self._reader.damaged,
-        }
+        return {"hits": self._hits, "misses": self._misses, "recorded": self._writer.recorded, "damaged": self._reader.damaged}
 
     @property
     def written_bytes(self) -> int:

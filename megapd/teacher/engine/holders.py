@@ -168,11 +168,7 @@ class TensorHolder(_Module):
 Build = Callable[[nn.Module, World, torch.dtype], Holder]
 
 
-HOLDERS: dict[str, Build] = {
-    "whole": WholeHolder,
-    "zero": ZeroHolder,
-    "tensor": TensorHolder,
-}
+HOLDERS: dict[str, Build] = {"whole": WholeHolder, "zero": ZeroHolder, "tensor": TensorHolder}
 
 
 def _replace(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, in_place: bool = False) -> None:
