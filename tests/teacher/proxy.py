@@ -80,8 +80,9 @@ class Proxy:
 
     @property
     def connections(self) -> list[tuple[socket.socket, socket.socket]]:
+        """Those that are open."""
         with self._lock:
-            return list(self._pairs)
+            return [pair for pair in self._pairs if pair[0].fileno() >= 0]
 
     @property
     def endpoint(self) -> str:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from megapd.errors import SignalDamaged, TeacherLost
 from megapd.signals import decode, encode
 from megapd.teacher.client.probe import PREFACE
+from megapd.teacher.client.served import WORKERS
 from megapd.teacher.server.flight import TeacherFlight
 from megapd.teacher.wire.messages import (
     ANSWER_BYTES,
@@ -80,7 +81,7 @@ def test_flipped_bits_and_cut_connections():
     with served() as server, contextlib.closing(Proxy(server.port)) as proxy, stream_of(proxy.endpoint) as stream:
         for number, _ in enumerate(run_through(stream, server.replica)):
             if number == 2:
-                assert len(proxy.connections) == 1  # for all calls of all workers
+                assert 1 <= len(proxy.connections) <= WORKERS
             if number == 4:
                 proxy.answers.left, proxy.requests.left = 3, 1
             if number == 10:
