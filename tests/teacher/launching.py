@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,18 +38,20 @@ class Server:
     def __init__(self, arguments: Sequence[str], port: int, ranks: int | None = 1) -> None:
         self.arguments, self.port, self.ranks = list(arguments), port, ranks
         self.endpoint = f"grpc://127.0.0.1:{port}"
-        self.output = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115, as long as the server
+        descriptor, name = tempfile.mkstemp()
+        os.close(descriptor)
+        self.output = Path(name)
+        weakref.finalize(self, self.output.unlink, missing_ok=True)
         self.start()
 
     def start(self) -> None:
         arguments = ["teacher", *self.arguments, f"--teacher.server.port={self.port}"]
         if self.ranks is None:
             command = [sys.executable, "-m", "megapd", *arguments]
-            self.process = subprocess.Popen(
-                command, env=environment(), stdout=self.output, stderr=self.output, start_new_session=True
-            )
+            with self.output.open("a") as output:
+                self.process = subprocess.Popen(command, env=environment(), stdout=output, stderr=output, start_new_session=True)
         else:
-            self.process = Forked("megapd", arguments, environment(), Path(self.output.name), self.ranks)
+            self.process = Forked("megapd", arguments, environment(), self.output, self.ranks)
 
     def wait(self) -> None:
         """Until it listens."""
@@ -85,8 +88,7 @@ class Server:
         return self.process.returncode
 
     def printed(self) -> str:
-        self.output.seek(0)
-        return self.output.read()[-4000:]
+        return self.output.read_text()[-4000:]
 
 
 STEPS, REFRESH = 32, 8
