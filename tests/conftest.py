@@ -1,6 +1,7 @@
 """Threads are few on a test machine; more than one a process would make ranks wait for each other."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,3 +19,14 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_configure(config):
+    if "not slow" in config.option.markexpr:
+        sys.addaudithook(_refuse_processes)
+
+
+def _refuse_processes(event, arguments):
+    """A test that starts one takes seconds: it is to be marked slow. What libraries ask of the system when imported may pass."""
+    if event == "os.fork" or (event == "subprocess.Popen" and os.fspath(arguments[0]) == sys.executable):
+        raise AssertionError("this test starts a process: mark it slow")

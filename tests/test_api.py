@@ -8,6 +8,7 @@ import pytest
 import megapd
 
 
+@pytest.mark.slow
 def test_it_is_imported_when_it_is_asked_for():
     command = [sys.executable, "-X", "importtime", "-c", "import megapd"]
     imported = subprocess.run(command, capture_output=True, text=True, check=True).stderr

@@ -41,6 +41,7 @@ def test_no_trajectory(tmp_path, capsys):
     refused(capsys, tmp_path, runs.student(tmp_path, "s", tmp_path / "nowhere"), "teacher.trajectory", "nowhere")
 
 
+@pytest.mark.slow
 def test_a_missing_checkpoint(trajectory, tmp_path, capsys):
     copy = shutil.copytree(trajectory, tmp_path / "copy")
     shutil.rmtree(copy / "step_15")
@@ -124,6 +125,7 @@ def test_the_demo_clears_its_own_folder_alone(trajectory, tmp_path, capsys):
     refused(capsys, tmp_path, ["demo", "--folder", str(tmp_path)], "--folder")
 
 
+@pytest.mark.slow
 def test_no_traceback_from_a_process(tmp_path):
     command = [sys.executable, "-m", "megapd", "train", str(tmp_path / "none.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -132,6 +134,7 @@ def test_no_traceback_from_a_process(tmp_path):
     assert "none.yaml" in done.stderr
 
 
+@pytest.mark.slow
 def test_under_the_launcher_one_rank_tells(trajectory, tmp_path):
     done = runs.launch(runs.student(tmp_path, "s", trajectory, "--task.seed=1"), 2, check=False)
     output = done.stdout + done.stderr
@@ -231,6 +234,7 @@ def test_a_diverging_run_stops(tmp_path, capsys):
     assert records[-1]["loss"] is None
 
 
+@pytest.mark.slow
 def test_follow_a_teacher_that_is_still_training(tmp_path):
     """Teacher and student are started together; the student waits for each checkpoint and learns what it would afterwards."""
     slow = [f"--runs_dir={tmp_path}", "--name=teacher", "--training.steps=30", "--trajectory.every=5", "--model.width=32"]
@@ -257,6 +261,7 @@ def test_a_followed_teacher_that_never_writes(tmp_path, capsys):
     assert "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_wandb_is_offline_when_not_logged_in(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))

@@ -4,6 +4,8 @@ import pytest
 
 from examples import minimal, own_task
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.full
 def test_progressive_distillation_in_one_file(tmp_path, capsys):

@@ -11,6 +11,8 @@ import pytest
 
 from tests.training import runs
 
+pytestmark = pytest.mark.slow
+
 SOURCE = Path(__file__).parent / "outside"
 CONFIG = """
 task: {kind: bitcount, length: 6}

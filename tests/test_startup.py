@@ -7,6 +7,8 @@ import pytest
 
 from tests.trajectory.checkpoints import write
 
+pytestmark = pytest.mark.slow
+
 HEAVY = {"torch", "transformers", "deepspeed", "pyarrow", "sqlalchemy"}
 
 

@@ -232,6 +232,7 @@ def test_plot_plan(tmp_path):
     assert columns.max() - columns.min() > 1000
 
 
+@pytest.mark.slow
 def test_no_pyplot(tmp_path):
     folder = run_folder(tmp_path / "a", RUN)
     code = (

@@ -205,6 +205,7 @@ def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch, where):
     assert (prepare(config, progress=False) / "meta.json").exists()
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_no_output_and_the_next_run_cleans_up(tmp_path):
     """kill -9 amid the work; a pipe that is never written to holds the process there."""
     text = corpora.write_jsonl(tmp_path / "a.jsonl", corpora.documents())

@@ -14,6 +14,8 @@ from megapd_kernels import LossOptions, linear_cross_entropy, linear_softmax_kl,
 
 from .cases import D, E, N, V, below, make_case, relative
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = LossOptions(alpha=0.3, student_temperature=2.0, label_smoothing=0.1, z_loss=0.01, chunk_bytes=1 << 12)
 
 

@@ -14,6 +14,8 @@ from megapd_kernels import LossOptions, VocabularyShard, linear_distillation_los
 from . import shard_worker
 from .shard_worker import PARTS, WORLD, Errors, V
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = [(name, world) for world in PARTS for name in dict.fromkeys(n.split()[0] for n, _ in shard_worker.names(world))]
 
 

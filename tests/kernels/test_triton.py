@@ -25,7 +25,7 @@ BOUND = 1e-5
 
 
 # The interpreter computes with numpy, which warns of what the kernels mean to do: exp2(-inf), inf - inf behind a where.
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")]
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,8 @@ from . import sharding_worker
 from .sharding_worker import RANKS, config_json
 from .test_transformer import build, config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):

@@ -210,6 +210,7 @@ def test_a_full_disk_leaves_the_log_whole(tmp_path, monkeypatch):
     assert reports_of(path) == (Report(20, 0.5),)
 
 
+@pytest.mark.slow
 def test_kill_9_loses_no_acknowledged_decision(tmp_path):
     generator, known = random.Random(0), 0
     for _ in range(4):

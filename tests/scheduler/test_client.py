@@ -20,6 +20,8 @@ from megapd.scheduler.client.registration import Registration
 from megapd.scheduler.store import Store
 from tests.scheduler import services
 
+pytestmark = pytest.mark.slow
+
 THERE = tuple(range(10, 110, 10))
 STEPS, AHEAD = 1000, 2
 EQUAL = EqualConfig(checkpoints=4, steps=200)

@@ -18,6 +18,8 @@ from megapd.scheduler.store import events as journal
 from megapd.scheduler.store.tables import runs as runs_table
 from tests.scheduler import services
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 NEED = []
 if CHROMIUM is None:

@@ -8,6 +8,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.scheduler import services
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = 6  # of each operation, positive and negative ones
 
 

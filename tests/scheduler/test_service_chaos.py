@@ -16,6 +16,8 @@ from megapd.scheduler.store import trajectories as catalogue
 from megapd.scheduler.store.tables import replicas
 from tests.scheduler.services import Process, postgres, postgres_binaries
 
+pytestmark = pytest.mark.slow
+
 WRITERS = 4
 KEPT = 10  # acknowledged by all writers together before each kill
 

@@ -149,6 +149,7 @@ def fill_disk(folder):
     assert not list(folder.rglob("*.tmp-*"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_recording_alone(tmp_path):
     process = fork(fill_disk, tmp_path)
     process.join(60)
@@ -175,6 +176,7 @@ def write_share(folder, rank, ranks):
     stream.close()
 
 
+@pytest.mark.slow
 def test_two_processes_write_at_once_and_see_each_other(tmp_path):
     processes = [fork(write_share, tmp_path, rank, 2) for rank in range(2)]
     for process in processes:
@@ -193,6 +195,7 @@ def write_forever(folder):
             cache.record(answer(SPECS[0], 10, batch), batch, CLASSES)
 
 
+@pytest.mark.slow
 def test_a_kill_while_writing_leaves_a_usable_cache(tmp_path, caplog):
     process = fork(write_forever, tmp_path)
     deadline = time.monotonic() + 60

@@ -14,6 +14,8 @@ from tests.teacher.launching import Server
 from tests.teacher.teachers import write_text_trajectory
 from tests.training.runs import metrics
 
+pytestmark = pytest.mark.slow
+
 STEPS = 50
 SHARDINGS = ("whole", "zero", "tensor")
 CARRIERS = ("colocated", "served", "shared_memory")

@@ -40,6 +40,8 @@ from tests.teacher.proxy import Proxy
 from tests.teacher.teachers import MODELS
 from tests.training.runs import last_step, metrics
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):

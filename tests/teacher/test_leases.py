@@ -40,6 +40,8 @@ from tests.teacher.serving import (
 )
 from tests.teacher.teachers import MODELS, TASK, write_trajectory
 
+pytestmark = pytest.mark.slow
+
 LEASE_SECONDS = 1.0
 A, B = "grpc://127.0.0.1:1", "grpc://127.0.0.1:2"
 

@@ -156,6 +156,7 @@ def test_a_slot_that_a_lost_teacher_may_still_write_into_is_not_used_again():
         assert same(stream.signals(0, batches)[0], replica.expected(10, batches[0], stream.spec))
 
 
+@pytest.mark.slow
 def test_memory_of_a_killed_student_is_let_go():
     command = [sys.executable, "-m", "tests.teacher.lending_worker"]
     mappings, record = Mappings(), pa.record_batch({"x": pa.array(range(10))})

@@ -7,6 +7,8 @@ import pytest
 from tests.forked import run_ranks
 from tests.teacher.teachers import MODELS, STEPS, write_trajectory
 
+pytestmark = pytest.mark.slow
+
 CASES = [f"{model}-{sharding}" for model in MODELS for sharding in ("zero", "tensor") if (model, sharding) != ("mlp", "tensor")]
 
 

@@ -12,6 +12,8 @@ from tests.forked import run_ranks
 from tests.teacher.launching import Server
 from tests.training.runs import metrics
 
+pytestmark = pytest.mark.slow
+
 STEPS, EVERY = 15, 5
 SIZES = {
     "num_hidden_layers": 2,

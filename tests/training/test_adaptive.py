@@ -9,6 +9,8 @@ import pytest
 from megapd.cli import main
 from tests.training import runs
 
+pytestmark = pytest.mark.slow
+
 STEPS = 200
 ADAPTIVE = [
     "--schedule={policy: adaptive, teachers: [50, 100, 150, 200], window: 2, min_dwell: 10, max_dwell: 60, lead: 5}",

@@ -23,6 +23,8 @@ from megapd.world import World as AllRanks
 from tests.scheduler import services
 from tests.training import runs as training
 
+pytestmark = pytest.mark.slow
+
 PINNED = Version(2, 53, "one_shot", ((0, 20),))
 
 

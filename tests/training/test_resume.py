@@ -13,6 +13,8 @@ from megapd.config import load
 from megapd.training import Callback, train
 from tests.training import runs
 
+pytestmark = pytest.mark.slow
+
 STEPS = 300
 
 

@@ -17,6 +17,8 @@ from tests.forked import Forked
 from tests.scheduler import services
 from tests.training import runs
 
+pytestmark = pytest.mark.slow
+
 STEPS = 300
 TEACHERS = {"policy": "explicit", "ranges": [{"start": 0, "checkpoint": 50}, {"start": 150, "checkpoint": 100}]}
 

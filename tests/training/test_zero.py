@@ -7,6 +7,8 @@ import pytest
 
 from tests.forked import run_ranks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):

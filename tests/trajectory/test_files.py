@@ -102,6 +102,7 @@ def test_exchange_reports_real_errors(tmp_path):
         files._exchange(tmp_path / "a", tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_temporary_folder_clears_leftovers_of_the_dead_alone(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()

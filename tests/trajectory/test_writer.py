@@ -213,6 +213,7 @@ def test_invariants(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_what_no_reader_takes_for_a_checkpoint(tmp_path):
     code = (
         "import os, signal, sys; from pathlib import Path; from tests.trajectory.checkpoints import weights, write\n"
