@@ -47,9 +47,8 @@ class RecordSummary:
     @staticmethod
     def together(parts: Sequence[RecordSummary]) -> RecordSummary:
         """What several ranks did side by side."""
-        sums = {
-            name: sum(getattr(part, name) for part in parts) for name in ("samples", "found", "recorded", "positions", "bytes")
-        }
+        counts = ("samples", "found", "recorded", "positions", "bytes")
+        sums = {name: sum(getattr(part, name) for part in parts) for name in counts}
         return RecordSummary(**sums, seconds=max(part.seconds for part in parts))
 
     def __str__(self) -> str:
@@ -78,7 +77,7 @@ def record(
     device: torch.device | None = None,
     agree: Callable[[list[bool]], list[bool]] | None = None,
 ) -> RecordSummary:
-    """Ask `stream` for every signal of the schedule that the cache lacks, and write it there; closes both.
+    """Ask `stream` for every signal of the schedule that the cache, just opened, lacks, and write it there; closes both.
 
     What is there is read and verified, and recorded again if it is damaged, so that a walk that was killed, or is repeated, asks
     for the rest alone. classes: of the teacher's head; device: where the batches go, default the CPU; agree: see CachedStream.
@@ -88,15 +87,12 @@ def record(
     # together lies together.
     rows = tile(config.training, ranks).rows(rank)
     began = time.perf_counter()
-    found, recorded, positions, size = _state(cache)
     cached = CachedStream(cache, plan, stream.spec, trajectory, stream, record=True, classes=classes, agree=agree)
     depth = config.teacher.depth if config.teacher is not None else 1
     ahead: deque[list[Batch]] = deque()
     upcoming = samples = 0
-    shown = rank == 0 and config.telemetry.progress
-    bar = tqdm(
-        total=plan.steps, desc="record", unit=" steps", disable=None if shown else True, file=sys.stderr, dynamic_ncols=True
-    )
+    quiet = None if rank == 0 and config.telemetry.progress else True  # None: where stderr is a terminal
+    bar = tqdm(total=plan.steps, desc="record", unit=" steps", disable=quiet, file=sys.stderr, dynamic_ncols=True)
     try:
         for step in range(plan.steps):
             while upcoming < min(step + depth + 1, plan.steps):
@@ -113,19 +109,8 @@ def record(
     finally:
         bar.close()
         cached.close()
-    after = _state(cache)
-    return RecordSummary(
-        samples=samples,
-        found=after[0] - found,
-        recorded=after[1] - recorded,
-        positions=after[2] - positions,
-        bytes=after[3] - size,
-        seconds=time.perf_counter() - began,
-    )
-
-
-def _state(cache: SignalCache) -> tuple[int, int, int, int]:
-    return cache.counts["hits"], cache.counts["recorded"], cache.positions, cache.written_bytes
+    found, recorded, seconds = cache.counts["hits"], cache.counts["recorded"], time.perf_counter() - began
+    return RecordSummary(samples, found, recorded, cache.positions, cache.written_bytes, seconds)
 
 
 def _check(cache: SignalCache) -> None:

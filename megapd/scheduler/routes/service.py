@@ -42,9 +42,6 @@ async def metrics(service: Serving) -> Response:
     return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-# ------------------------------------------------------------------------------------------------------------ tokens
-
-
 @routes.get("/v1/tokens", response_model=list[api.TokenAnswer], tags=["tokens"], dependencies=[ADMIN])
 async def list_tokens(service: Serving) -> Response:
     return CanonicalJSON(await service.read(tokens.list_tokens))
@@ -63,9 +60,6 @@ async def revoke_token(service: Serving, name: api.NamePath) -> Response:
     await service.write(tokens.revoke_token, name)
     service.authenticator.forget()
     return Response(status_code=204)
-
-
-# ------------------------------------------------------------------------------------------------------------ events
 
 
 @routes.get("/v1/events", response_model=list[api.EventAnswer], tags=["events"], dependencies=[READ])

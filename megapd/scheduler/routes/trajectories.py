@@ -13,8 +13,6 @@ from megapd.scheduler.store import trajectories as catalogue
 
 routes = APIRouter(prefix="/v1")
 
-# ------------------------------------------------------------------------------------------------------ trajectories
-
 
 @routes.get("/trajectories", response_model=list[api.TrajectoryAnswer], tags=["trajectories"], dependencies=[READ])
 async def list_trajectories(service: Serving, after: api.AfterName = "", limit: api.Limit = 100) -> Response:
@@ -63,9 +61,6 @@ async def set_flags(service: Serving, reference: api.NamePath, body: api.Finding
     return CanonicalJSON(await service.write(catalogue.set_flags, reference, found))
 
 
-# ------------------------------------------------------------------------------------------------------- checkpoints
-
-
 @routes.get("/checkpoints/{reference}", response_model=api.CheckpointAnswer, tags=["checkpoints"], dependencies=[READ])
 async def find_checkpoint(service: Serving, reference: api.NamePath) -> Response:
     """reference: digest or name."""
@@ -76,9 +71,6 @@ async def find_checkpoint(service: Serving, reference: api.NamePath) -> Response
 async def accept(service: Serving, digest: api.DigestPath, author: Annotated[str, ADMIN]) -> Response:
     """Let it be scheduled though it is flagged."""
     return CanonicalJSON(await service.write(catalogue.accept, digest, author))
-
-
-# ------------------------------------------------------------------------------------------------------------- names
 
 
 @routes.get("/names", response_model=list[api.NameAnswer], tags=["names"], dependencies=[READ])
