@@ -154,14 +154,10 @@ class NewToken(Body):
     role: Literal["read", "run", "admin"]
 
 
-# --------------------------------------------------------------------------------------------------------------- answers
+# ----------------------------------------------------------------------- answers, as the OpenAPI document describes them
 
 
-class Answer(BaseModel):
-    """What answers look like, for the OpenAPI document."""
-
-
-class TrajectoryAnswer(Answer):
+class TrajectoryAnswer(BaseModel):
     digest: str
     run: str
     location: str
@@ -169,14 +165,14 @@ class TrajectoryAnswer(Answer):
     created: float
 
 
-class FlagAnswer(Answer):
+class FlagAnswer(BaseModel):
     kind: str
     detail: str
     found: float
     accepted_by: str | None
 
 
-class CheckpointAnswer(Answer):
+class CheckpointAnswer(BaseModel):
     digest: str
     trajectory: str
     step: int
@@ -192,13 +188,13 @@ class CheckpointAnswer(Answer):
     flags: list[FlagAnswer]
 
 
-class NameAnswer(Answer):
+class NameAnswer(BaseModel):
     name: str
     digest: str
     version: int
 
 
-class RunAnswer(Answer):
+class RunAnswer(BaseModel):
     name: str
     trajectory: str | None
     group: str
@@ -213,7 +209,7 @@ class RunAnswer(Answer):
     endpoints: list[str]
 
 
-class ScheduleAnswer(Answer):
+class ScheduleAnswer(BaseModel):
     run: str
     version: int
     document: dict[str, Any]
@@ -224,7 +220,7 @@ class ScheduleAnswer(Answer):
     created: float
 
 
-class DecisionAnswer(Answer):
+class DecisionAnswer(BaseModel):
     sequence: int
     step: int
     effective: int
@@ -234,23 +230,23 @@ class DecisionAnswer(Answer):
     applied: int | None = Field(None, description="the student step that it began at, where the run learned of it too late")
 
 
-class ReportedAnswer(Answer):
+class ReportedAnswer(BaseModel):
     new: bool
     decision: DecisionAnswer | None
 
 
-class ReportAnswer(Answer):
+class ReportAnswer(BaseModel):
     step: int
     metrics: dict[str, float]
     created: float
 
 
-class AssignmentAnswer(Answer):
+class AssignmentAnswer(BaseModel):
     version: int
     endpoints: list[str]
 
 
-class LeaseAnswer(Answer):
+class LeaseAnswer(BaseModel):
     id: str
     group: str
     endpoint: str
@@ -260,12 +256,12 @@ class LeaseAnswer(Answer):
     lease_seconds: float
 
 
-class BeatAnswer(Answer):
+class BeatAnswer(BaseModel):
     state: Literal["live", "draining"]
     lease_seconds: float
 
 
-class EventAnswer(Answer):
+class EventAnswer(BaseModel):
     id: int
     kind: str
     run: str | None
@@ -273,18 +269,18 @@ class EventAnswer(Answer):
     created: float
 
 
-class TokenAnswer(Answer):
+class TokenAnswer(BaseModel):
     name: str
     role: str
     created: float
 
 
-class SecretAnswer(Answer):
+class SecretAnswer(BaseModel):
     name: str
     role: str
     token: str = Field(description="told this once")
 
 
-class HealthAnswer(Answer):
+class HealthAnswer(BaseModel):
     status: Literal["ok"]
     version: str
