@@ -35,6 +35,7 @@ StepKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,14})$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 Vocabulary = Annotated[str, Field(max_length=128, pattern=r"^[\w:-]*$")]
 Line = Annotated[str, Field(max_length=1000, pattern=_PRINTABLE)]
+Place = Annotated[Line, Field(min_length=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Metrics = Annotated[dict[Annotated[str, Field(pattern=r"^[\w./-]{1,80}$")], Number], Field(max_length=200)]
 Tree = Annotated[dict[str, Any], AfterValidator(_plain)]
@@ -61,9 +62,7 @@ class Problem(Body):
 
 class NewTrajectory(Body):
     run: Name
-    location: Line = Field(
-        min_length=1, description="folder, or hf: with a pattern, as its run's machines see it; never opened here"
-    )
+    location: Place = Field(description="folder, or hf: with a pattern, as its run's machines see it; never opened here")
     vocabulary: Vocabulary = Field("", description="digest of what the token ids mean; empty: unknown")
     name: Name | None = Field(None, description="also point this name to it")
 
@@ -75,7 +74,7 @@ class StoredFile(Body):
 
 class NewCheckpoint(Body):
     step: Step
-    location: Line = Field(min_length=1)
+    location: Place
     weights: Digest = Field(description="digest of the weights, which every signal names")
     head: Digest | None = Field(None, description="sha256 of the head's weight; none: not known")
     tokenizer: Vocabulary = ""

@@ -105,8 +105,7 @@ async def _stream(service: Service, begin: int, oldest: int, newest: int) -> Asy
             yield f"id: {max(last, 0)}\nevent: reset\ndata: {{}}\n\n".encode()
         spoke = loop.time()
         while not service.stopping:
-            after = last
-            found = await service.read(events.events_after, after, PAGE)
+            found = await service.read(events.events_after, last, PAGE)
             for event in found:
                 last, spoke = event["id"], loop.time()
                 yield f"id: {last}\nevent: {event['kind']}\ndata: {canonical(event)}\n\n".encode()
