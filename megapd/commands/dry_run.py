@@ -35,11 +35,8 @@ def dry_run(config: Config) -> str:
     learner = build_student(config, task)
     total, without_embeddings = parameter_count(learner)
     tokens = config.training.global_batch * task.length
-    per_token = config.model.flops_per_token(
-        classes=task.classes,
-        length=task.length,
-        labelled_share=task.labelled_per_sample / task.length,
-    )
+    share = task.labelled_per_sample / task.length
+    per_token = config.model.flops_per_token(classes=task.classes, length=task.length, labelled_share=share)
     lines = [
         dump(config).rstrip(),
         "",
@@ -101,6 +98,5 @@ def loss_bytes(config: Config, task: Task, micro_batch: int) -> float:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     logits = 12.0 * task.classes * task.labelled_per_sample * micro_batch
-    return (
-        min(float(config.loss.chunk_bytes or default_chunk_bytes(device)), logits) + 4.0 * task.classes * config.model.head_width
-    )
+    chunk = min(float(config.loss.chunk_bytes or default_chunk_bytes(device)), logits)
+    return chunk + 4.0 * task.classes * config.model.head_width

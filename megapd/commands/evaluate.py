@@ -26,12 +26,9 @@ def evaluate_run(config: Config, folder: Path) -> int:
 
     Rank 0 prints a line each and writes evaluation.json into the folder.
     """
-    trajectory = folder / "trajectory"
-    world = start_world()
-    results = []
-    written = Trajectory(trajectory, must_exist=False).steps
-    evaluated = _trajectory(config, trajectory, world) if written else _newest(config, folder, world)
-    for step, values in evaluated:
+    world, results = start_world(), []
+    trajectory = Trajectory(folder / "trajectory", must_exist=False)
+    for step, values in _trajectory(config, trajectory, world) if trajectory.steps else _newest(config, folder, world):
         results.append({"step": step, **values})
         if world.rank == 0:
             print(f"step {step:>9,}   loss {values['loss']:.6g}   accuracy {values['accuracy']:.6g}", flush=True)
@@ -40,9 +37,8 @@ def evaluate_run(config: Config, folder: Path) -> int:
     return 0
 
 
-def _trajectory(config: Config, folder: Path, world: World) -> Iterator[tuple[int, dict[str, float]]]:
+def _trajectory(config: Config, trajectory: Trajectory, world: World) -> Iterator[tuple[int, dict[str, float]]]:
     task = build_task(config)
-    trajectory = Trajectory(folder)
     learner = build_student(config, task).to(world.device, DTYPES[config.training.precision])
     micro = config.evaluation.micro_batch or tile(config.training, world.size).micro_batch
     for step in trajectory.steps:

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from tqdm import tqdm
 
 from megapd.batch import Batch
@@ -24,7 +23,7 @@ from megapd.teacher.setup import open_source, rank_agreement
 from megapd.teacher.stream import Stream
 from megapd.tiling import tile
 from megapd.trajectory import Checkpoints
-from megapd.world import join_world
+from megapd.world import World, join_world
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,8 @@ class RecordSummary:
     @staticmethod
     def together(parts: Sequence[RecordSummary]) -> RecordSummary:
         """What several ranks did side by side."""
-        sums = {
-            name: sum(getattr(part, name) for part in parts) for name in ("samples", "found", "recorded", "positions", "bytes")
-        }
+        counts = ("samples", "found", "recorded", "positions", "bytes")
+        sums = {name: sum(getattr(part, name) for part in parts) for name in counts}
         return RecordSummary(**sums, seconds=max(part.seconds for part in parts))
 
     def __str__(self) -> str:
@@ -71,39 +69,34 @@ def record(
     trajectory: Checkpoints | None,
     stream: Stream,
     cache: SignalCache,
-    rank: int,
-    ranks: int,
+    world: World,
     *,
     classes: int,
-    device: torch.device | None = None,
     agree: Callable[[list[bool]], list[bool]] | None = None,
 ) -> RecordSummary:
-    """Ask `stream` for every signal of the schedule that the cache lacks, and write it there; closes both.
+    """Ask `stream` for every signal of the schedule that the cache, just opened, lacks, and write it there; closes both.
 
     What is there is read and verified, and recorded again if it is damaged, so that a walk that was killed, or is repeated, asks
-    for the rest alone. classes: of the teacher's head; device: where the batches go, default the CPU; agree: see CachedStream.
+    for the rest alone. classes: of the teacher's head; agree: see CachedStream.
     Raises UserError if the ranks do not divide the batch, or the cache cannot be written.
     """
     # As training tiles them: every rank has as many, since a sharded teacher answers all ranks at once, and what training reads
     # together lies together.
-    rows = tile(config.training, ranks).rows(rank)
+    rows = tile(config.training, world.size).rows(world.rank)
     began = time.perf_counter()
-    found, recorded, positions, size = _state(cache)
     cached = CachedStream(cache, plan, stream.spec, trajectory, stream, record=True, classes=classes, agree=agree)
     depth = config.teacher.depth if config.teacher is not None else 1
     ahead: deque[list[Batch]] = deque()
     upcoming = samples = 0
-    shown = rank == 0 and config.telemetry.progress
-    bar = tqdm(
-        total=plan.steps, desc="record", unit=" steps", disable=None if shown else True, file=sys.stderr, dynamic_ncols=True
-    )
+    quiet = None if world.rank == 0 and config.telemetry.progress else True  # None: where stderr is a terminal
+    bar = tqdm(total=plan.steps, desc="record", unit=" steps", disable=quiet, file=sys.stderr, dynamic_ncols=True)
     try:
         for step in range(plan.steps):
             while upcoming < min(step + depth + 1, plan.steps):
                 ahead.append([task.batch(upcoming, part) for part in rows])
                 cached.request(upcoming, ahead[-1])
                 upcoming += 1
-            batches = [batch.to(device or torch.device("cpu")) for batch in ahead.popleft()]
+            batches = [batch.to(world.device) for batch in ahead.popleft()]
             for _ in cached.signals(step, batches):
                 _check(cache)
             samples += sum(batch.samples for batch in batches)
@@ -113,19 +106,8 @@ def record(
     finally:
         bar.close()
         cached.close()
-    after = _state(cache)
-    return RecordSummary(
-        samples=samples,
-        found=after[0] - found,
-        recorded=after[1] - recorded,
-        positions=after[2] - positions,
-        bytes=after[3] - size,
-        seconds=time.perf_counter() - began,
-    )
-
-
-def _state(cache: SignalCache) -> tuple[int, int, int, int]:
-    return cache.counts["hits"], cache.counts["recorded"], cache.positions, cache.written_bytes
+    found, recorded, seconds = cache.counts["hits"], cache.counts["recorded"], time.perf_counter() - began
+    return RecordSummary(samples, found, recorded, cache.positions, cache.written_bytes, seconds)
 
 
 def _check(cache: SignalCache) -> None:
@@ -152,19 +134,8 @@ def record_signals(config: Config) -> int:
         why = "decides while a student trains, so its signals cannot be recorded ahead of it"
         raise UserError(f"schedule.policy: {config.schedule.policy} {why}")
     stream = open_source(config, task, trajectory, plan, world, 0)
-    mine = record(
-        config,
-        task,
-        plan,
-        trajectory,
-        stream,
-        SignalCache(folder),
-        world.rank,
-        world.size,
-        classes=checkpoint_shape(stream.teacher(0)).classes,
-        device=world.device,
-        agree=rank_agreement(teacher, world),
-    )
+    classes, agree = checkpoint_shape(stream.teacher(0)).classes, rank_agreement(teacher, world)
+    mine = record(config, task, plan, trajectory, stream, SignalCache(folder), world, classes=classes, agree=agree)
     parts = world.gather(mine)
     if world.rank == 0:
         print(RecordSummary.together(parts), flush=True)

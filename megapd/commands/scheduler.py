@@ -10,7 +10,7 @@ from megapd.errors import UserError
 from megapd.interrupts import until_signalled
 from megapd.scheduler.local import existing_store
 from megapd.scheduler.server import serve
-from megapd.scheduler.store import ROLES, Conflict, NotFound, Store, tokens
+from megapd.scheduler.store import ROLES, Store, tokens
 
 
 def serve_scheduler(config: Config) -> int:
@@ -32,10 +32,7 @@ def create_token(config: Config, role: str, name: str | None) -> int:
     if role not in ROLES:
         raise UserError(f"role: {role!r} is none; there are {', '.join(ROLES)}")
     with contextlib.closing(Store(config.scheduler.database)) as store:
-        try:
-            token = store.write(lambda connection: tokens.create_token(connection, role, name or _free(store, role)))
-        except Conflict as error:
-            raise UserError(f"{error}") from error
+        token = store.write(lambda connection: tokens.create_token(connection, role, name or _free(store, role)))
     print(token)
     return 0
 
@@ -43,10 +40,7 @@ def create_token(config: Config, role: str, name: str | None) -> int:
 def revoke_token(config: Config, name: str) -> int:
     """`megapd scheduler revoke NAME`."""
     with contextlib.closing(existing_store(config.scheduler)) as store:
-        try:
-            store.write(lambda connection: tokens.revoke_token(connection, name))
-        except NotFound as error:
-            raise UserError(f"{error}") from error
+        store.write(lambda connection: tokens.revoke_token(connection, name))
     return 0
 
 

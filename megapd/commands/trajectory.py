@@ -5,7 +5,7 @@ from __future__ import annotations
 from megapd.config import Config
 from megapd.interrupts import until_signalled
 from megapd.scheduler.local import open_api
-from megapd.scheduler.registry import Registry, import_trajectory, verify_trajectory, watch_trajectory
+from megapd.scheduler.registry import import_trajectory, verify_trajectory, watch_trajectory
 
 RETRY_SECONDS = 60.0  # an import outlives a service that starts again
 
@@ -23,16 +23,17 @@ def import_checkpoints(
         from megapd.scheduler.registry.probe import TaskProbe  # builds models: no other verb of the scheduler needs them
 
         probe = TaskProbe(config, probe_samples)
+
+    def told(step: int) -> None:
+        print(f"step {step}", flush=True)
+
     with open_api(config.scheduler, create=True, retry_seconds=RETRY_SECONDS) as api:
-        registry = Registry(api)
         if watch:
             with until_signalled() as stop:
-                watch_trajectory(
-                    registry, source, stop, name=name, probe=probe, told=lambda step: print(f"step {step}", flush=True)
-                )
+                watch_trajectory(api, source, stop, name=name, probe=probe, told=told)
             return 0
         steps = config.teacher.steps if config.teacher is not None else ()
-        done = import_trajectory(registry, source, steps=steps, name=name, probe=probe)
+        done = import_trajectory(api, source, steps=steps, name=name, probe=probe)
     print(f"{done.digest}  {len(done.added)} checkpoints added, {len(done.known)} known")
     return 0
 
@@ -40,7 +41,7 @@ def import_checkpoints(
 def verify_checkpoints(config: Config, reference: str, *, accept: bool = False) -> int:
     """`megapd trajectory verify NAME [--accept]` of a registered trajectory; 1 if one is flagged and not accepted."""
     with open_api(config.scheduler, retry_seconds=RETRY_SECONDS) as api:
-        flagged = verify_trajectory(Registry(api), reference, accept=accept)
+        flagged = verify_trajectory(api, reference, accept=accept)
     for checkpoint in flagged:
         for flag in checkpoint["flags"]:
             accepted = f" (accepted by {flag['accepted_by']})" if flag["accepted_by"] else ""

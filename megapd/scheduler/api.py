@@ -35,6 +35,7 @@ StepKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,14})$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 Vocabulary = Annotated[str, Field(max_length=128, pattern=r"^[\w:-]*$")]
 Line = Annotated[str, Field(max_length=1000, pattern=_PRINTABLE)]
+Place = Annotated[Line, Field(min_length=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Metrics = Annotated[dict[Annotated[str, Field(pattern=r"^[\w./-]{1,80}$")], Number], Field(max_length=200)]
 Tree = Annotated[dict[str, Any], AfterValidator(_plain)]
@@ -61,9 +62,7 @@ class Problem(Body):
 
 class NewTrajectory(Body):
     run: Name
-    location: Line = Field(
-        min_length=1, description="folder, or hf: with a pattern, as its run's machines see it; never opened here"
-    )
+    location: Place = Field(description="folder, or hf: with a pattern, as its run's machines see it; never opened here")
     vocabulary: Vocabulary = Field("", description="digest of what the token ids mean; empty: unknown")
     name: Name | None = Field(None, description="also point this name to it")
 
@@ -75,7 +74,7 @@ class StoredFile(Body):
 
 class NewCheckpoint(Body):
     step: Step
-    location: Line = Field(min_length=1)
+    location: Place
     weights: Digest = Field(description="digest of the weights, which every signal names")
     head: Digest | None = Field(None, description="sha256 of the head's weight; none: not known")
     tokenizer: Vocabulary = ""
@@ -154,14 +153,10 @@ class NewToken(Body):
     role: Literal["read", "run", "admin"]
 
 
-# --------------------------------------------------------------------------------------------------------------- answers
+# ----------------------------------------------------------------------- answers, as the OpenAPI document describes them
 
 
-class Answer(BaseModel):
-    """What answers look like, for the OpenAPI document."""
-
-
-class TrajectoryAnswer(Answer):
+class TrajectoryAnswer(BaseModel):
     digest: str
     run: str
     location: str
@@ -169,14 +164,14 @@ class TrajectoryAnswer(Answer):
     created: float
 
 
-class FlagAnswer(Answer):
+class FlagAnswer(BaseModel):
     kind: str
     detail: str
     found: float
     accepted_by: str | None
 
 
-class CheckpointAnswer(Answer):
+class CheckpointAnswer(BaseModel):
     digest: str
     trajectory: str
     step: int
@@ -192,13 +187,13 @@ class CheckpointAnswer(Answer):
     flags: list[FlagAnswer]
 
 
-class NameAnswer(Answer):
+class NameAnswer(BaseModel):
     name: str
     digest: str
     version: int
 
 
-class RunAnswer(Answer):
+class RunAnswer(BaseModel):
     name: str
     trajectory: str | None
     group: str
@@ -213,7 +208,7 @@ class RunAnswer(Answer):
     endpoints: list[str]
 
 
-class ScheduleAnswer(Answer):
+class ScheduleAnswer(BaseModel):
     run: str
     version: int
     document: dict[str, Any]
@@ -224,7 +219,7 @@ class ScheduleAnswer(Answer):
     created: float
 
 
-class DecisionAnswer(Answer):
+class DecisionAnswer(BaseModel):
     sequence: int
     step: int
     effective: int
@@ -234,23 +229,23 @@ class DecisionAnswer(Answer):
     applied: int | None = Field(None, description="the student step that it began at, where the run learned of it too late")
 
 
-class ReportedAnswer(Answer):
+class ReportedAnswer(BaseModel):
     new: bool
     decision: DecisionAnswer | None
 
 
-class ReportAnswer(Answer):
+class ReportAnswer(BaseModel):
     step: int
     metrics: dict[str, float]
     created: float
 
 
-class AssignmentAnswer(Answer):
+class AssignmentAnswer(BaseModel):
     version: int
     endpoints: list[str]
 
 
-class LeaseAnswer(Answer):
+class LeaseAnswer(BaseModel):
     id: str
     group: str
     endpoint: str
@@ -260,12 +255,12 @@ class LeaseAnswer(Answer):
     lease_seconds: float
 
 
-class BeatAnswer(Answer):
+class BeatAnswer(BaseModel):
     state: Literal["live", "draining"]
     lease_seconds: float
 
 
-class EventAnswer(Answer):
+class EventAnswer(BaseModel):
     id: int
     kind: str
     run: str | None
@@ -273,18 +268,18 @@ class EventAnswer(Answer):
     created: float
 
 
-class TokenAnswer(Answer):
+class TokenAnswer(BaseModel):
     name: str
     role: str
     created: float
 
 
-class SecretAnswer(Answer):
+class SecretAnswer(BaseModel):
     name: str
     role: str
     token: str = Field(description="told this once")
 
 
-class HealthAnswer(Answer):
+class HealthAnswer(BaseModel):
     status: Literal["ok"]
     version: str

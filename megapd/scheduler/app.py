@@ -15,7 +15,7 @@ from megapd.errors import UserError
 from megapd.scheduler import dashboard, routes
 from megapd.scheduler.api import Problem
 from megapd.scheduler.service import Guard, Service, problem, unavailable
-from megapd.scheduler.store import Conflict, NotFound, Refused, Unavailable
+from megapd.scheduler.store import Conflict, NotFound, Unavailable
 
 
 def build_app(service: Service) -> FastAPI:
@@ -71,7 +71,6 @@ async def _other(_: Request, error: Exception) -> Response:
 _HANDLERS: dict[Any, Any] = {
     NotFound: _told(404),
     Conflict: _told(409),
-    Refused: _told(422),
     UserError: _told(422),
     Unavailable: _unavailable,
     RequestValidationError: _invalid,

@@ -24,8 +24,7 @@ RETRY_SECONDS = 10.0  # a command waits this long for a service that is away
 
 @contextlib.contextmanager
 def open_api(settings: SchedulerConfig, *, create: bool = False, retry_seconds: float = RETRY_SECONDS) -> Iterator[Api]:
-    """Calls are repeated for retry_seconds while the service is away, which is a UserError then. create: a database that is not
-    there is made."""
+    """Calls are repeated while the service is away, which is a UserError after retry_seconds. create: also a new database."""
     with contextlib.ExitStack() as stack:
         transport = None
         if settings.url is None:
@@ -43,9 +42,8 @@ def existing_store(settings: SchedulerConfig) -> Store:
     """The store. UserError where it would be made for a command that only reads, or changes, what is there."""
     path = make_url(settings.database).database
     if settings.database.startswith("sqlite") and not (path and Path(path).exists()):
-        raise UserError(
-            f"scheduler.database: there is no {path}; name the service with scheduler.url, or the database's own file"
-        )
+        told = "name the service with scheduler.url, or the database's own file"
+        raise UserError(f"scheduler.database: there is no {path}; {told}")
     return Store(settings.database)
 
 

@@ -104,15 +104,13 @@ def _check_public(settings: SchedulerConfig, store: Store) -> None:
 def _listen(host: str, port: int) -> socket.socket:
     with contextlib.ExitStack() as failed:
         try:
-            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-                0
-            ]
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            family, kind, protocol, _, address = found[0]
             listening = failed.enter_context(socket.socket(family, kind, protocol))
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind(address)
         except OSError as error:
-            raise UserError(
-                f"scheduler.host, scheduler.port: cannot listen on {host}:{port}: {error.strerror or error}; choose others"
-            ) from error
+            where = f"scheduler.host, scheduler.port: cannot listen on {host}:{port}"
+            raise UserError(f"{where}: {error.strerror or error}; choose others") from error
         failed.pop_all()
     return listening

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from megapd.config import SchedulerConfig
 from megapd.errors import UserError
 from megapd.scheduler.local import open_api
-from megapd.scheduler.registry import Registry, import_trajectory, verify_trajectory, watch_trajectory
-from megapd.scheduler.registry.importing import head_digest
+from megapd.scheduler.registry import import_trajectory, verify_trajectory, watch_trajectory
+from megapd.scheduler.registry.importing import head_digest, registered
 from megapd.scheduler.registry.rules import judge, unruly
 from megapd.scheduler.registry.verify import changed
 from megapd.scheduler.store import Store
@@ -33,15 +33,9 @@ def store(tmp_path):
 
 
 @pytest.fixture
-def registry(store, tmp_path):
-    with opened(SchedulerConfig(database=f"sqlite:///{tmp_path}/s.db")) as found:
+def api(store, tmp_path):
+    with open_api(SchedulerConfig(database=f"sqlite:///{tmp_path}/s.db")) as found:
         yield found
-
-
-@contextlib.contextmanager
-def opened(settings):
-    with open_api(settings) as api:
-        yield Registry(api)
 
 
 def teacher(folder, steps=(10, 20, 30), **metrics):
@@ -50,11 +44,11 @@ def teacher(folder, steps=(10, 20, 30), **metrics):
     return str(folder)
 
 
-def test_an_import_records_what_is_there_and_twice_is_once(registry, tmp_path):
+def test_an_import_records_what_is_there_and_twice_is_once(api, tmp_path):
     source = teacher(tmp_path / "t")
-    first = import_trajectory(registry, source, name="teacher")
+    first = import_trajectory(api, source, name="teacher")
     assert (first.added, first.known) == ((10, 20, 30), ())
-    records = registry.checkpoints(first.digest)
+    records = registered(api, first.digest)
     checkpoint = write(tmp_path / "t", 10)  # kept, being the same
     assert records[0]["weights"] == checkpoint.digest
     assert records[0]["files"] == {n: {"sha256": f.sha256, "bytes": f.bytes} for n, f in checkpoint.files.items()}
@@ -63,26 +57,26 @@ def test_an_import_records_what_is_there_and_twice_is_once(registry, tmp_path):
     assert records[0]["head"] == head_digest(checkpoint)
     assert len({record["head"] for record in records}) == 3
     teacher(tmp_path / "t", (40,))
-    again = import_trajectory(registry, source, name="teacher")
+    again = import_trajectory(api, source, name="teacher")
     assert (again.digest, again.added, again.known) == (first.digest, (40,), (10, 20, 30))
-    assert [record["step"] for record in registry.checkpoints(first.digest)] == [10, 20, 30, 40]
-    assert verify_trajectory(registry, "teacher") == []
+    assert [record["step"] for record in registered(api, first.digest)] == [10, 20, 30, 40]
+    assert verify_trajectory(api, "teacher") == []
 
 
-def test_a_run_s_folder_stands_for_its_trajectory(registry, tmp_path):
+def test_a_run_s_folder_stands_for_its_trajectory(api, tmp_path):
     teacher(tmp_path / "run" / "trajectory")
-    assert import_trajectory(registry, str(tmp_path / "run")).added == (10, 20, 30)
+    assert import_trajectory(api, str(tmp_path / "run")).added == (10, 20, 30)
     with pytest.raises(UserError, match="no"):
-        import_trajectory(registry, str(tmp_path / "none"))
+        import_trajectory(api, str(tmp_path / "none"))
 
 
-def test_a_checkpoint_that_became_another_one_is_not_registered(registry, tmp_path):
+def test_a_checkpoint_that_became_another_one_is_not_registered(api, tmp_path):
     source = teacher(tmp_path / "t")
-    import_trajectory(registry, source)
+    import_trajectory(api, source)
     shutil.rmtree(tmp_path / "t" / "step_20")
     write(tmp_path / "t", 20, weights(99))
     with pytest.raises(UserError, match="step_20"):
-        import_trajectory(registry, source)
+        import_trajectory(api, source)
 
 
 def test_the_head_s_digest_is_of_the_weight_and_not_of_the_file(tmp_path):
@@ -98,20 +92,20 @@ def test_the_head_s_digest_is_of_the_weight_and_not_of_the_file(tmp_path):
     assert head_digest(write(tmp_path / "e", 1, tied)) == head_digest(one)
 
 
-def test_verify_finds_what_publishers_got_wrong(store, registry, tmp_path):
+def test_verify_finds_what_publishers_got_wrong(store, api, tmp_path):
     folder = tmp_path / "t"
     final = weights(8)
     for step in range(1, 9):
         write(folder, step, final if step == 3 else weights(step), metrics={"eval/loss": 5.0 / step, "train/tokens": 100 * step})
     write(folder, 9, weights(9), metrics={"eval/loss": 0.5, "train/tokens": 350})
-    digest = import_trajectory(registry, str(folder), name="t").digest
+    digest = import_trajectory(api, str(folder), name="t").digest
     (folder / "step_5" / "model-00001-of-00001.safetensors").unlink()
     shard = folder / "step_6" / "model-00001-of-00001.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
     shutil.rmtree(folder / "step_7")
-    flagged = {c["step"]: {flag["kind"]: flag["detail"] for flag in c["flags"]} for c in verify_trajectory(registry, "t")}
+    flagged = {c["step"]: {flag["kind"]: flag["detail"] for flag in c["flags"]} for c in verify_trajectory(api, "t")}
     assert {step: set(kinds) for step, kinds in flagged.items()} == {
         3: {"duplicate"},
         5: {"changed"},
@@ -123,23 +117,23 @@ def test_verify_finds_what_publishers_got_wrong(store, registry, tmp_path):
     assert "step 8" in flagged[3]["duplicate"]
     assert "sha256" in flagged[6]["changed"]
     assert set(store.read(lambda c: catalogue.flagged_steps(c, digest))) == {3, 5, 6, 7, 8, 9}
-    accepted = verify_trajectory(registry, "t", accept=True)
+    accepted = verify_trajectory(api, "t", accept=True)
     assert all(flag["accepted_by"] == "command line" for c in accepted for flag in c["flags"])
     assert store.read(lambda c: catalogue.flagged_steps(c, digest)) == {}
 
 
-def test_verify_needs_the_files(registry, tmp_path):
-    import_trajectory(registry, teacher(tmp_path / "t"), name="t")
+def test_verify_needs_the_files(api, tmp_path):
+    import_trajectory(api, teacher(tmp_path / "t"), name="t")
     shutil.rmtree(tmp_path / "t")
     with pytest.raises(UserError, match="not on this machine"):
-        verify_trajectory(registry, "t")
+        verify_trajectory(api, "t")
     with pytest.raises(UserError, match="none called"):
-        verify_trajectory(registry, "unknown")
+        verify_trajectory(api, "unknown")
 
 
-def test_a_file_that_changes_in_any_byte_is_noticed(registry, tmp_path):
-    digest = import_trajectory(registry, teacher(tmp_path / "t", (10,))).digest
-    (record,) = registry.checkpoints(digest)
+def test_a_file_that_changes_in_any_byte_is_noticed(api, tmp_path):
+    digest = import_trajectory(api, teacher(tmp_path / "t", (10,))).digest
+    (record,) = registered(api, digest)
     assert changed(record) is None
     for name in record["files"]:
         path = tmp_path / "t" / "step_10" / name
@@ -151,14 +145,12 @@ def test_a_file_that_changes_in_any_byte_is_noticed(registry, tmp_path):
         path.write_bytes(good)
 
 
-def test_watching_registers_each_as_it_appears(registry, tmp_path):
+def test_watching_registers_each_as_it_appears(api, tmp_path):
     folder = tmp_path / "run"
     stop, told = threading.Event(), []
     found: list[str | None] = []
     thread = threading.Thread(
-        target=lambda: found.append(
-            watch_trajectory(registry, str(folder), stop, poll_seconds=0.05, name="live", told=told.append)
-        )
+        target=lambda: found.append(watch_trajectory(api, str(folder), stop, poll_seconds=0.05, name="live", told=told.append))
     )
     thread.start()
     try:
@@ -173,7 +165,7 @@ def test_watching_registers_each_as_it_appears(registry, tmp_path):
         thread.join(20)
     assert told == [1, 2, 3]
     assert found[0] is not None
-    records = registry.checkpoints(found[0])
+    records = registered(api, found[0])
     assert [(r["step"], [flag["kind"] for flag in r["flags"]]) for r in records] == [
         (1, ["duplicate"]),
         (2, []),
@@ -189,20 +181,20 @@ def test_the_service_s_registry_is_the_same(tmp_path):
     with services.serving(SchedulerConfig(database=database, port=0)) as served:
         path = tmp_path / "token"
         path.write_text(given)
-        with opened(SchedulerConfig(url=served.url, token=path)) as remote:
+        with open_api(SchedulerConfig(url=served.url, token=path)) as remote:
             first = import_trajectory(remote, source, name="t")
             assert first.added == (10, 20, 30, 40, 50)
             assert import_trajectory(remote, source, name="t").known == first.added
             (tmp_path / "t" / "step_20" / "model.safetensors.index.json").write_text("{}")
             (flagged,) = verify_trajectory(remote, "t", accept=True)
             assert (flagged["step"], flagged["flags"][0]["accepted_by"]) == (20, "admin")
-            shown = remote.checkpoints(first.digest)
+            shown = registered(remote, first.digest)
             with pytest.raises(UserError, match="none called"):
-                remote.find_trajectory("unknown")
-        with opened(SchedulerConfig(url=served.url)) as stranger, pytest.raises(UserError, match="bearer token"):
-            stranger.find_trajectory("t")
-    with opened(SchedulerConfig(database=database)) as local:
-        assert local.checkpoints(first.digest) == shown
+                remote.ask("GET", "/v1/trajectories/unknown")
+        with open_api(SchedulerConfig(url=served.url)) as stranger, pytest.raises(UserError, match="bearer token"):
+            stranger.ask("GET", "/v1/trajectories/t")
+    with open_api(SchedulerConfig(database=database)) as local:
+        assert registered(local, first.digest) == shown
         assert import_trajectory(local, source, name="t").digest == first.digest
 
 
@@ -308,8 +300,8 @@ def test_the_verbs_import_probe_and_verify(tmp_path, capsys):
     assert verify_checkpoints(given, "t") == 1
     assert "step 1: changed" in capsys.readouterr().out
     assert verify_checkpoints(given, "t", accept=True) == 0
-    with opened(scheduler) as registry:
-        records = registry.checkpoints(registry.find_trajectory("t")["digest"])
+    with open_api(scheduler) as api:
+        records = registered(api, api.ask("GET", "/v1/trajectories/t")["digest"])
     assert [record["step"] for record in records] == [1, 2]
     losses = [record["probe_loss"] for record in records]
     assert losses[0] != losses[1]

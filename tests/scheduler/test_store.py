@@ -82,7 +82,7 @@ def decide(store: Store, made: runs.Stored):
 # ------------------------------------------------------------------------------------------------------------- the store
 
 
-def test_migrations_make_what_the_tables_say(store):
+def test_a_new_store_is_what_the_tables_say(store):
     with store._writer_engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, metadata) == []

@@ -6,6 +6,7 @@ import resource
 import time
 
 import pytest
+import torch
 
 from megapd.commands.record import record
 from megapd.config import load
@@ -14,6 +15,7 @@ from megapd.signals import as_sent
 from megapd.tasks import build_task
 from megapd.teacher.cache import CachedStream
 from megapd.teacher.cache.parts import read_records
+from megapd.world import World
 from tests.teacher.caching import (
     CLASSES,
     GLOBAL,
@@ -52,7 +54,8 @@ def task(config):
 
 
 def record_all(config, task, folder, source, rank=0, ranks=1, **settings):
-    return record(config, task, PLAN, Steps(), source, make_cache(folder, **settings), rank, ranks, classes=CLASSES)
+    world = World(rank, ranks, torch.device("cpu"), None)
+    return record(config, task, PLAN, Steps(), source, make_cache(folder, **settings), world, classes=CLASSES)
 
 
 @pytest.mark.parametrize("spec", [SPECS[1], SPECS[2]], ids=lambda spec: spec.kind)

@@ -8,12 +8,12 @@ import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from megapd.errors import UserError
-from megapd.scheduler.registry.records import Registry
-from megapd.scheduler.registry.rules import judge
-from megapd.trajectory import Checkpoint, Trajectory
+from megapd.scheduler.client.http import Api
+from megapd.scheduler.registry.rules import Flags, judge
+from megapd.trajectory import Checkpoint, Checkpoints, Trajectory
 from megapd.trajectory.hugging_face import HuggingFaceTrajectory, is_hugging_face
 
 HASH_BYTES = 1 << 20  # at once
@@ -25,15 +25,6 @@ _EMBEDDINGS = re.compile(r"(^|\.)(tokens|wte|word_embeddings|embed_tokens|embed_
 Probe = Callable[[Any, Checkpoint], float]  # (trajectory, checkpoint) -> loss on a sample that is the same for all checkpoints
 
 
-class Files(Protocol):
-    """Trajectory or HuggingFaceTrajectory."""
-
-    @property
-    def steps(self) -> tuple[int, ...]: ...
-
-    def checkpoint(self, step: int) -> Checkpoint: ...
-
-
 class Imported(NamedTuple):
     """digest of the trajectory; steps that were new, steps that it had already."""
 
@@ -42,9 +33,8 @@ class Imported(NamedTuple):
     known: tuple[int, ...]
 
 
-def open_files(source: str, steps: tuple[int, ...] = (), *, must_exist: bool = True) -> Files:
-    """The checkpoints that a folder (a trajectory's or its run's), a pattern or hf:REPO stands for. UserError if there are
-    none."""
+def open_files(source: str, steps: tuple[int, ...] = (), *, must_exist: bool = True) -> Checkpoints:
+    """Those that a folder (a trajectory's or its run's), a pattern or hf:REPO stands for. UserError if there are none."""
     if is_hugging_face(source):
         return HuggingFaceTrajectory(source, steps)
     folder = Path(source)
@@ -52,7 +42,7 @@ def open_files(source: str, steps: tuple[int, ...] = (), *, must_exist: bool = T
 
 
 def import_trajectory(
-    registry: Registry, source: str, *, steps: tuple[int, ...] = (), name: str | None = None, probe: Probe | None = None
+    api: Api, source: str, *, steps: tuple[int, ...] = (), name: str | None = None, probe: Probe | None = None
 ) -> Imported:
     """Register what is there. Twice does the same as once; what was added to the files since is added.
 
@@ -62,12 +52,12 @@ def import_trajectory(
     files = open_files(source, steps)
     if not files.steps:
         raise UserError(f"{source}: no complete checkpoint")
-    digest = _add_trajectory(registry, files, source, name)
-    return Imported(digest, *_register(registry, digest, files, source, probe, stop=None))
+    digest = _add_trajectory(api, files, source, name)
+    return Imported(digest, *_register(api, digest, files, source, probe, stop=None))
 
 
 def watch_trajectory(
-    registry: Registry,
+    api: Api,
     source: str,
     stop: threading.Event,
     *,
@@ -76,8 +66,7 @@ def watch_trajectory(
     probe: Probe | None = None,
     told: Callable[[int], None] = lambda step: None,
 ) -> str | None:
-    """Register the checkpoints of a teacher that trains, each as it appears, until `stop`; the trajectory's digest, None before
-    any.
+    """Register a teacher's checkpoints, each as it appears, until `stop`; the trajectory's digest, None if there was none.
 
     told: called with each new step. The rules that need no hashing are looked at whenever something is new.
     """
@@ -86,31 +75,43 @@ def watch_trajectory(
         files = open_files(source, must_exist=False)
         if files.steps:
             if digest is None:
-                digest = _add_trajectory(registry, files, source, name)
-            added, _ = _register(registry, digest, files, source, probe, stop)
+                digest = _add_trajectory(api, files, source, name)
+            added, _ = _register(api, digest, files, source, probe, stop)
             if added:
-                records = registry.checkpoints(digest)
+                records = registered(api, digest)
                 found = judge(records)
                 for record in records:
                     for flag in record["flags"]:
                         if flag["kind"] == "changed":
                             found.setdefault(record["step"], {})["changed"] = flag["detail"]
-                registry.set_flags(digest, found)
+                set_flags(api, digest, found)
             for step in added:
                 told(step)
         if stop.wait(poll_seconds):
             return digest
 
 
-def _add_trajectory(registry: Registry, files: Files, source: str, name: str | None) -> str:
+def registered(api: Api, digest: str) -> list[dict[str, Any]]:
+    """The records of a trajectory's checkpoints, in the order of their steps."""
+    return api.pages(f"/v1/trajectories/{digest}/checkpoints", "step", -1)
+
+
+def set_flags(api: Api, digest: str, flags: Flags) -> list[dict[str, Any]]:
+    """Instead of those that there were; the flagged checkpoints."""
+    flagged: list[dict[str, Any]] = api.ask("PUT", f"/v1/trajectories/{digest}/flags", {"flags": flags})
+    return flagged
+
+
+def _add_trajectory(api: Api, files: Checkpoints, source: str, name: str | None) -> str:
     first = files.checkpoint(files.steps[0])
-    return registry.add_trajectory(_run_of(first), _location(source), first.vocabulary, name)
+    body = {"run": _run_of(first), "location": _location(source), "vocabulary": first.vocabulary, "name": name}
+    return str(api.ask("POST", "/v1/trajectories", body)["digest"])
 
 
 def _register(
-    registry: Registry, digest: str, files: Files, source: str, probe: Probe | None, stop: threading.Event | None
+    api: Api, digest: str, files: Checkpoints, source: str, probe: Probe | None, stop: threading.Event | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    known = {record["step"]: record for record in registry.checkpoints(digest)}
+    known = {record["step"]: record for record in registered(api, digest)}
     added: list[int] = []
     for step in files.steps:
         if stop is not None and stop.is_set():
@@ -124,7 +125,7 @@ def _register(
                 )
             continue
         record = record_of(checkpoint, _location(source, checkpoint), None if probe is None else probe(files, checkpoint))
-        registry.add_checkpoint(digest, record)
+        api.ask("POST", f"/v1/trajectories/{digest}/checkpoints", record)
         added.append(step)
     return tuple(added), tuple(step for step in files.steps if step in known)
 

@@ -65,11 +65,10 @@ def unruly(losses: Sequence[tuple[int, float]]) -> list[tuple[int, str]]:
     flagged = []
     for place, (step, loss) in enumerate(losses):
         if place not in kept:
-            before = [values[i] for i in kept if i < place]
-            after = [values[i] for i in kept if i > place]
-            around = f"{before[-1]:.4g} before" if before else ""
-            around += f"{' and ' if before and after else ''}{after[0]:.4g} after it" if after else ""
-            flagged.append((step, f"its loss {loss:.4g} does not follow the steps: {around}, tolerance {tolerance:.2g}"))
+            around = [f"{values[i]:.4g} before" for i in kept if i < place][-1:]
+            around += [f"{values[i]:.4g} after it" for i in kept if i > place][:1]
+            detail = f"its loss {loss:.4g} does not follow the steps: {' and '.join(around)}, tolerance {tolerance:.2g}"
+            flagged.append((step, detail))
     return flagged
 
 
@@ -108,8 +107,7 @@ def _duplicates(records: Sequence[Mapping[str, Any]]) -> Iterable[tuple[int, str
 
 
 def _disorder(records: Sequence[Mapping[str, Any]]) -> Iterable[tuple[int, str]]:
-    """A checkpoint that is behind an earlier one in its own account. Which of the two is misplaced, the account alone cannot
-    tell."""
+    """Checkpoints behind an earlier one in their own account, which cannot tell which of the two is misplaced."""
     for name in PROGRESS:
         newest: tuple[int, float] | None = None
         for record in records:
@@ -125,16 +123,14 @@ def _disorder(records: Sequence[Mapping[str, Any]]) -> Iterable[tuple[int, str]]
 
 
 def _account(record: Mapping[str, Any], name: str) -> float | None:
-    metrics = record.get("metrics") or {}
-    for key, value in metrics.items():
+    for key, value in (record.get("metrics") or {}).items():
         if key.rpartition("/")[2] == name and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
     return None
 
 
 def _losses(records: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    """(step, loss) of the records that have one: the probe loss, else the first of LOSSES that any has; never two kinds in one
-    list."""
+    """(step, loss) of the records that have one: the probe loss, else the first of LOSSES that any has; never two kinds."""
     probed = [(record["step"], float(record["probe_loss"])) for record in records if record.get("probe_loss") is not None]
     for key in LOSSES if not probed else ():
         values = [(record["step"], (record.get("metrics") or {}).get(key)) for record in records]

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from megapd.errors import UserError
 from megapd.files import sha256_file
-from megapd.scheduler.registry.records import Registry
+from megapd.scheduler.client.http import Api
+from megapd.scheduler.registry.importing import registered, set_flags
 from megapd.scheduler.registry.rules import judge
 from megapd.trajectory.hugging_face import HuggingFaceTrajectory
 
 
-def verify_trajectory(registry: Registry, reference: str, *, accept: bool = False) -> list[dict[str, Any]]:
+def verify_trajectory(api: Api, reference: str, *, accept: bool = False) -> list[dict[str, Any]]:
     """Hash every file again, judge the records (rules.py), and flag what is wrong; the flagged checkpoints.
 
     accept: let those be scheduled all the same. Raises UserError if no checkpoint's folder is on this machine.
     """
-    digest = registry.find_trajectory(reference)["digest"]
-    records = registry.checkpoints(digest)
+    digest = api.ask("GET", f"/v1/trajectories/{quote(reference, safe='')}")["digest"]
+    records = registered(api, digest)
     if not records:
         raise UserError(f"{reference}: no checkpoint is registered; import them first")
     if not any(_folder(record) is not None for record in records):
@@ -29,12 +31,8 @@ def verify_trajectory(registry: Registry, reference: str, *, accept: bool = Fals
         detail = changed(record)
         if detail is not None:
             flags.setdefault(record["step"], {})["changed"] = detail
-    flagged = registry.set_flags(digest, flags)
-    if accept:
-        for checkpoint in flagged:
-            registry.accept(checkpoint["digest"])
-        flagged = [record for record in registry.checkpoints(digest) if record["flags"]]
-    return flagged
+    flagged = set_flags(api, digest, flags)
+    return [api.ask("POST", f"/v1/checkpoints/{found['digest']}/accept") for found in flagged] if accept else flagged
 
 
 def changed(record: Mapping[str, Any]) -> str | None:

@@ -47,9 +47,6 @@ async def find_run(service: Serving, name: api.NamePath) -> Response:
     return CanonicalJSON(await service.look(runs.find_run, name))
 
 
-# --------------------------------------------------------------------------------------------------------- schedules
-
-
 @routes.get("/{name}/schedules", response_model=list[api.ScheduleAnswer], dependencies=[READ])
 async def schedules(service: Serving, name: api.NamePath, after: api.AfterNumber = 0, limit: api.Limit = 100) -> Response:
     """The versions in order. Of those that have begun at a student step, the highest is in force there."""
@@ -85,9 +82,6 @@ async def applied(service: Serving, name: api.NamePath, version: int, body: api.
     if not 1 <= version < 1 << 31:
         raise HTTPException(422, "version: from 1 on")
     return CanonicalJSON(await service.write(runs.apply_schedule, name, version, body.step))
-
-
-# --------------------------------------------------------------------------------------------- decisions and reports
 
 
 @routes.get("/{name}/decisions", response_model=list[api.DecisionAnswer], dependencies=[READ])

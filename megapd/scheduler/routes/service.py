@@ -42,9 +42,6 @@ async def metrics(service: Serving) -> Response:
     return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-# ------------------------------------------------------------------------------------------------------------ tokens
-
-
 @routes.get("/v1/tokens", response_model=list[api.TokenAnswer], tags=["tokens"], dependencies=[ADMIN])
 async def list_tokens(service: Serving) -> Response:
     return CanonicalJSON(await service.read(tokens.list_tokens))
@@ -63,9 +60,6 @@ async def revoke_token(service: Serving, name: api.NamePath) -> Response:
     await service.write(tokens.revoke_token, name)
     service.authenticator.forget()
     return Response(status_code=204)
-
-
-# ------------------------------------------------------------------------------------------------------------ events
 
 
 @routes.get("/v1/events", response_model=list[api.EventAnswer], tags=["events"], dependencies=[READ])
@@ -111,8 +105,7 @@ async def _stream(service: Service, begin: int, oldest: int, newest: int) -> Asy
             yield f"id: {max(last, 0)}\nevent: reset\ndata: {{}}\n\n".encode()
         spoke = loop.time()
         while not service.stopping:
-            after = last
-            found = await service.read(events.events_after, after, PAGE)
+            found = await service.read(events.events_after, last, PAGE)
             for event in found:
                 last, spoke = event["id"], loop.time()
                 yield f"id: {last}\nevent: {event['kind']}\ndata: {canonical(event)}\n\n".encode()

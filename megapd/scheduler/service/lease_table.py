@@ -52,9 +52,6 @@ class LeaseTable:
         found = store.read(lambda connection: connection.execute(select(replicas).where(replicas.c.state != "gone")).all())
         self._held = {row.id: Lease(row.id, row.group, row.endpoint, row.state, self._swept) for row in found}
 
-    def __len__(self) -> int:
-        return len(self._held)
-
     def held(self) -> list[Lease]:
         return sorted([*self._held.values()], key=lambda lease: (lease.group, lease.endpoint))
 
@@ -63,8 +60,7 @@ class LeaseTable:
         return self._clock() - lease.heard
 
     def register(self, id: str, group: str, endpoint: str, facts: dict[str, Any]) -> Future[bool]:
-        """Whether it is new. id: chosen by the replica's process, so that a repeat is known for one; Conflict if another uses
-        it."""
+        """Whether it is new. id: the replica's process's own, so that a repeat is known for one; Conflict if another uses it."""
 
         def written(result: tuple[bool, list[str]]) -> bool:
             new, replaced = result

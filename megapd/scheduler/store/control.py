@@ -1,5 +1,4 @@
-"""Pause, advance, pin and resume a run's schedule: each is a new version of it, so that history and replay know of nothing
-else."""
+"""Pause, advance, pin and resume a run's schedule: each is a new version of it, and all that history and replay know."""
 
 from __future__ import annotations
 

@@ -40,15 +40,11 @@ T = TypeVar("T")
 _Work: TypeAlias = tuple[Callable[[Connection], Any], Future[Any]]
 
 
-class StoreError(Exception):
-    """What a read or write refuses; the store is as it was."""
+class NotFound(UserError):
+    """There is no such thing. This, Conflict and Refused leave the store as it was."""
 
 
-class NotFound(StoreError):
-    """There is no such thing."""
-
-
-class Conflict(StoreError):
+class Conflict(UserError):
     """Something else is there. `current`: what, as a tree, where that helps to go on."""
 
     def __init__(self, message: str, current: Any = None) -> None:
@@ -56,7 +52,7 @@ class Conflict(StoreError):
         self.current = current
 
 
-class Refused(StoreError):
+class Refused(UserError):
     """What was asked for cannot be: the message names the field and the fix."""
 
 
@@ -93,8 +89,7 @@ class Store:
         self._thread.start()
 
     def read(self, do: Callable[[Connection], T]) -> T:
-        """What `do` returns, of a state of the store that was committed. `do` is one statement, or takes what may change between
-        two."""
+        """What `do` returns, of committed states of the store. `do` is one statement, or takes what may change between two."""
         try:
             with self._reader_engine.connect() as connection:
                 return do(connection)
@@ -184,8 +179,7 @@ def one(connection: Connection, query: Select[Any], missing: str) -> Row[Any]:
 
 
 def _attempt(connection: Connection, do: Callable[[Connection], Any]) -> tuple[bool, Any]:
-    """(True, what it returned) or (False, what it raised), undone. What cannot be undone alone is raised, and ends the
-    transaction."""
+    """(True, what it returned) or (False, what it raised), undone; what cannot be undone alone ends the transaction."""
     savepoint = connection.begin_nested()
     try:
         result = do(connection)

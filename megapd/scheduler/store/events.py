@@ -21,10 +21,7 @@ def events_after(connection: Connection, after: int, limit: int, run: str | None
     query = select(events).where(events.c.id > after).order_by(events.c.id).limit(limit)
     if run is not None:
         query = query.where(events.c.run == run)
-    return [
-        {"id": row.id, "kind": row.kind, "run": row.run, "body": json.loads(row.body), "created": row.created}
-        for row in connection.execute(query)
-    ]
+    return [{**row, "body": json.loads(row["body"])} for row in connection.execute(query).mappings()]
 
 
 def span(connection: Connection) -> tuple[int, int]:

@@ -31,7 +31,6 @@ _SCHEDULE: TypeAdapter[ScheduleConfig] = TypeAdapter(ScheduleConfig)
 
 # What every run asks for again and again: built once, which takes four times as long as to execute it.
 _ASSIGNMENT = select(runs.c.assignment_version, runs.c.endpoints).where(runs.c.name == bindparam("run"))
-
 _NEWEST = (
     select(schedules)
     .join_from(runs, schedules, (schedules.c.run == runs.c.name) & (schedules.c.version == runs.c.schedule_version))
@@ -121,9 +120,10 @@ def set_schedule(
     shown = canonical(parsed.model_dump(mode="json"))
     present = found["schedule_version"]
     if present == expected + 1:
-        last = _schedule_row(connection, run, present)
-        if (last.document, last.author, last.note) == (shown, author, note) and effective in (None, last.effective):
-            return _schedule(last), False
+        last = find_schedule(connection, run)
+        same = (canonical(last["document"]), last["author"], last["note"]) == (shown, author, note)
+        if same and effective in (None, last["effective"]):
+            return last, False
     if present != expected:
         current = None if present == 0 else find_schedule(connection, run)
         raise Conflict(f"expected: the schedule of {run} is at version {present}, not {expected}; look at it again", current)
@@ -156,12 +156,12 @@ def parse_schedule(document: Any) -> ScheduleConfig:
 
 def find_schedule(connection: Connection, run: str, version: int | None = None) -> dict[str, Any]:
     """Of a version; None: the newest."""
-    if version is not None:
-        return _schedule(_schedule_row(connection, run, version))
-    row = connection.execute(_NEWEST, {"run": run}).first()
+    numbered = select(schedules).where((schedules.c.run == run) & (schedules.c.version == version))
+    row = connection.execute(_NEWEST if version is None else numbered, {"run": run}).first()
     if row is None:
         find_run(connection, run)
-        raise NotFound(f"schedule: {run} has none yet")
+        none = f"schedule: {run} has none yet"
+        raise NotFound(none if version is None else f"version: {run} has no schedule of version {version}")
     return _schedule(row)
 
 
@@ -174,25 +174,21 @@ def list_schedules(connection: Connection, run: str, after: int = 0, limit: int 
 
 def apply_schedule(connection: Connection, run: str, version: int, step: int) -> dict[str, Any]:
     """The ranks agreed to take a version up at student step `step`. A repeat changes nothing, another step is a Conflict."""
-    row = _schedule_row(connection, run, version)
-    if row.applied is None:
-        if step < row.effective:
-            raise Refused(f"step: version {version} begins at student step {row.effective}, not before")
+    found = find_schedule(connection, run, version)
+    if _is_news(found, step, f"version {version}", "begins at"):
         mine = (schedules.c.run == run) & (schedules.c.version == version)
         connection.execute(update(schedules).where(mine).values(applied=step))
         emit(connection, "schedule_applied", run, version=version, step=step)
-    elif row.applied != step:
-        raise Conflict(f"step: version {version} was taken up at student step {row.applied}", _schedule(row))
-    return find_schedule(connection, run, version)
+    return {**found, "applied": step}
 
 
-def _schedule_row(connection: Connection, run: str, version: int) -> Any:
-    query = select(schedules).where((schedules.c.run == run) & (schedules.c.version == version))
-    row = connection.execute(query).first()
-    if row is None:
-        find_run(connection, run)
-        raise NotFound(f"version: {run} has no schedule of version {version}")
-    return row
+def _is_news(change: Mapping[str, Any], step: int, what: str, begins: str) -> bool:
+    """Whether nobody said before that the change was taken up at `step`. Raises Conflict and Refused where it cannot be."""
+    if change["applied"] not in (None, step):
+        raise Conflict(f"step: {what} was taken up at student step {change['applied']}", change)
+    if change["applied"] is None and step < change["effective"]:
+        raise Refused(f"step: {what} {begins} student step {change['effective']}, not before")
+    return change["applied"] is None
 
 
 def _schedule(row: Any) -> dict[str, Any]:
@@ -272,18 +268,13 @@ def list_decisions(connection: Connection, run: str, after: int = -1, limit: int
 def apply_decision(connection: Connection, run: str, sequence: int, step: int) -> Stored:
     """The run learned of a decision too late, and its ranks take it up at student step `step`; as `apply_schedule`."""
     found = list_decisions(connection, run, sequence - 1, 1)
-    if not found or found[0]["sequence"] != sequence:
+    if not found:
         find_run(connection, run)
         raise NotFound(f"sequence: {run} has no decision {sequence}")
-    if found[0]["applied"] is not None:
-        if found[0]["applied"] != step:
-            raise Conflict(f"step: decision {sequence} was taken up at student step {found[0]['applied']}", found[0])
-        return found[0]
-    if step < found[0]["effective"]:
-        raise Refused(f"step: decision {sequence} takes effect at student step {found[0]['effective']}, not before")
-    mine = (decisions.c.run == run) & (decisions.c.sequence == sequence)
-    connection.execute(update(decisions).where(mine).values(applied=step))
-    emit(connection, "decision_applied", run, sequence=sequence, step=step)
+    if _is_news(found[0], step, f"decision {sequence}", "takes effect at"):
+        mine = (decisions.c.run == run) & (decisions.c.sequence == sequence)
+        connection.execute(update(decisions).where(mine).values(applied=step))
+        emit(connection, "decision_applied", run, sequence=sequence, step=step)
     return {**found[0], "applied": step}
 
 

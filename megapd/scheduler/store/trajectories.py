@@ -19,9 +19,6 @@ from megapd.scheduler.store.database import Conflict, NotFound, Refused, one
 from megapd.scheduler.store.events import emit
 from megapd.scheduler.store.tables import DIGEST, NAME, canonical, checkpoints, digest_of, flags, names, trajectories
 
-KINDS = ("changed", "duplicate", "order", "loss")
-
-
 # ---------------------------------------------------------------------------------------------------------- trajectories
 
 
@@ -150,14 +147,18 @@ def set_flags(connection: Connection, trajectory: str, found: dict[int, dict[str
         for row in connection.execute(select(flags).where(flags.c.checkpoint.in_(inside)))
     }
     connection.execute(delete(flags).where(flags.c.checkpoint.in_(inside)))
+    moment = time.time()
     rows = [
-        {"checkpoint": digests[step], "kind": kind, "detail": detail, "found": time.time()}
-        for step, kinds in sorted(found.items())
+        {
+            "checkpoint": digest,
+            "kind": kind,
+            "detail": detail,
+            "found": moment,
+            "accepted_by": accepted.get((digest, kind, detail)),
+        }
+        for digest, kinds in ((digests[step], found[step]) for step in sorted(found))
         for kind, detail in sorted(kinds.items())
-        if kind in KINDS
     ]
-    for row in rows:
-        row["accepted_by"] = accepted.get((row["checkpoint"], row["kind"], row["detail"]))
     if rows:
         connection.execute(insert(flags), rows)
     emit(connection, "verified", trajectory=trajectory, flagged=sorted(found))
