@@ -16,8 +16,7 @@ from pydantic import TypeAdapter
 
 from megapd.scheduler.client import answers
 from megapd.scheduler.client.answers import DecisionAnswer
-from megapd.scheduler.client.contact import Contact
-from megapd.scheduler.client.http import Refusal
+from megapd.scheduler.client.http import Contact, Refusal
 
 REPORTS = 10_000  # that are kept while the service is away; the oldest go first, metrics.jsonl has them
 
