@@ -117,8 +117,8 @@ class ServiceSource:
         if not self._lines:
             return None
         lines, self._lines = self._lines, {}
-        awaited = self._listener is not None and self._listener.may_decide(self._reported, lines)
-        return self._sender.report(self._reported, lines, awaited=awaited)
+        answered = self._sender.report(self._reported, lines)
+        return answered if self._listener is not None and self._listener.may_decide(self._reported, lines) else None
 
     # ---------------------------------------------------------------------------------------------------- the thread's side
 
