@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from megapd.errors import UserError
@@ -33,7 +34,8 @@ class ScheduleRecord:
             recorded = json.loads(path.read_text())
             self._digests = {int(step): digest for step, digest in recorded["digests"].items()}
             if recorded["rotations"] != rotations:
-                now, before = _first_difference(rotations, recorded["rotations"])
+                pairs = zip_longest(rotations, recorded["rotations"])
+                now, before = next((_shown(a), _shown(b)) for a, b in pairs if a != b)
                 raise UserError(
                     f"schedule: it resolves to {now} now, but this run began with {before} ({path}); the trajectory has changed: "
                     f"restore it, or name its checkpoints with schedule.policy explicit"
@@ -65,8 +67,5 @@ class ScheduleRecord:
             write_atomic(self._path, json.dumps({"rotations": self._rotations, "digests": self._digests}, indent=1))
 
 
-def _first_difference(now: list[list[int]], before: list[list[int]]) -> tuple[str, str]:
-    for a, b in zip([*now, None], [*before, None], strict=False):
-        if a != b:
-            return tuple("no rotation" if r is None else f"teacher step {r[1]} from student step {r[0]}" for r in (a, b))  # type: ignore[return-value]
-    raise AssertionError("called for equal lists")
+def _shown(rotation: Sequence[int] | None) -> str:
+    return "no rotation" if rotation is None else f"teacher step {rotation[1]} from student step {rotation[0]}"

@@ -32,7 +32,7 @@ def open_trajectory(config: Config) -> Checkpoints:
 
 def open_endpoints(config: Config) -> Endpoints:
     """Where the served teacher's replicas are: as the configuration names them, or else as the scheduler does."""
-    from megapd.scheduler.client.endpoints import LeasedEndpoints
+    from megapd.scheduler.client.lease import LeasedEndpoints
     from megapd.teacher.client import FixedEndpoints
 
     assert config.teacher is not None

@@ -14,8 +14,7 @@ from megapd.schedule.policies import candidates
 from megapd.schedule.reports import REPORTS_FILE, has_reports
 from megapd.schedule.resolve import resolve_plan
 from megapd.scheduler.client.changes import ServiceSource
-from megapd.scheduler.client.contact import CALL_SECONDS
-from megapd.scheduler.client.http import Api
+from megapd.scheduler.client.http import CALL_SECONDS, Api
 from megapd.scheduler.client.registration import Registration
 from megapd.trajectory import Checkpoints
 from megapd.trajectory.hugging_face import HuggingFaceTrajectory

@@ -18,8 +18,7 @@ import torch
 from megapd.cli import main
 from megapd.config import SchedulerConfig, TeacherServerConfig, load
 from megapd.errors import UserError
-from megapd.scheduler.client.endpoints import LeasedEndpoints
-from megapd.scheduler.client.lease import ReplicaLease, advertised
+from megapd.scheduler.client.lease import LeasedEndpoints, ReplicaLease, advertised
 from megapd.teacher.client import ServedStream
 from megapd.teacher.locate import open_endpoints, open_trajectory
 from tests.forked import environment
@@ -50,7 +49,7 @@ _numbers = itertools.count()
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
-    monkeypatch.setattr("megapd.scheduler.client.endpoints.POLL_SECONDS", 0.05)
+    monkeypatch.setattr("megapd.scheduler.client.lease.POLL_SECONDS", 0.05)
     monkeypatch.setattr("megapd.scheduler.client.lease.RETRY_SECONDS", 0.1)
     monkeypatch.setattr("megapd.teacher.client.replicas.BACKOFF", (0.02, 1.0))
     monkeypatch.setattr("megapd.teacher.server.dispatch.POLL_SECONDS", 0.02)
@@ -209,7 +208,7 @@ def test_the_list_and_the_leases_outlive_the_service(service, caplog):
 
 def test_a_service_that_is_away_is_waited_for_once(service, monkeypatch):
     service.process.kill()
-    monkeypatch.setattr("megapd.scheduler.client.endpoints.FIRST_SECONDS", 0.3)
+    monkeypatch.setattr("megapd.scheduler.client.lease.FIRST_SECONDS", 0.3)
     with endpoints_of(service) as endpoints:
         began = time.monotonic()
         assert endpoints.current() == ()

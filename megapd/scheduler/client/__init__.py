@@ -1,4 +1,4 @@
-"""The service as its clients see it, without its database: http is the API, contact says once that it is away and back again.
+"""The service as its clients see it, without its database: http is the API, and says once that it is away and back again.
 
-changes is a run's line to it, made of registration, sender and listener; lease is a replica's, endpoints a student's.
+changes is a run's line to it, made of registration, sender and listener; lease is what replicas hold and students read.
 """

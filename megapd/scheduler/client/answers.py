@@ -6,7 +6,7 @@ what lacks a known one counts as no answer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -25,21 +25,12 @@ class RunAnswer:
 
 
 @dataclass(frozen=True)
-class VersionAnswer:
-    """applied: student step from which on the run says that it follows it, None: it has not said so yet."""
+class _ChangeAnswer:
+    """applied: student step from which on the run says that it follows it, None: it has not said so, of a decision: or from
+    `effective` on. path: below the run's."""
 
-    version: int
     effective: int
     applied: int | None
-    document: dict[str, Any]
-
-    def __str__(self) -> str:
-        return f"version {self.version}"
-
-    @property
-    def path(self) -> str:
-        """Below the run's."""
-        return f"schedules/{self.version}"
 
     @property
     def begin(self) -> int:
@@ -47,24 +38,27 @@ class VersionAnswer:
 
 
 @dataclass(frozen=True)
-class DecisionAnswer(Decision):
-    """applied: student step from which on the run says that it follows it, None: from `effective` on, or not said yet."""
+class VersionAnswer(_ChangeAnswer):
+    version: int
+    document: dict[str, Any]
 
-    applied: int | None
+    def __str__(self) -> str:
+        return f"version {self.version}"
 
     @property
     def path(self) -> str:
-        """Below the run's."""
-        return f"decisions/{self.sequence}"
+        return f"schedules/{self.version}"
 
+
+@dataclass(frozen=True)
+class DecisionAnswer(_ChangeAnswer, Decision):
     @property
-    def begin(self) -> int:
-        return self.effective if self.applied is None else self.applied
+    def path(self) -> str:
+        return f"decisions/{self.sequence}"
 
     def taken(self, begin: int) -> Decision:
         """As the run records it, which begins it at student step `begin`."""
-        given = {field.name: getattr(self, field.name) for field in fields(Decision)}
-        return Decision(**given | {"effective": begin})
+        return Decision(self.sequence, self.step, begin, self.checkpoint, self.reason, self.evidence)
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megapd.config import ScheduleConfig
 from megapd.schedule.changes import ChangeLog
-from megapd.schedule.plan import Change, LivePlan, Plan
+from megapd.schedule.plan import Change, LivePlan
 from megapd.scheduler.client.answers import DecisionAnswer
-from megapd.scheduler.client.contact import Contact
-from megapd.scheduler.client.http import Api, Away, Refusal, patiently
+from megapd.scheduler.client.http import Api, Away, Contact, Refusal, patiently
 from megapd.scheduler.client.listener import Listener
-from megapd.scheduler.client.registration import Registration, register, registered_weights, untold_beginnings
+from megapd.scheduler.client.registration import Registration, Resolve, Weights, register, registered_weights, untold_beginnings
 from megapd.scheduler.client.sender import Sender, figures
 
 log = logging.getLogger(__name__)
@@ -48,20 +46,19 @@ class ServiceSource:
         run: Registration,
         plan: LivePlan | None,
         changes: ChangeLog,
-        resolve: Callable[[ScheduleConfig], Plan],
-        weights: Callable[[int], str | None],
+        resolve: Resolve,
+        weights: Weights,
         *,
         ahead: int,
     ) -> None:
-        """plan: with the changes on record taken in, None where nothing teaches. resolve: a schedule over the run's own
-        trajectory. weights: of a teacher step, the digest of its weights there, None: not known yet. ahead: steps before its own
-        that a step's signals are asked for."""
+        """plan: with the changes on record taken in, None where nothing teaches. ahead: steps before its own that signals are
+        asked for."""
         self.registered: dict[int, str] = {}  # teacher step -> digest of its weights, as registered when the run began
         self._run, self._log, self._weights, self._ahead = run, changes, weights, ahead
         self._contact = Contact(api, "the run goes on with the schedule that it knows")
         self._wake, self._closed = threading.Event(), threading.Event()
         self._sender = Sender(self._contact, run.path, self._hear, self._wake)
-        self._listener = None if plan is None else Listener(self._contact, run, plan, changes, resolve, self._sender.owe)
+        self._listener = None if plan is None else Listener(self._contact, run, plan, changes, resolve, self._sender)
         self._known_there = False  # the service has the run
         self._lines: dict[str, float] = {}  # of the step that was reported last, until it is told
         self._reported = 0
@@ -120,8 +117,8 @@ class ServiceSource:
         if not self._lines:
             return None
         lines, self._lines = self._lines, {}
-        awaited = self._listener is not None and self._listener.may_decide(self._reported, lines)
-        return self._sender.report(self._reported, lines, awaited=awaited)
+        answered = self._sender.report(self._reported, lines)
+        return answered if self._listener is not None and self._listener.may_decide(self._reported, lines) else None
 
     # ---------------------------------------------------------------------------------------------------- the thread's side
 
@@ -159,8 +156,7 @@ class ServiceSource:
         self._register()
         if self._listener is not None:
             self._listener.look()
-            teachers = self._listener.plan.teachers
-            self.registered = registered_weights(self._contact.api, self._run, teachers, self._weights)
+            self.registered = registered_weights(self._contact.api, self._run, self._listener.plan.teachers, self._weights)
         self._sender.tell_again(metrics, step, heard=True)
 
     def _register(self) -> None:

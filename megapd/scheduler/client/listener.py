@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from megapd.config import ScheduleConfig
 from megapd.errors import UserError
 from megapd.schedule.changes import ChangeLog
-from megapd.schedule.plan import Change, LivePlan, Plan, Version, resolved
+from megapd.schedule.plan import Change, LivePlan, Version, resolved
 from megapd.scheduler.client import answers
 from megapd.scheduler.client.answers import DecisionAnswer, VersionAnswer
-from megapd.scheduler.client.contact import Contact
-from megapd.scheduler.client.registration import Registration
+from megapd.scheduler.client.http import Contact
+from megapd.scheduler.client.registration import Registration, Resolve
+from megapd.scheduler.client.sender import Sender
 
 log = logging.getLogger(__name__)
 
@@ -27,19 +27,12 @@ class Listener:
     """
 
     def __init__(
-        self,
-        contact: Contact,
-        run: Registration,
-        plan: LivePlan,
-        changes: ChangeLog,
-        resolve: Callable[[ScheduleConfig], Plan],
-        owe: Callable[[str, int], None],
+        self, contact: Contact, run: Registration, plan: LivePlan, changes: ChangeLog, resolve: Resolve, sender: Sender
     ) -> None:
-        """plan: with the changes on record taken in. resolve: a schedule over the run's own trajectory. owe: of a change, by its
-        path, the student step at which it begins."""
+        """plan: with the changes on record taken in."""
         assert run.schedule is not None
         self.plan, self._contact, self._run, self._log = plan, contact, run, changes
-        self._first, self._resolve, self._owe = run.schedule, resolve, owe
+        self._first, self._resolve, self._sender = run.schedule, resolve, sender
         self._versions: deque[VersionAnswer] = deque()  # heard of, not taken in yet
         self._decisions: deque[DecisionAnswer] = deque()
         self._version, self._decided = plan.version, plan.decided  # heard of up to here
@@ -91,7 +84,7 @@ class Listener:
             left: list[VersionAnswer | DecisionAnswer] = [*self._versions, *self._decisions]
             for told in left:
                 if told.applied is None and told.effective < self.plan.steps:
-                    self._owe(told.path, self.plan.steps)
+                    self._sender.owe(told.path, self.plan.steps)
             self._versions.clear()
             self._decisions.clear()
 
@@ -121,7 +114,7 @@ class Listener:
                 decision = made.taken(begin)
                 self._log.append(decision)
                 if begin != made.begin:
-                    self._owe(made.path, begin)
+                    self._sender.owe(made.path, begin)
                 return decision
             while self._versions:
                 told = self._versions.popleft()
@@ -132,7 +125,7 @@ class Listener:
                 else:
                     self._log.append(version)
                 if begin != told.applied:
-                    self._owe(told.path, begin)
+                    self._sender.owe(told.path, begin)
                 if version is not None:
                     return version
         return None

@@ -12,10 +12,13 @@ from pydantic import ValidationError
 
 from megapd.config import ScheduleConfig
 from megapd.errors import UserError
-from megapd.schedule.plan import Change, Version
+from megapd.schedule.plan import Change, Plan, Version
 from megapd.scheduler.client import answers
 from megapd.scheduler.client.answers import DecisionAnswer, VersionAnswer
 from megapd.scheduler.client.http import Api, Refusal
+
+Resolve = Callable[[ScheduleConfig], Plan]  # a schedule over the run's own trajectory
+Weights = Callable[[int], str | None]  # teacher step -> digest of its weights in the run's own folder, None: not known (yet)
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,9 @@ def untold_beginnings(api: Api, run: Registration, changes: Sequence[Change]) ->
     return untold
 
 
-def registered_weights(
-    api: Api, run: Registration, teachers: Iterable[int], weights: Callable[[int], str | None]
-) -> dict[int, str]:
+def registered_weights(api: Api, run: Registration, teachers: Iterable[int], weights: Weights) -> dict[int, str]:
     """Teacher step -> digest of its weights, of the trajectory that the run names, if any. UserError where one of the plan's
-    `teachers` has other weights in the run's own folder, as `weights` says them (None: not known)."""
+    `teachers` has other weights in the run's own folder."""
     if run.trajectory is None:
         return {}
     path = f"/v1/trajectories/{quote(run.trajectory, safe='')}/checkpoints"

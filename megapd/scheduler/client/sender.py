@@ -6,9 +6,10 @@ import json
 import math
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,8 +17,7 @@ from pydantic import TypeAdapter
 
 from megapd.scheduler.client import answers
 from megapd.scheduler.client.answers import DecisionAnswer
-from megapd.scheduler.client.contact import Contact
-from megapd.scheduler.client.http import Refusal
+from megapd.scheduler.client.http import Contact, Refusal
 
 REPORTS = 10_000  # that are kept while the service is away; the oldest go first, metrics.jsonl has them
 
@@ -33,11 +33,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Report:
-    """answered: set when the service has answered, or will not; None: the run does not wait for what it leads to."""
+    """answered: set when the service has answered, or will not."""
 
     step: int
     metrics: dict[str, float]
-    answered: threading.Event | None = None
+    answered: threading.Event = field(default_factory=threading.Event)
 
 
 class Sender:
@@ -64,12 +64,12 @@ class Sender:
         """Messages that were not told yet."""
         return len(self._outbox) + len(self._owed)
 
-    def report(self, step: int, metrics: dict[str, float], *, awaited: bool) -> threading.Event | None:
-        """After `step` student steps. If awaited: set when the service has answered, or will not."""
-        answered = threading.Event() if awaited else None
-        self._outbox.append(_Report(step, metrics, answered))
+    def report(self, step: int, metrics: dict[str, float]) -> threading.Event:
+        """After `step` student steps. Returns what is set when the service has answered, or will not."""
+        report = _Report(step, metrics)
+        self._outbox.append(report)
         self._wake.set()
-        return answered
+        return report.answered
 
     def owe(self, change: str, step: int) -> None:
         """change: its path below the run's."""
@@ -85,8 +85,7 @@ class Sender:
     def release(self) -> None:
         """Whoever waits for an answer waits no more."""
         for report in list(self._outbox):
-            if report.answered is not None:
-                report.answered.set()
+            report.answered.set()
 
     def tell(self, end: float) -> None:
         """Until there is no more to tell, or `end`, of time.monotonic. Where changes begin comes first: what a report leads to
@@ -107,8 +106,7 @@ class Sender:
                 self._decided([answer.decision])
             if self._outbox and self._outbox[0] is report:  # else it was pushed out by a later one
                 self._outbox.popleft()
-            if report.answered is not None:
-                report.answered.set()
+            report.answered.set()
 
     def _say(self, kind: TypeAdapter[T], path: str, body: Any) -> T | None:
         """None, and an error is logged, where the service refuses it for good."""
@@ -129,17 +127,14 @@ class Sender:
             if line["step"] <= step and line["kind"] in NAMES:
                 lines.setdefault(line["step"], {}).update(figures(line["kind"], line))
         steps = sorted(lines)
-        # Its own step of the run says nothing: that of a late report is the step at which it was sent, others may still lack.
-        low, high = 0, len(steps) if heard else 0
-        middle = high - 1
-        while low < high:
-            path = f"{self._path}/reports?after={steps[middle] - 1}&limit=1"
-            if answers.ask(self._contact.api, answers.LIST, "GET", path):
-                low = middle + 1
-            else:
-                high = middle
-            middle = (low + high) // 2
-        self._outbox.extend(_Report(at, lines[at]) for at in steps[low:])
+
+        def lacks(at: int) -> bool:
+            # Its own step of the run says nothing: that of a late report is the step at which it was sent, others may still lack.
+            return not answers.ask(self._contact.api, answers.LIST, "GET", f"{self._path}/reports?after={at - 1}&limit=1")
+
+        if heard and steps:  # most often it has them all
+            steps = steps[bisect_left(steps, True, key=lacks) :] if lacks(steps[-1]) else []
+        self._outbox.extend(_Report(at, lines[at]) for at in steps)
 
 
 def figures(kind: str, values: Mapping[str, Any]) -> dict[str, float]:

@@ -119,9 +119,7 @@ def curve(connection: Connection, run: str) -> list[dict[str, Any]]:
     runs.find_run(connection, run)
     mine = reports.c.run == run
     count = connection.execute(select(func.count()).select_from(reports).where(mine)).scalar() or 0
-    every = -(-count // POINTS)
-    if every <= 1:
-        return [{"step": report["step"], "metrics": report["metrics"]} for report in runs.list_reports(connection, run)]
+    every = max(-(-count // POINTS), 1)
     place = func.row_number().over(order_by=reports.c.step).label("place")
     numbered = select(reports.c.step, place).where(mine).subquery()
     wanted = select(numbered.c.step).where((numbered.c.place % every == 0) | (numbered.c.place == count))

@@ -14,21 +14,13 @@ import importlib.util
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fastapi import APIRouter, HTTPException, Request, Response
 
-POLICY = "; ".join(
-    [
-        "default-src 'none'",
-        "script-src 'self'",
-        "style-src 'self'",
-        "img-src 'self' data:",
-        "connect-src 'self'",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-    ]
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 HEADERS = {
@@ -46,7 +38,6 @@ _TYPES = {
 }
 
 _YEAR = "public, max-age=31536000, immutable"  # for a file that has its version in its name
-
 
 routes = APIRouter(include_in_schema=False)
 
@@ -96,7 +87,7 @@ def _asset(name: str, body: bytes) -> Asset:
 def _send(request: Request, asset: Asset, caching: str) -> Response:
     packed = "gzip" in request.headers.get("accept-encoding", "")
     tag = f'"{asset.tag}{"-gz" if packed else ""}"'
-    headers: dict[str, Any] = {**HEADERS, "Cache-Control": caching, "ETag": tag, "Vary": "Accept-Encoding"}
+    headers = {**HEADERS, "Cache-Control": caching, "ETag": tag, "Vary": "Accept-Encoding"}
     if tag in [given.strip().removeprefix("W/") for given in request.headers.get("if-none-match", "").split(",")]:
         return Response(status_code=304, headers=headers)
     if packed:

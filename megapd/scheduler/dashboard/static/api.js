@@ -27,17 +27,12 @@ export function setToken(value) {
   else sessionStorage.removeItem(KEY);
 }
 
-function headers(more) {
-  return token() ? { ...more, Authorization: `Bearer ${token()}` } : { ...more };
+function headers() {
+  return token() ? { Authorization: `Bearer ${token()}` } : {};
 }
 
 async function refusal(response) {
-  let told = {};
-  try {
-    told = await response.json();
-  } catch {
-    // not this service's own answer; the status says enough
-  }
+  const told = (await response.json().catch(() => null)) ?? {}; // of what is not this service's own, the status says enough
   const detail = typeof told.detail === "string" ? told.detail : `${response.status} ${response.statusText}`;
   return response.status >= 500 ? new Away(detail) : new Refused(response.status, detail, told.current);
 }
@@ -48,18 +43,12 @@ export async function ask(path, body) {
     Object.assign(given, { method: "POST", body: JSON.stringify(body) });
     given.headers["Content-Type"] = "application/json";
   }
-  let response;
-  try {
-    response = await fetch(path, given);
-  } catch (error) {
-    throw new Away(error.name === "TimeoutError" ? `no answer within ${ANSWER_MS / 1000} s` : "the service cannot be reached");
-  }
+  const away = (told) => Promise.reject(new Away(told));
+  const response = await fetch(path, given).catch((error) =>
+    away(error.name === "TimeoutError" ? `no answer within ${ANSWER_MS / 1000} s` : "the service cannot be reached"),
+  );
   if (!response.ok) throw await refusal(response);
-  try {
-    return await response.json();
-  } catch {
-    throw new Away("the answer was cut off");
-  }
+  return response.json().catch(() => away("the answer was cut off"));
 }
 
 // Everything of a list that comes in pages; `key` names the field that the next page begins after.

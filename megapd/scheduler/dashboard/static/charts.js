@@ -1,7 +1,5 @@
 // Drawing: the bar of a run in the list (SVG), and the charts (Plotly, from the installed package).
 
-const SVG = "http://www.w3.org/2000/svg";
-
 // Plotly reads a few tags in texts (<b>, <a>, <br>), so what comes from the service is escaped for it.
 function plain(text) {
   return String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
@@ -22,10 +20,13 @@ export function drawBar(svg, run, segments) {
 }
 
 function rectangle(x, width, kind) {
-  const made = document.createElementNS(SVG, "rect");
-  for (const [key, value] of Object.entries({ x, width, y: kind === "now" ? 0 : 2, height: kind === "now" ? 12 : 8, class: kind })) {
-    made.setAttribute(key, value);
-  }
+  return drawn("rect", { x, width, y: kind === "now" ? 0 : 2, height: kind === "now" ? 12 : 8, class: kind });
+}
+
+// An element of SVG.
+export function drawn(tag, attributes) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
   return made;
 }
 
@@ -59,9 +60,16 @@ function upright(x, line) {
   return { type: "line", xref: "x", yref: "paper", x0: x, x1: x, y0: 0, y1: 1, layer: "below", line };
 }
 
-function now(step) {
-  return upright(step, { color: colour("now"), width: 2 });
+// Points of their own. hover: what Plotly shows beside one.
+function dots(name, x, y, marker, hover) {
+  return { name, mode: "markers", x, y, marker: { size: 9, ...marker }, ...hover };
 }
+
+const said = (texts) => ({ text: texts.map(plain), hoverinfo: "text" });
+const VALUE = { hovertemplate: "step %{x}: %{y:.5g}<extra></extra>" };
+const full = () => ({ color: colour("accent") });
+const hollow = () => ({ color: colour("panel"), line: { color: colour("accent"), width: 2 } });
+const crossed = () => ({ symbol: "x", color: colour("bad") });
 
 // Teacher's step over student's step. segments: as the service's timeline; checkpoints: [{step, flags}].
 export function drawTimeline(element, run, segments, checkpoints) {
@@ -72,47 +80,24 @@ export function drawTimeline(element, run, segments, checkpoints) {
     if (start <= step) add(past, start, Math.min(end, step), checkpoint);
     if (end > step) add(coming, Math.max(start, step), end, checkpoint);
   }
-  const turns = (kind, wanted, marker) => ({
-    name: kind,
-    mode: "markers",
-    x: wanted.map((segment) => segment.start),
-    y: wanted.map((segment) => segment.checkpoint),
-    text: wanted.map((s) => plain(`from student step ${s.start}: teacher's step ${s.checkpoint} (version ${s.version}, ${s.policy})`)),
-    hoverinfo: "text",
-    marker: { size: 9, ...marker },
-  });
+  const turn = (s) => `from student step ${s.start}: teacher's step ${s.checkpoint} (version ${s.version}, ${s.policy})`;
+  const turns = (name, wanted, marker) =>
+    dots(name, wanted.map((s) => s.start), wanted.map((s) => s.checkpoint), marker, said(wanted.map(turn)));
+  const stored = (name, wanted, marker, tell) =>
+    dots(name, wanted.map(() => 0), wanted.map((checkpoint) => checkpoint.step), marker, said(wanted.map(tell)));
   const flagged = checkpoints.filter((checkpoint) => checkpoint.flags.length);
+  const flags = (c) => `step ${c.step}: ${c.flags.map((flag) => `${flag.kind}, ${flag.detail}`).join("; ")}`;
   const traces = [
     { name: "taught", mode: "lines", ...past, line: { color: colour("accent"), width: 3 }, hoverinfo: "skip" },
     { name: "planned", mode: "lines", ...coming, line: { color: colour("accent"), width: 2, dash: "dot" }, hoverinfo: "skip" },
-    turns("rotations past", segments.filter((s) => s.start <= step), { color: colour("accent") }),
-    turns("rotations to come", segments.filter((s) => s.start > step), {
-      color: colour("panel"),
-      line: { color: colour("accent"), width: 2 },
-    }),
-    {
-      name: "checkpoints",
-      mode: "markers",
-      x: checkpoints.map(() => 0),
-      y: checkpoints.map((checkpoint) => checkpoint.step),
-      text: checkpoints.map((checkpoint) => `checkpoint of step ${checkpoint.step}`),
-      hoverinfo: "text",
-      marker: { symbol: "line-ew-open", size: 9, color: colour("muted") },
-    },
+    turns("rotations past", segments.filter((s) => s.start <= step), full()),
+    turns("rotations to come", segments.filter((s) => s.start > step), hollow()),
+    stored("checkpoints", checkpoints, { symbol: "line-ew-open", color: colour("muted") }, (c) => `checkpoint of step ${c.step}`),
   ];
-  if (flagged.length) {
-    traces.push({
-      name: "flagged",
-      mode: "markers",
-      x: flagged.map(() => 0),
-      y: flagged.map((checkpoint) => checkpoint.step),
-      text: flagged.map((c) => plain(`step ${c.step}: ${c.flags.map((flag) => `${flag.kind}, ${flag.detail}`).join("; ")}`)),
-      hoverinfo: "text",
-      marker: { symbol: "x", size: 9, color: colour("bad") },
-    });
-  }
+  if (flagged.length) traces.push(stored("flagged", flagged, crossed(), flags));
   const changes = segments.filter((s, place) => place && s.version !== segments[place - 1].version);
-  const shapes = [now(step), ...changes.map((s) => upright(s.start, { color: colour("muted"), width: 1, dash: "dash" }))];
+  const now = upright(step, { color: colour("now"), width: 2 });
+  const shapes = [now, ...changes.map((s) => upright(s.start, { color: colour("muted"), width: 1, dash: "dash" }))];
   const more = layout("student's step", "teacher's step", { shapes });
   more.xaxis.range = [-run.steps * 0.015, run.steps * 1.015];
   draw(element, traces, more);
@@ -132,10 +117,9 @@ export function drawStudent(element, run, points, metric, segments) {
     x: wanted.map((point) => point.step),
     y: wanted.map((point) => point.metrics[metric]),
     line: { color: colour("accent"), width: 2 },
-    hovertemplate: "step %{x}: %{y:.5g}<extra></extra>",
+    ...VALUE,
   };
-  const step = Math.max(run.step, 0);
-  const turns = segments.slice(1).filter((segment) => segment.start <= step);
+  const turns = segments.slice(1).filter((segment) => segment.start <= Math.max(run.step, 0));
   const shapes = turns.map((segment) => upright(segment.start, { color: colour("muted"), width: 1, dash: "dot" }));
   draw(element, [trace], layout("student's step", plain(metric), { shapes, showlegend: false }));
 }
@@ -146,24 +130,12 @@ export function drawTeacher(element, run, checkpoints, metric, segments) {
   const step = Math.max(run.step, 0);
   const taught = new Set(segments.filter((s) => s.start <= step).map((s) => s.checkpoint));
   const planned = new Set(segments.filter((s) => s.start > step).map((s) => s.checkpoint));
-  const dots = (name, chosen, marker) => ({
-    name,
-    mode: "markers",
-    x: chosen.map((checkpoint) => checkpoint.step),
-    y: chosen.map((checkpoint) => checkpoint.metrics[metric]),
-    hovertemplate: "step %{x}: %{y:.5g}<extra></extra>",
-    marker,
-  });
-  const line = { ...dots("all", wanted, {}), mode: "lines", line: { color: colour("muted"), width: 1.5 } };
+  const some = (name, chosen, marker) => dots(name, chosen.map((c) => c.step), chosen.map((c) => c.metrics[metric]), marker, VALUE);
   const traces = [
-    line,
-    dots("taught", wanted.filter((c) => taught.has(c.step)), { size: 9, color: colour("accent") }),
-    dots("to come", wanted.filter((c) => planned.has(c.step) && !taught.has(c.step)), {
-      size: 9,
-      color: colour("panel"),
-      line: { color: colour("accent"), width: 2 },
-    }),
-    dots("flagged", wanted.filter((c) => c.flags.length), { size: 9, symbol: "x", color: colour("bad") }),
+    { ...some("all", wanted, {}), mode: "lines", line: { color: colour("muted"), width: 1.5 } },
+    some("taught", wanted.filter((c) => taught.has(c.step)), full()),
+    some("to come", wanted.filter((c) => planned.has(c.step) && !taught.has(c.step)), hollow()),
+    some("flagged", wanted.filter((c) => c.flags.length), crossed()),
   ];
   draw(element, traces.filter((trace) => trace.x.length), layout("teacher's step", plain(metric), {}));
 }

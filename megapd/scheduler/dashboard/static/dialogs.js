@@ -55,7 +55,6 @@ export function setUpControl(changed) {
   at("control-form").addEventListener("submit", async (event) => {
     event.preventDefault();
     if (busy || asked === null) return;
-    busy = true;
     showBusy(true);
     at("control-error").textContent = "";
     try {
@@ -63,18 +62,17 @@ export function setUpControl(changed) {
       if (asked.action === "pin") body.checkpoint = Number(at("control-checkpoint").value);
       if (at("control-accept").checked) body.accept = true;
       const made = await ask(`/v1/runs/${encodeURIComponent(asked.run.name)}/control`, body);
-      const told = `Done: version ${made.version} of the schedule (${made.document.policy}) begins at student step ${made.effective}.`;
-      finish(told);
+      finish(`Done: version ${made.version} of the schedule (${made.document.policy}) begins at student step ${made.effective}.`);
       changed(asked.run.name);
     } catch (error) {
       refuse(error);
     } finally {
-      busy = false;
       showBusy(false);
     }
   });
 
   function showBusy(on) {
+    busy = on;
     at("control-confirm").disabled = at("control-close").disabled = on;
     if (!on) (asked.done ? at("control-close") : at("control-confirm")).focus();
   }

@@ -13,6 +13,8 @@ const KEPT = 500; // events
 const POINTS = 3000; // of a curve, before it is thinned again by the service
 const PREFERRED = ["accuracy", "loss", "divergence", "probe_loss"];
 
+const NO_PLAN = { segments: [], expected: [], omitted: 0, problem: "" };
+
 const at = (id) => document.getElementById(id);
 const enc = encodeURIComponent;
 
@@ -44,12 +46,10 @@ function banner(text, button) {
   if (unchanged(element, [text, button?.label])) return;
   element.hidden = !text;
   element.replaceChildren(text);
-  if (button) {
-    const made = make("button", button.label);
-    made.type = "button";
-    made.addEventListener("click", button.act);
-    element.append(" ", made);
-  }
+  if (!button) return;
+  const made = Object.assign(make("button", button.label), { type: "button" });
+  made.addEventListener("click", button.act);
+  element.append(" ", made);
 }
 
 function showLink() {
@@ -64,7 +64,7 @@ function showLink() {
 function begin() {
   session?.stop.abort();
   session = { stop: new AbortController(), timer: 0, busy: false, pending: false };
-  Object.assign(state, { caller: null, failures: 0, heard: 0, mode: "away" });
+  Object.assign(state, { failures: 0, heard: 0, mode: "away" });
   forget("Loading");
   cycle(session);
 }
@@ -138,12 +138,11 @@ function retry() {
 async function refresh(signal) {
   if (state.caller === null) {
     const caller = await ask("/v1/page/caller");
-    const events = await ask(`/v1/page/events?limit=100`);
+    const events = await ask("/v1/page/events?limit=100");
     if (signal.aborted) return;
-    state.caller = caller;
-    state.events = events;
+    Object.assign(state, { caller, events });
     at("who").textContent = token() ? `${caller.name}, role ${caller.role}` : "no tokens: everybody here is admin";
-    follow(events.length ? events[events.length - 1].id : 0, signal, heard, (mode) => {
+    follow(events.at(-1)?.id ?? 0, signal, heard, (mode) => {
       state.mode = mode;
       showLink();
     });
@@ -154,7 +153,7 @@ async function refresh(signal) {
   runs.forEach(measure);
   if (state.runs.length && state.runs.length === runs.length) keepOrder(runs);
   Object.assign(state, { runs, replicas, replicasAt: performance.now(), heard: Date.now() });
-  if (state.chosen === null && runs.length) state.chosen = fromAddress() ?? runs[0].name;
+  if (state.chosen === null && runs.length) state.chosen = (runs.find((run) => location.hash === `#${enc(run.name)}`) ?? runs[0]).name;
   await refreshPlans(signal);
   await refreshDetail(signal);
 }
@@ -174,26 +173,26 @@ function measure(run) {
 }
 
 async function refreshPlans(signal) {
-  const wanted = listed().filter((run) => !state.plans.has(run.name) || state.stale.has(run.name));
-  if (chosenRun() && !wanted.includes(chosenRun()) && (!state.plans.has(state.chosen) || state.stale.has(state.chosen))) wanted.push(chosenRun());
+  const shown = [...new Set([...listed(), chosenRun()])];
+  const wanted = shown.filter((run) => run && (!state.plans.has(run.name) || state.stale.has(run.name)));
   while (wanted.length) {
     const some = wanted.splice(0, 4);
     for (const run of some) state.stale.delete(run.name);
-    const found = await Promise.all(some.map((run) => ask(`/v1/page/runs/${enc(run.name)}/timeline`).catch(asProblem)));
+    const found = await Promise.all(some.map((run) => ask(`/v1/page/runs/${enc(run.name)}/timeline`).catch(refusedAs((problem) => ({ ...NO_PLAN, problem })))));
     if (signal.aborted) return;
     some.forEach((run, place) => state.plans.set(run.name, found[place]));
   }
 }
 
-function asProblem(error) {
-  if (!(error instanceof Refused) || error.status === 401) throw error;
-  return { segments: [], expected: [], omitted: 0, problem: error.message };
+// What stands for a refused answer; without a token, and without a service, there is none.
+function refusedAs(made) {
+  return (error) => {
+    if (!(error instanceof Refused) || error.status === 401) throw error;
+    return made(error.message);
+  };
 }
 
-function orNone(error) {
-  if (!(error instanceof Refused) || error.status === 401) throw error;
-  return [];
-}
+const orNone = refusedAs(() => []);
 
 async function refreshDetail(signal) {
   const run = chosenRun();
@@ -212,7 +211,7 @@ async function refreshDetail(signal) {
     return;
   }
   const { points } = state.detail;
-  const last = points.length ? points[points.length - 1].step : -1;
+  const last = points.at(-1)?.step ?? -1;
   if (run.step <= last) return;
   const more = await ask(`${path}/reports?after=${last}`).catch(orNone);
   if (signal.aborted || state.detail?.name !== run.name) return;
@@ -231,7 +230,7 @@ function heard(events) {
       for (const run of state.runs) state.stale.add(run.name);
       continue;
     }
-    if (state.events.length && event.id <= state.events[state.events.length - 1].id) continue;
+    if (event.id <= state.events.at(-1)?.id) continue;
     state.events.push(event);
     const kind = event.kind;
     if (/^(run|schedule|schedule_applied|decision|decision_applied|decision_refused)$/.test(kind)) {
@@ -285,9 +284,8 @@ function showList() {
   const count = matching().length;
   at("filter-field").hidden = state.runs.length < 2;
   at("runs-empty").hidden = wanted.length > 0;
-  at("runs-empty").textContent = state.runs.length
-    ? "No run's name holds that."
-    : "No run has registered yet. One does with scheduler.url in its configuration.";
+  const none = "No run has registered yet. One does with scheduler.url in its configuration.";
+  at("runs-empty").textContent = state.runs.length ? "No run's name holds that." : none;
   at("runs-more").hidden = wanted.length === count;
   at("runs-more").textContent = `Show all ${count}`;
   runList(wanted, state.plans, state.chosen, choose);
@@ -301,26 +299,14 @@ function choose(name) {
   if (matchMedia("(max-width: 700px)").matches) at("detail").focus(); // it stands below the list there
 }
 
-function fromAddress() {
-  let name;
-  try {
-    name = decodeURIComponent(location.hash.slice(1));
-  } catch {
-    return null; // no address of this page
-  }
-  return state.runs.some((run) => run.name === name) ? name : null;
-}
-
 function showDetail() {
   const run = chosenRun();
   at("detail-body").hidden = !run;
   at("detail-empty").hidden = Boolean(run);
-  if (!run) {
-    at("detail-title").textContent = "No run chosen";
-    return;
-  }
-  if (at("detail-title").textContent !== run.name) at("detail-title").textContent = run.name;
-  const plan = state.plans.get(run.name) ?? { segments: [], expected: [], omitted: 0, problem: "" };
+  const title = run?.name ?? "No run chosen";
+  if (at("detail-title").textContent !== title) at("detail-title").textContent = title;
+  if (!run) return;
+  const plan = state.plans.get(run.name) ?? NO_PLAN;
   showFacts(run, plan);
   showControls(run);
   const detail = state.detail?.name === run.name ? state.detail : null;

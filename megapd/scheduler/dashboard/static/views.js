@@ -1,9 +1,9 @@
 // Tables, the list of runs, and the events. What comes from the service becomes text nodes, never HTML.
 
-import { drawBar } from "./charts.js";
+import { drawBar, drawn } from "./charts.js";
 
 const at = (id) => document.getElementById(id);
-const drawn = new WeakMap(); // element -> what it shows, so that an unchanged one keeps its selection and its open parts
+const shows = new WeakMap(); // element -> what it shows, so that an unchanged one keeps its selection and its open parts
 
 export function make(tag, text, kind) {
   const made = document.createElement(tag);
@@ -18,15 +18,14 @@ export function number(value) {
 }
 
 export function moment(seconds) {
-  const made = make("time", new Date(seconds * 1000).toLocaleString());
-  made.dateTime = new Date(seconds * 1000).toISOString();
-  return made;
+  const when = new Date(seconds * 1000);
+  return Object.assign(make("time", when.toLocaleString()), { dateTime: when.toISOString() });
 }
 
 export function unchanged(element, shown) {
   const text = JSON.stringify(shown);
-  if (drawn.get(element) === text) return true;
-  drawn.set(element, text);
+  if (shows.get(element) === text) return true;
+  shows.set(element, text);
   return false;
 }
 
@@ -37,11 +36,7 @@ export function table(id, heads, rows, shown) {
   if (unchanged(element, shown)) return;
   const head = make("thead");
   head.append(make("tr"));
-  for (const name of heads) {
-    const cell = make("th", name);
-    cell.scope = "col";
-    head.firstChild.append(cell);
-  }
+  for (const name of heads) head.firstChild.append(Object.assign(make("th", name), { scope: "col" }));
   const body = make("tbody");
   for (const row of rows) {
     const line = make("tr");
@@ -114,12 +109,8 @@ export function runList(runs, plans, chosen, choose) {
 function newItem(name, choose) {
   const item = make("li");
   item.dataset.run = name;
-  const button = make("button", undefined, "run");
-  button.type = "button";
-  const bar = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  for (const [key, value] of Object.entries({ viewBox: "0 0 1000 12", preserveAspectRatio: "none", class: "bar", "aria-hidden": "true" })) {
-    bar.setAttribute(key, value);
-  }
+  const button = Object.assign(make("button", undefined, "run"), { type: "button" });
+  const bar = drawn("svg", { viewBox: "0 0 1000 12", preserveAspectRatio: "none", class: "bar", "aria-hidden": "true" });
   button.append(make("span", name, "run-name"), make("span", "", "run-where"), bar);
   button.addEventListener("click", () => choose(name));
   item.append(button);
@@ -141,8 +132,12 @@ export function facts(entries) {
 export function replicaTable(replicas, age) {
   at("replicas-empty").hidden = replicas.length > 0;
   at("replicas-empty").textContent = "None has a lease: students are taught by what they hold or run themselves.";
-  const rate = (metrics) => Object.entries(metrics).filter(([key]) => key.endsWith("_per_second"));
-  const rest = (metrics) => Object.entries(metrics).filter(([key]) => !key.endsWith("_per_second"));
+  // A replica's rates, or its other figures, as one text.
+  const told = (replica, rates) =>
+    Object.entries(replica.figures)
+      .filter(([key]) => key.endsWith("_per_second") === rates)
+      .map(([key, value]) => `${number(value)} ${key.replace("_per_second", "/s").replaceAll("_", " ")}`)
+      .join(", ");
   const shown = replicas.map((replica) => [replica.id, replica.group, replica.endpoint, replica.state, replica.figures, replica.lease_seconds]);
   const rows = replicas.map((replica) => {
     const meter = make("meter");
@@ -150,16 +145,8 @@ export function replicaTable(replicas, age) {
     meter.setAttribute("aria-label", `age of the lease of ${replica.id}`);
     const lease = make("span", undefined, "lease");
     lease.append(make("span", "", "lease-age"), meter);
-    const shownMetrics = (entries) => entries.map(([key, value]) => `${number(value)} ${key.replace("_per_second", "/s").replaceAll("_", " ")}`);
-    return [
-      replica.id,
-      replica.group,
-      replica.endpoint,
-      make("span", replica.state, `state ${replica.state === "live" ? "good" : "warn"}`),
-      lease,
-      shownMetrics(rate(replica.figures)).join(", ") || "not told",
-      shownMetrics(rest(replica.figures)).join(", "),
-    ];
+    const standing = make("span", replica.state, `state ${replica.state === "live" ? "good" : "warn"}`);
+    return [replica.id, replica.group, replica.endpoint, standing, lease, told(replica, true) || "not told", told(replica, false)];
   });
   table("replicas", ["Replica", "Group", "Endpoint", "State", "Lease age", "Throughput", "Other figures"], rows, shown);
   replicas.forEach((replica, place) => {
