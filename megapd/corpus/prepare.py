@@ -16,9 +16,8 @@ from tqdm import tqdm
 from megapd import __version__
 from megapd import config as settings
 from megapd.corpus import tokenizer as tokenizers
-from megapd.corpus.pack import PackCounts, Packer
+from megapd.corpus.pack import BlockWriter, PackCounts, Packer
 from megapd.corpus.sources import TextSource
-from megapd.corpus.store import BlockWriter
 from megapd.corpus.tokenizer import SentencePieceTokenizer
 from megapd.errors import UserError
 from megapd.files import commit_folder, temporary_folder, write_atomic
@@ -96,8 +95,8 @@ def _tokenizer(corpus: settings.CorpusConfig, sources: list[TextSource], progres
         if "vocab_size" in wanted.model_fields_set and wanted.vocab_size != tokenizer.vocab_size:
             log.warning("corpus.tokenizer.vocab_size: ignored, %s has %d pieces", wanted.model, tokenizer.vocab_size)
         return tokenizer
-    with _bar("training the tokenizer", "document", progress) as bar:
-        return tokenizers.train(wanted, _counted(_training_documents(corpus, sources), bar))
+    with _bar("training the tokenizer", "document", progress, _training_documents(corpus, sources)) as documents:
+        return tokenizers.train(wanted, documents)
 
 
 def _training_documents(corpus: settings.CorpusConfig, sources: list[TextSource]) -> Iterator[str]:
@@ -135,9 +134,9 @@ def _pack(
                     packers[split].add([ids for ids, held in zip(encoded, sides, strict=True) if held == (split == "heldout")])
                     if packers[split].ready:
                         writers[split].append(*packers[split].take())
-                tokens = sum(len(ids) for ids in encoded)
+                tokens = sum(map(len, encoded))
                 counts["documents"] += len(texts)
-                counts["characters"] += sum(len(text) for text in texts)
+                counts["characters"] += sum(map(len, texts))
                 counts["tokens"] += tokens
                 bar.update(tokens)
             per_source.append({"name": source.name, **counts})
@@ -173,11 +172,5 @@ def _grouped(documents: TextSource, chars: int) -> Iterator[list[str]]:
         yield group
 
 
-def _counted(documents: Iterator[str], bar: tqdm) -> Iterator[str]:
-    for document in documents:
-        bar.update()
-        yield document
-
-
-def _bar(name: str, unit: str, progress: bool) -> tqdm:
-    return tqdm(desc=name, unit=f" {unit}s", unit_scale=True, disable=not progress, file=sys.stderr, dynamic_ncols=True)
+def _bar(name: str, unit: str, progress: bool, counted: Iterator[str] | None = None) -> tqdm:
+    return tqdm(counted, desc=name, unit=f" {unit}s", unit_scale=True, disable=not progress, file=sys.stderr, dynamic_ncols=True)

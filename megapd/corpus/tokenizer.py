@@ -7,6 +7,7 @@ import io
 import os
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def train(tokenizer: settings.TokenizerConfig, documents: Iterable[str]) -> Sent
     output = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_take(sentences(documents), tokenizer.training_sentences),
+            sentence_iterator=islice(sentences(documents), tokenizer.training_sentences),
             model_writer=output,
             model_type=tokenizer.kind,
             vocab_size=tokenizer.vocab_size,
@@ -144,10 +145,6 @@ def sentences(documents: Iterable[str]) -> Iterator[str]:
 def default_threads() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _take(items: Iterator[str], count: int) -> Iterator[str]:
-    return (item for _, item in zip(range(count), items, strict=False))
 
 
 def _explain(error: RuntimeError, vocab_size: int) -> Exception:

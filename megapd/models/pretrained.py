@@ -137,9 +137,8 @@ class Pretrained(nn.Module):
     def _take_hidden(self, ids: Tensor) -> Tensor:
         hidden, self.head.hidden = self.head.hidden, None
         if hidden is None or hidden.shape[:-1].numel() != ids.numel():
-            raise UserError(
-                f"teacher.trajectory: {self.kind} does not give every position to its output layer; choose another model"
-            )
+            what = "does not give every position to its output layer"
+            raise UserError(f"teacher.trajectory: {self.kind} {what}; choose another model")
         return hidden.flatten(0, -2)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Pretrained:
@@ -160,8 +159,7 @@ class Pretrained(nn.Module):
                 f"task.document_mask: {self.kind} attends within {self._window} tokens, which a document mask would replace; "
                 "set task.document_mask=false, or shorten corpus.block_length"
             )
-        if self._mask_form is None:
-            self._mask_form = self._find_mask_form(segments_BL.device)
+        self._mask_form = self._mask_form or self._find_mask_form(segments_BL.device)
         return self._mask(segments_BL, self._mask_form)
 
     def _mask(self, segments_BL: Tensor, form: str) -> Tensor:
@@ -183,8 +181,7 @@ class Pretrained(nn.Module):
     def _find_mask_form(self, device: torch.device) -> str:
         failures = []
         for form in ("bool", "additive", "0 and 1"):
-            failure = self._mask_failure(form, device)
-            if failure is None:
+            if (failure := self._mask_failure(form, device)) is None:
                 return form
             failures.append(f"{form}: {failure}")
         raise UserError(
@@ -354,9 +351,8 @@ def read_pretrained(model: nn.Module, folder: Path, wanted: Mapping[str, Part]) 
             raise UserError(f"{path}: {stored} has shape {shape}, but config.json asks for {shapes[own]}; is it this model's?")
         tensor = take(source, wanted[own])
         if own in found and not torch.equal(tensor, found[own]):
-            raise UserError(
-                f"{path}: {stored} differs from the tensor it is tied to; set tie_word_embeddings to false in config.json"
-            )
+            fix = "set tie_word_embeddings to false in config.json"
+            raise UserError(f"{path}: {stored} differs from the tensor it is tied to; {fix}")
         # A view of a mapped file would keep all of it.
         found.setdefault(own, tensor.clone() if isinstance(source, Tensor) else tensor)
     return found if found.keys() == wanted.keys() else _read_renamed(model, folder, wanted, shapes)

@@ -15,7 +15,7 @@ from typing import Any
 from megapd.errors import UserError
 from megapd.files import sha256_file
 from megapd.trajectory.format import META, Checkpoint, File
-from megapd.trajectory.listing import Listing, equal_weights
+from megapd.trajectory.reader import Checkpoints, equal_weights
 
 HUB = "hf:"
 CONFIG = "config.json"
@@ -47,7 +47,7 @@ def is_hugging_face(spec: str) -> bool:
     return not found or any(map(_is_checkpoint, found))
 
 
-class HuggingFaceTrajectory(Listing):
+class HuggingFaceTrajectory(Checkpoints):
     """Published checkpoints, with the interface of Trajectory.
 
     spec    PATH or hf:REPO[@REVISION]; {step} stands for the step, {kstep} for thousands of steps: "runs/pythia/step_{step}",
@@ -74,24 +74,24 @@ class HuggingFaceTrajectory(Listing):
                 f"teacher.steps: {len(self._given)} steps, but teacher.trajectory {spec} has no {{step}}; write it in"
             )
         self.refresh()
-        if not self._steps:
-            incomplete = f" ({len(self._incomplete)} without all of their weights)" if self._incomplete else ""
+        if not self.steps:
+            incomplete = f" ({len(self.incomplete)} without all of their weights)" if self.incomplete else ""
             raise UserError(f"teacher.trajectory: no checkpoint of transformers matches {spec}{incomplete}; correct it")
 
     def refresh(self) -> tuple[int, ...]:
         """Look again which folders there are; returns `steps`. The hub's list is asked for once."""
         if not self._hub:
             self._list(self._local_steps())
-        elif not self._steps:
-            self._steps = self._given or self._hub_steps()
-            for step in self._steps:
+        elif not self.steps:
+            self.steps = self._given or self._hub_steps()
+            for step in self.steps:
                 self._name(step)  # raises for a step that {kstep} cannot write
-        return self._steps
+        return self.steps
 
     def written(self, step: int) -> bool:
         """Whether the checkpoint of `step` is there now, whole; of the hub: whether it is one of `steps`."""
         if self._hub:
-            return step in self._steps
+            return step in self.steps
         if self._given and step not in self._given:
             return False
         folder = Path(self._name(step))
@@ -135,9 +135,9 @@ class HuggingFaceTrajectory(Listing):
         (EleutherAI/pythia issues 205 and 206). From the hub every checkpoint is fetched.
         """
         self.refresh()
-        problems = [f"{self._name(step)}: it lacks {_missing(Path(self._name(step)))[0]}" for step in self._incomplete]
+        problems = [f"{self._name(step)}: it lacks {_missing(Path(self._name(step)))[0]}" for step in self.incomplete]
         same: dict[str, list[int]] = defaultdict(list)
-        for step in self._steps:
+        for step in self.steps:
             try:
                 same[self.checkpoint(step).digest].append(step)
             except UserError as error:

@@ -1,18 +1,20 @@
-"""Read the checkpoints of a trajectory: which there are, and their weights verified."""
+"""Read the checkpoints of a trajectory: which there are, waiting for one still to be written, and their weights verified."""
 
 from __future__ import annotations
 
+import time
+from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 
-from megapd.errors import UserError
+from megapd.errors import RunFailed, UserError
 from megapd.files import sha256_file
 from megapd.trajectory.format import META, Checkpoint, parse_step, read_meta, step_folder
-from megapd.trajectory.listing import Listing, equal_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,29 +22,68 @@ if TYPE_CHECKING:
     from megapd.slices import Part
 
 
-class Checkpoints(Protocol):
-    """What a teacher reads: trajectory.Trajectory, or the same interface over other stores."""
-
-    @property
-    def steps(self) -> tuple[int, ...]: ...
-
-    @property
-    def incomplete(self) -> tuple[int, ...]: ...
-
-    def refresh(self) -> tuple[int, ...]: ...
-
-    def checkpoint(self, step: int) -> Checkpoint: ...
-
-    def written(self, step: int) -> bool: ...
-
-    def wait_for(self, step: int, timeout_seconds: float) -> Checkpoint: ...
+class CheckpointTimeout(RunFailed, TimeoutError):
+    """A checkpoint that a teacher was to write did not appear in time."""
 
 
-class Trajectory(Listing):
+class Checkpoints(ABC):
+    """What a teacher reads, wherever it is stored; as it was at construction or at the last `refresh`:
+
+    steps        teacher steps of the complete checkpoints, increasing
+    incomplete   steps of which there is something, but no whole checkpoint: a copy that stopped midway, or a file that was lost
+    """
+
+    def __init__(self) -> None:
+        self.steps: tuple[int, ...] = ()
+        self.incomplete: tuple[int, ...] = ()
+
+    @abstractmethod
+    def refresh(self) -> tuple[int, ...]:
+        """Look again which checkpoints there are; returns `steps`."""
+
+    @abstractmethod
+    def checkpoint(self, step: int) -> Checkpoint:
+        """Everything but the weights; UserError if it is not there (the nearest are listed) or damaged."""
+
+    @abstractmethod
+    def written(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is there now, whole."""
+
+    def wait_for(self, step: int, timeout_seconds: float, poll_seconds: float = 0.2) -> Checkpoint:
+        """The checkpoint of `step` as soon as it is whole; CheckpointTimeout if it is not after `timeout_seconds`."""
+        deadline = time.monotonic() + timeout_seconds
+        while not self.written(step):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise CheckpointTimeout(self._late(f"no checkpoint of step {step} after {timeout_seconds:g} s"))
+            time.sleep(min(poll_seconds, left))
+        return self.checkpoint(step)
+
+    @abstractmethod
+    def _late(self, what: str) -> str:
+        """The message of a CheckpointTimeout: where, `what`, and what to do."""
+
+    def _list(self, found: Iterable[int]) -> None:
+        """Divide the steps of which there is something, increasing, into those that are whole and the others."""
+        whole = {step: self.written(step) for step in found}
+        self.steps = tuple(step for step, complete in whole.items() if complete)
+        self.incomplete = tuple(step for step, complete in whole.items() if not complete)
+
+    def _nearest(self, step: int) -> str:
+        """What there is around `step`, looked up again."""
+        nearest = nearest_steps(self.refresh(), step)
+        return f"the nearest are {', '.join(map(str, nearest))}" if nearest else "there are none"
+
+    def _newest(self) -> str:
+        steps = self.refresh()
+        return f"the newest there is of step {steps[-1]}" if steps else "there is none yet"
+
+
+class Trajectory(Checkpoints):
     """The checkpoints in one folder.
 
-    `steps` is what was there at construction or at the last `refresh`; `checkpoint`, `load` and `wait_for` look at the disk.
-    `incomplete`: folders without meta.json, copies that stopped midway, since checkpoints are renamed into place whole.
+    `checkpoint`, `load` and `wait_for` look at the disk. `incomplete`: folders without
+    meta.json, copies that stopped midway, since checkpoints are renamed into place whole.
     """
 
     def __init__(self, folder: Path, *, must_exist: bool = True) -> None:
@@ -50,19 +91,17 @@ class Trajectory(Listing):
         super().__init__()
         self.folder = Path(folder)
         self.refresh()
-        if must_exist and not self._steps:
+        if must_exist and not self.steps:
             raise UserError(
                 f"teacher.trajectory: {self._emptiness()}; name the trajectory folder of a teacher run, runs/NAME/trajectory"
             )
 
     def refresh(self) -> tuple[int, ...]:
-        """Look again which checkpoints there are; returns `steps`."""
         names = [entry.name for entry in self.folder.iterdir()] if self.folder.is_dir() else []
         self._list(sorted(step for step in map(parse_step, names) if step is not None))
-        return self._steps
+        return self.steps
 
     def checkpoint(self, step: int) -> Checkpoint:
-        """Everything but the weights; UserError if it is not there (the nearest are listed) or its meta.json is damaged."""
         if not (self.folder / step_folder(step)).is_dir():
             raise UserError(
                 f"{self.folder}: no checkpoint of step {step}; {self._nearest(step)}: "
@@ -108,10 +147,10 @@ class Trajectory(Listing):
         """Problems, one line each: incomplete or damaged checkpoints, files that changed, equal weights at different steps."""
         self.refresh()
         problems = [
-            f"{self.folder / step_folder(step)}: it has no {META}, so it is no complete checkpoint" for step in self._incomplete
+            f"{self.folder / step_folder(step)}: it has no {META}, so it is no complete checkpoint" for step in self.incomplete
         ]
         same: dict[str, list[int]] = defaultdict(list)
-        for step in self._steps:
+        for step in self.steps:
             try:
                 checkpoint = self.checkpoint(step)
                 same[checkpoint.digest].append(step)
@@ -121,7 +160,6 @@ class Trajectory(Listing):
         return problems + equal_weights(self.folder, same)
 
     def written(self, step: int) -> bool:
-        """Whether the checkpoint of `step` is there now, whole."""
         return (self.folder / step_folder(step) / META).is_file()
 
     def _late(self, what: str) -> str:
@@ -131,7 +169,7 @@ class Trajectory(Listing):
     def _emptiness(self) -> str:
         if not self.folder.is_dir():
             return f"no folder {self.folder}"
-        incomplete = f" ({len(self._incomplete)} without {META})" if self._incomplete else ""
+        incomplete = f" ({len(self.incomplete)} without {META})" if self.incomplete else ""
         return f"no complete checkpoint in {self.folder}{incomplete}"
 
 
@@ -151,3 +189,19 @@ def check_files(checkpoint: Checkpoint, share: int = 0, of: int = 1) -> None:
         found = sha256_file(path)
         if found != expected.sha256:
             raise UserError(f"{path}: its sha256 is {found}, but {expected.sha256} was written; restore the checkpoint")
+
+
+def equal_weights(where: object, same: Mapping[str, Sequence[int]]) -> list[str]:
+    """Problems, one line each, from digest -> steps: weights that several steps have."""
+    return [
+        f"{where}: steps {', '.join(map(str, steps))} have the same weights, digest {digest[:12]}"
+        for digest, steps in same.items()
+        if len(steps) > 1
+    ]
+
+
+def nearest_steps(steps: tuple[int, ...], step: int, count: int = 4) -> tuple[int, ...]:
+    """Up to `count` of the increasing `steps` around `step`, increasing."""
+    place = bisect_left(steps, step)
+    around = steps[max(0, place - count) : place + count]
+    return tuple(sorted(sorted(around, key=lambda s: (abs(s - step), s))[:count]))
