@@ -58,10 +58,8 @@ def read_metrics(folder: Path) -> list[Record]:
 
 def steps_to_accuracy(metrics: Sequence[Record], threshold: float) -> int | None:
     """Steps done at the first evaluation whose held-out accuracy is at least `threshold`; None if none is."""
-    for record in metrics:
-        if record["kind"] == "eval" and record.get("accuracy") is not None and record["accuracy"] >= threshold:
-            return int(record["step"])
-    return None
+    reached = (r["step"] for r in metrics if r["kind"] == "eval" and r.get("accuracy") is not None and r["accuracy"] >= threshold)
+    return next(reached, None)
 
 
 def plot_runs(run_folders: Sequence[Path], output: Path) -> list[Path]:
@@ -95,10 +93,8 @@ def plot_runs(run_folders: Sequence[Path], output: Path) -> list[Path]:
         Line2D([], [], color=TEXT, linewidth=1.6, label="training (running mean)" if smoothed else "training"),
         Line2D([], [], color=TEXT, linewidth=1.3, linestyle=DASHES, marker="o", markersize=3.5, label="held out"),
     ]
-    if any(rotation_steps(records) for records in runs.values()):
-        kinds.append(
-            Line2D([], [], color=TEXT, linewidth=0.7, alpha=0.6, marker="|", markersize=9, linestyle="", label="rotation")
-        )
+    if any(map(rotation_steps, runs.values())):
+        kinds.append(Line2D([], [], color=TEXT, linewidth=0.7, alpha=0.6, marker="|", markersize=9, ls="", label="rotation"))
     losses.legend(handles=kinds, loc="best", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none", labelcolor=TEXT)
     columns = max(1, min(len(runs), 120 // (6 + max(map(len, runs)))))  # about 120 characters fit beside each other
     figure.legend(handles=runs_legend, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, labelcolor=TEXT)

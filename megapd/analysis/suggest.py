@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,6 @@ LISTED = ("eval/loss", "eval/accuracy", "train/loss")
 TICKS = 7  # labels of the axis of steps
 
 
-@dataclass(frozen=True)
-class Suggestion:
-    """output: where its plot goes unless told otherwise."""
-
-    found: Found
-    output: Path
-
-
 def open_folder(folder: Path) -> Trajectory:
     """The trajectory in `folder`, or in its folder `trajectory`: that of a run. UserError if there is none."""
     if not folder.is_dir():
@@ -40,8 +31,8 @@ def open_folder(folder: Path) -> Trajectory:
     return Trajectory(within if within.is_dir() else folder)
 
 
-def suggest(source: Path, overrides: list[str], checkpoints: int | None, metric: str | None) -> Suggestion:
-    """What schedule.policy transition would choose.
+def suggest(source: Path, overrides: list[str], checkpoints: int | None, metric: str | None) -> tuple[Found, Path]:
+    """What schedule.policy transition would choose, and where its plot goes unless told otherwise.
 
     source: the folder of a trajectory or of its run, or the YAML file of a student, whose schedule it is then if it is a
     transition. checkpoints, metric: settings of the schedule, instead of its own. Raises UserError as find_transition does.
@@ -62,10 +53,8 @@ def suggest(source: Path, overrides: list[str], checkpoints: int | None, metric:
             raise UserError(f"{source}: teacher: this configuration has none; name a student's, or the folder of a trajectory")
         opened = open_trajectory(config)
         if isinstance(opened, HuggingFaceTrajectory):
-            raise UserError(
-                "teacher.trajectory: checkpoints of transformers carry no metrics to find a transition in; name checkpoints "
-                "with schedule.policy explicit"
-            )
+            fix = "name checkpoints with schedule.policy explicit"
+            raise UserError(f"teacher.trajectory: checkpoints of transformers carry no metrics to find a transition in; {fix}")
         if isinstance(config.schedule, TransitionConfig):
             settings = config.schedule.model_dump()
         folder = config.folder
@@ -77,7 +66,7 @@ def suggest(source: Path, overrides: list[str], checkpoints: int | None, metric:
     metrics = all_metrics(opened.steps, lambda step: opened.checkpoint(step).metrics)
     if not metrics:
         raise UserError(f"{source}: the trajectory holds no checkpoint after step 0; train the teacher further")
-    return Suggestion(find_transition(schedule, metrics), folder / "plots" / "transition.png")
+    return find_transition(schedule, metrics), folder / "plots" / "transition.png"
 
 
 def describe_trajectory(trajectory: Trajectory) -> str:
@@ -114,15 +103,8 @@ def describe_found(found: Found) -> str:
         table.add_row("...", "...", "...", f"{len(curve.steps) - end} more")
     teachers = ", ".join(f"{step:,}" for step in (*found.picks, found.final))
     setting = f"schedule: {{policy: transition, steps: T, checkpoints: {len(found.picks) + 1}}}"
-    return "\n".join(
-        [
-            plain(table),
-            "",
-            f"{found.why}.",
-            *(f"warning: {warning}" for warning in found.warnings),
-            f"({len(found.picks) + 1}, T) with the checkpoints {teachers}:  {setting}",
-        ]
-    )
+    chosen = f"({len(found.picks) + 1}, T) with the checkpoints {teachers}:  {setting}"
+    return "\n".join([plain(table), "", f"{found.why}.", *(f"warning: {warning}" for warning in found.warnings), chosen])
 
 
 def plot_found(found: Found, output: Path) -> Path:

@@ -18,10 +18,7 @@ SIGNALS = ("auto", "dense", "hidden", "topk", "sampled", "argmax")  # megapd's k
 class SchedulerConfig(Section):
     """The checkpoint scheduler, both ends: `megapd scheduler` reads the first part, runs and replicas url and token."""
 
-    database: str = Field(
-        "sqlite:///scheduler.db",
-        description="where the store is: sqlite:///FILE (not on a network file system), or postgresql://USER@HOST/NAME",
-    )
+    database: str = Field("sqlite:///scheduler.db", description="sqlite:///FILE, on a local disk; or postgresql://USER@HOST/NAME")
     host: str = Field("127.0.0.1", description="address to listen on; other than loopback needs tokens and TLS")
     port: int = Field(8480, ge=0, lt=1 << 16, description="0: any free one")
     certificate: Path | None = Field(None, description="PEM of the service's TLS certificate; with it, key is needed")
@@ -102,12 +99,12 @@ class TeacherConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="of the teacher; default: training.precision")
     sharding: Literal["whole", "zero", "tensor"] = Field("whole", description="how ranks hold it: all of it each, ZeRO-3, tensor")
     resident: int | None = Field(
-        None, ge=1, description="checkpoints held at once, so that students steps apart do not swap them; default 1, served 2"
+        None, ge=1, description="checkpoints held at once, for students steps apart; default 1, served 2"
     )
     carrier: Literal["colocated", "served", "shared_memory", "cached"] = "colocated"
     cache: Path | None = Field(None, description="folder of recorded signals: read first, and what it lacks is added")
     endpoints: tuple[str, ...] = Field(
-        (), description="grpc://HOST:PORT or grpc+tls://HOST:PORT of the replicas; none: those that hold a lease at scheduler.url"
+        (), description="replicas' grpc[+tls]://HOST:PORT; none: those with a lease at scheduler.url"
     )
     token: Path | None = Field(None, description="file with the bearer token that server and clients share")
     root_certificate: Path | None = Field(None, description="PEM of the authority that signed the server's certificate")
@@ -116,7 +113,7 @@ class TeacherConfig(Section):
     depth: int = Field(2, ge=1, description="steps whose signals are asked for ahead")
     call_seconds: float = Field(60.0, gt=0.0, description="longest wait for one answer before another replica is asked")
     deadline_seconds: float = Field(
-        300.0, gt=0.0, le=540.0, description="longest wait for a signal before on_failure; below the process group's 600"
+        300.0, gt=0.0, le=540.0, description="longest wait for a signal; below the process group's 600"
     )
     on_failure: Literal["wait", "cache", "labels"] = Field(
         "wait", description="at the deadline: stop the run; or read the cache, used for this alone; or learn from the labels"
@@ -354,15 +351,9 @@ class LossConfig(Section):
     scale_t2: bool = Field(False, description="multiply the divergence by student_temperature ** 2")
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="share of the uniform distribution in the labels")
     z_loss: float = Field(0.0, ge=0.0, description="weight of the squared log of the softmax's normaliser; 1e-4 is usual")
-    common_vocabulary: bool = Field(
-        False, description="teacher and student of different vocabulary sizes: learn over the classes that both have"
-    )
+    common_vocabulary: bool = Field(False, description="of vocabularies of two sizes, learn over the classes that both have")
     recompute: bool = Field(False, description="form the logits again in backward instead of holding the head's gradient")
-    chunk_bytes: int | None = Field(
-        None,
-        ge=1 << 10,
-        description="most bytes of logits alive at once in the fused loss; none: 64 MiB on a CPU, 2 GiB on a GPU",
-    )
+    chunk_bytes: int | None = Field(None, ge=1 << 10, description="most bytes of logits at once; none: 64 MiB, on a GPU 2 GiB")
 
     @model_validator(mode="after")
     def _finite(self) -> LossConfig:

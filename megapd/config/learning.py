@@ -20,9 +20,7 @@ class SourceConfig(Section):
     hub_config: str | None = Field(None, description="configuration of the hub data set, e.g. 20231101.en")
     split: str = "train"
     text_column: str = "text"
-    window_chars: int | None = Field(
-        None, ge=1000, description="split longer documents (books) into windows of about this many characters"
-    )
+    window_chars: int | None = Field(None, ge=1000, description="cut longer documents (books) into windows of about this length")
 
     @model_validator(mode="after")
     def _one_origin(self) -> SourceConfig:
@@ -213,9 +211,8 @@ class HierarchicalParityConfig(TaskConfig):
             raise ValueError(f"labels must be a power of two, got {self.labels}")
         needed = (self.labels - 1) * self.degree
         if needed > self.dimension:
-            raise ValueError(
-                f"{self.labels - 1} disjoint supports of degree {self.degree} need dimension >= {needed}, got {self.dimension}"
-            )
+            supports = f"{self.labels - 1} disjoint supports of degree {self.degree}"
+            raise ValueError(f"{supports} need dimension >= {needed}, got {self.dimension}")
         return self
 
 

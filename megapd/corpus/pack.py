@@ -47,7 +47,7 @@ class Packer:
     """
 
     def __init__(self, length: int, separator: int, opener: int | None) -> None:
-        self._length, self._separator, self._opener = length, separator, opener
+        self._separator, self._opener = np.array([separator], dtype=np.int32), opener
         self._content = length - (opener is not None)
         self._ids, self._documents = [np.empty(0, dtype=np.int32)], [np.empty(0, dtype=np.int64)]
         self.pending = 0  # tokens held
@@ -58,12 +58,8 @@ class Packer:
         documents = [document for document in documents if len(document)]
         if not documents:
             return
-        sizes = np.array([len(document) + 1 for document in documents])
-        stream = np.empty(int(sizes.sum()), dtype=np.int32)
-        ends = np.cumsum(sizes)
-        for document, end in zip(documents, ends.tolist(), strict=True):
-            stream[end - 1 - len(document) : end - 1] = document
-            stream[end - 1] = self._separator
+        stream = np.concatenate([part for document in documents for part in (document, self._separator)])
+        sizes = [len(document) + 1 for document in documents]
         self._ids.append(stream)
         self._documents.append(np.repeat(np.arange(len(documents)) + self.counts.documents, sizes))
         self.pending += len(stream)

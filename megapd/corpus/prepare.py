@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -55,12 +56,7 @@ def prepare(config: settings.Config, progress: bool = True) -> Path:
             "format": FORMAT,
             "megapd": __version__,
             "config": corpus.model_dump(mode="json"),
-            "tokenizer": {
-                "digest": tokenizer.digest,
-                "style": tokenizer.style,
-                "vocab_size": tokenizer.vocab_size,
-                "special": tokenizer.special,
-            },
+            "tokenizer": {name: getattr(tokenizer, name) for name in ("digest", "style", "vocab_size", "special")},
             **splits,
             "sources": per_source,
         }
@@ -118,7 +114,7 @@ def _pack(
     length = corpus.block_length
     packers = {split: Packer(length, tokenizer.separator, tokenizer.opener) for split in SPLITS}
     per_source: list[dict[str, Any]] = []
-    threads = tokenizers.default_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # that it may run on
     with (
         BlockWriter(folder / "train.arrow", length, tokenizer.vocab_size) as train,
         BlockWriter(folder / "heldout.arrow", length, tokenizer.vocab_size) as heldout,
@@ -128,7 +124,7 @@ def _pack(
         for source in sources:
             counts = {"documents": 0, "characters": 0, "tokens": 0}
             for texts in _grouped(source, ENCODE_CHARS):
-                encoded = tokenizer.encode(texts, threads)
+                encoded = tokenizer.encode(texts, cores)
                 sides = [is_heldout(text, corpus.heldout_fraction, corpus.seed) for text in texts]
                 for split in SPLITS:
                     packers[split].add([ids for ids, held in zip(encoded, sides, strict=True) if held == (split == "heldout")])

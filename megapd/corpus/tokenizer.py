@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -140,11 +139,6 @@ def sentences(documents: Iterable[str]) -> Iterator[str]:
                 yield from _SENTENCE.findall(line)
             elif line and not line.isspace():
                 yield line
-
-
-def default_threads() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _explain(error: RuntimeError, vocab_size: int) -> Exception:

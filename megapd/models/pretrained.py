@@ -59,14 +59,12 @@ class OutputLayer(nn.Module):
 
         logits: [.., D] -> [.., V] and nothing noted; through a call, so that ZeRO-3's hooks gather the weight.
         """
-        if mode == "logits":
-            return self.logits(hidden)
-        self.hidden = hidden
-        if isinstance(self.answer, Tensor):
-            return self.answer.expand(*hidden.shape[:-1], -1).clone()
-        return hidden[..., :1] if self.answer == "nothing" else self.logits(hidden)
-
-    def logits(self, hidden: Tensor) -> Tensor:
+        if mode == "note":
+            self.hidden = hidden
+            if isinstance(self.answer, Tensor):
+                return self.answer.expand(*hidden.shape[:-1], -1).clone()
+            if self.answer == "nothing":
+                return hidden[..., :1]
         return F.linear(hidden, self.weight, self.bias)
 
 
@@ -94,7 +92,8 @@ class Pretrained(nn.Module):
         self._mask_form: str | None = None
         text = network.config.get_text_config()
         self.max_length: int | None = getattr(text, "max_position_embeddings", None)
-        self._window = min((size for name in _WINDOWS if (size := _window(text, name)) is not None), default=None)
+        windows = [getattr(text, name, None) for name in _WINDOWS if getattr(text, "use_sliding_window", True) is not False]
+        self._window = min((size for size in windows if isinstance(size, int)), default=None)
         self.requires_grad_(False).eval()
 
     @property
@@ -184,10 +183,8 @@ class Pretrained(nn.Module):
             if (failure := self._mask_failure(form, device)) is None:
                 return form
             failures.append(f"{form}: {failure}")
-        raise UserError(
-            f"task.document_mask: {self.kind} does not keep documents apart ({'; '.join(failures)}); "
-            "set task.document_mask=false, or choose another teacher"
-        )
+        fix = "set task.document_mask=false, or choose another teacher"
+        raise UserError(f"task.document_mask: {self.kind} does not keep documents apart ({'; '.join(failures)}); {fix}")
 
     def _mask_failure(self, form: str, device: torch.device) -> str | None:
         """Why masks of this form do not do, None if they do: a change in one document must not move a bit of another, and a
@@ -321,11 +318,6 @@ def _promote_buffers(network: nn.Module) -> None:
             if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
                 del module._buffers[name]
                 module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
-
-
-def _window(config: Any, name: str) -> int | None:
-    size = getattr(config, name, None)
-    return size if isinstance(size, int) and getattr(config, "use_sliding_window", True) is not False else None
 
 
 # ---------------------------------------------------------------------------------------------------------------- reading

@@ -134,13 +134,9 @@ class SignalKind(ABC):
     def spec(self, name: str, encoding: Encoding, *, classes: int, k: int | None, temperature: float, seed: int) -> SignalSpec:
         """A spec of this kind with what matters to it of a run's settings; classes: of the teacher's head."""
         chosen = k or self.default_k
-        return SignalSpec(
-            name,
-            encoding,
-            min(chosen, classes) if self.distinct else chosen,
-            temperature if "temperature" in self.uses else 1.0,
-            seed if "seed" in self.uses else 0,
-        )
+        k = min(chosen, classes) if self.distinct else chosen
+        temperature = temperature if "temperature" in self.uses else 1.0
+        return SignalSpec(name, encoding, k, temperature, seed if "seed" in self.uses else 0)
 
 
 @cache

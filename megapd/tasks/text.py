@@ -39,10 +39,8 @@ class TextTask:
         self._train, self._heldout = Blocks(folder / "train.arrow"), Blocks(folder / "heldout.arrow")
         for name, blocks in (("train", self._train), ("heldout", self._heldout)):
             if len(blocks) != meta[name]["blocks"] or len(blocks) == 0:
-                raise UserError(
-                    f"{folder / name}.arrow: {len(blocks)} blocks where meta.json counts {meta[name]['blocks']}; "
-                    "run `megapd prepare` again into an empty folder"
-                )
+                found = f"{len(blocks)} blocks where meta.json counts {meta[name]['blocks']}"
+                raise UserError(f"{folder / name}.arrow: {found}; run `megapd prepare` again into an empty folder")
         self._task, self._seed, self._global_batch = task, seed, global_batch
         self.vocab_size = self.classes = int(meta["tokenizer"]["vocab_size"])
         self.length = self._train.length

@@ -14,8 +14,7 @@ from typing import Any
 
 from megapd.errors import UserError
 from megapd.files import sha256_file
-from megapd.trajectory.format import META, Checkpoint, File
-from megapd.trajectory.reader import Checkpoints, equal_weights
+from megapd.trajectory.reader import META, Checkpoint, Checkpoints, File, equal_weights
 
 HUB = "hf:"
 CONFIG = "config.json"
@@ -105,10 +104,8 @@ class HuggingFaceTrajectory(Checkpoints):
         there, cannot be fetched, or its files are incomplete or damaged.
         """
         if not self.written(step):
-            raise UserError(
-                f"teacher.trajectory: {self.spec} has no checkpoint of step {step}; {self._nearest(step)}: "
-                f"change the schedule, or teacher.steps"
-            )
+            fix = f"{self._nearest(step)}: change the schedule, or teacher.steps"
+            raise UserError(f"teacher.trajectory: {self.spec} has no checkpoint of step {step}; {fix}")
         folder = self._fetch(step) if self._hub else Path(self._name(step))
         config = _read_json(folder / CONFIG)
         missing = _missing(folder)
@@ -118,15 +115,9 @@ class HuggingFaceTrajectory(Checkpoints):
         names = [*weights, CONFIG, *([TOKENIZER] if (folder / TOKENIZER).is_file() else [])]
         files = {name: File(_sha256(folder / name), (folder / name).stat().st_size) for name in names}
         lines = "".join(f"{name} {files[name].sha256}\n" for name in sorted(weights))
-        return Checkpoint(
-            step=step,
-            path=folder,
-            digest=hashlib.sha256(lines.encode()).hexdigest(),
-            vocabulary=files[TOKENIZER].sha256 if TOKENIZER in files else "",
-            config={"hugging_face": config},
-            metrics={},
-            files=files,
-        )
+        digest = hashlib.sha256(lines.encode()).hexdigest()
+        vocabulary = files[TOKENIZER].sha256 if TOKENIZER in files else ""
+        return Checkpoint(step, folder, digest, vocabulary, config={"hugging_face": config}, metrics={}, files=files)
 
     def verify(self) -> list[str]:
         """Problems, one line each: incomplete or damaged checkpoints, and equal weights at different steps.
@@ -194,21 +185,15 @@ class HuggingFaceTrajectory(Checkpoints):
         import huggingface_hub
 
         repo, _, revision = self._name(step).partition("@")
-
-        def fetch(patterns: tuple[str, ...]) -> Path:
-            # Other files, nested ones (copies for other runtimes) and weights in a second format can be many times as large.
-            return Path(
-                huggingface_hub.snapshot_download(
-                    repo, revision=revision or None, allow_patterns=list(patterns), ignore_patterns=["*/*"]
-                )
-            )
-
         with self._lock:
             if step not in self._folders:
+                # Other files, nested ones (copies for other runtimes) and weights in a second format can be many times as large.
+                which: dict[str, Any] = {"revision": revision or None, "ignore_patterns": ["*/*"]}
                 try:
-                    folder = fetch((*SMALL_FILES, *SAFETENSORS))
-                    if not any((folder / name).is_file() for name in WEIGHTS[:2]):
-                        folder = fetch((*SMALL_FILES, *PICKLES))
+                    for weights in (SAFETENSORS, PICKLES):
+                        folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=[*SMALL_FILES, *weights], **which))
+                        if any((folder / name).is_file() for name in WEIGHTS[:2]):
+                            break
                 except Exception as error:
                     what = f"teacher.trajectory: {self._name(step)} cannot be fetched"
                     raise _hub_error(error, what, "check name and network, or fetch it beforehand") from error
