@@ -17,7 +17,7 @@ from prepared import STEP, PreparedServer, Sizes, cut, make_signal
 
 from megapd.batch import Batch
 from megapd.config import Config, load
-from megapd.corpus.store import BlockWriter
+from megapd.corpus.pack import BlockWriter
 from megapd.files import write_atomic
 from megapd.signals import Signal
 from megapd.tasks import build_task

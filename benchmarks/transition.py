@@ -75,7 +75,7 @@ def main() -> None:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         train("teacher.yaml", folder, "teacher")
-        found = suggest(folder / "teacher", [], None, None).found
+        found, _ = suggest(folder / "teacher", [], None, None)
         print(describe_found(found), flush=True)
         trajectory, (pick,) = Trajectory(folder / "teacher" / "trajectory"), found.picks
         place, run_steps = trajectory.steps.index(pick), trajectory.steps[-1]  # the demo's runs are all of one length

@@ -1,9 +1,8 @@
 """The command line: one thin function a verb.
 
 Exit codes: 0 done (or stopped on request, with a checkpoint); 1 the run diverged, a followed teacher wrote no checkpoint in
-time, a served teacher was lost or another one than scheduled, a trajectory is not as it was written, or the demo did not
-show its effect;
-2 a mistake in the settings or files, told in one line.
+time, a served teacher was lost or another one than scheduled, a trajectory is not as it was written, or the demo did not show
+its effect; 2 a mistake in the settings or files, told in one line.
 """
 
 from __future__ import annotations
@@ -139,15 +138,10 @@ def scheduler(arguments: argparse.Namespace) -> int:
 
 
 def schedule_show(arguments: argparse.Namespace) -> int:
-    from megapd.commands.schedule import show_schedule
+    from megapd.commands.schedule import schedule_history, show_schedule
 
-    return show_schedule(_load(arguments), arguments.run_name)
-
-
-def schedule_history(arguments: argparse.Namespace) -> int:
-    from megapd.commands.schedule import schedule_history as history
-
-    return history(_load(arguments), arguments.run_name)
+    show = schedule_history if arguments.action == "history" else show_schedule
+    return show(_load(arguments), arguments.run_name)
 
 
 def schedule_set(arguments: argparse.Namespace) -> int:
@@ -212,9 +206,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", type=Path, help="PNG of the timeline; default: plots/plan.png in the run's folder")
     _add_trajectory(verbs)
     sub = _verb(verbs, "scheduler", scheduler, "the service that knows every checkpoint and decides which one teaches when")
-    sub.add_argument(
-        "words", nargs="*", metavar="CONFIG | token ROLE | tokens | revoke NAME", help="a YAML file to serve with, or"
-    )
+    words = "CONFIG | token ROLE | tokens | revoke NAME"
+    sub.add_argument("words", nargs="*", metavar=words, help="a YAML file to serve with, or")
     sub.add_argument("--as", dest="alias", metavar="NAME", help="of a new token; default: its role")
     _add_schedule(verbs)
     sub = _verb(verbs, "evaluate", evaluate, "held-out loss and accuracy of a run's checkpoints")
@@ -267,7 +260,7 @@ def _add_schedule(verbs: Verbs) -> None:
     actions = schedule.add_subparsers(dest="action", required=True)
     sub = _verb(actions, "show", schedule_show, "the newest version, and where the run is")
     sub.add_argument("run_name", metavar="RUN")
-    sub = _verb(actions, "history", schedule_history, "all versions and decisions")
+    sub = _verb(actions, "history", schedule_show, "all versions and decisions")
     sub.add_argument("run_name", metavar="RUN")
     sub = _verb(actions, "set", schedule_set, "replace it, as --schedule.policy=...; all ranks take it up at one step")
     sub.add_argument("run_name", metavar="RUN")

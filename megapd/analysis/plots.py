@@ -58,10 +58,8 @@ def read_metrics(folder: Path) -> list[Record]:
 
 def steps_to_accuracy(metrics: Sequence[Record], threshold: float) -> int | None:
     """Steps done at the first evaluation whose held-out accuracy is at least `threshold`; None if none is."""
-    for record in metrics:
-        if record["kind"] == "eval" and record.get("accuracy") is not None and record["accuracy"] >= threshold:
-            return int(record["step"])
-    return None
+    reached = (r["step"] for r in metrics if r["kind"] == "eval" and r.get("accuracy") is not None and r["accuracy"] >= threshold)
+    return next(reached, None)
 
 
 def plot_runs(run_folders: Sequence[Path], output: Path) -> list[Path]:
@@ -75,7 +73,7 @@ def plot_runs(run_folders: Sequence[Path], output: Path) -> list[Path]:
     for name, records in runs.items():
         if not records:
             raise UserError(f"{name}: its {METRICS} is empty; let the run write a line first (telemetry.every)")
-    figure, (losses, accuracies) = _figure(2)
+    figure, (losses, accuracies) = new_figure(2)
     runs_legend = []
     for number, (name, records) in enumerate(runs.items()):
         colour, marker = PALETTE[number % len(PALETTE)], MARKERS[number // len(PALETTE) % len(MARKERS)]
@@ -87,18 +85,16 @@ def plot_runs(run_folders: Sequence[Path], output: Path) -> list[Path]:
             for step in rotations:
                 axes.axvline(step, color=colour, linewidth=0.7, alpha=0.35 if len(rotations) <= 24 else 0.18, zorder=0)
         runs_legend.append(Line2D([], [], color=colour, linewidth=1.8, marker=marker, markersize=4, label=name))
-    _label(losses, "loss")
-    _label(accuracies, "held-out accuracy")
+    label_axes(losses, "loss")
+    label_axes(accuracies, "held-out accuracy")
     _log_if_positive(losses, runs)
     smoothed = any(series(records, "train", "loss")[0].size > NOISY for records in runs.values())
     kinds = [
         Line2D([], [], color=TEXT, linewidth=1.6, label="training (running mean)" if smoothed else "training"),
         Line2D([], [], color=TEXT, linewidth=1.3, linestyle=DASHES, marker="o", markersize=3.5, label="held out"),
     ]
-    if any(rotation_steps(records) for records in runs.values()):
-        kinds.append(
-            Line2D([], [], color=TEXT, linewidth=0.7, alpha=0.6, marker="|", markersize=9, linestyle="", label="rotation")
-        )
+    if any(map(rotation_steps, runs.values())):
+        kinds.append(Line2D([], [], color=TEXT, linewidth=0.7, alpha=0.6, marker="|", markersize=9, ls="", label="rotation"))
     losses.legend(handles=kinds, loc="best", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none", labelcolor=TEXT)
     columns = max(1, min(len(runs), 120 // (6 + max(map(len, runs)))))  # about 120 characters fit beside each other
     figure.legend(handles=runs_legend, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, labelcolor=TEXT)
@@ -108,16 +104,15 @@ def plot_runs(run_folders: Sequence[Path], output: Path) -> list[Path]:
     writer.writerow(("run", "kind", "step", "metric", "value"))
     for name, records in runs.items():
         writer.writerows((name, *row) for row in tidy(records))
-    picture = _png(output)
+    picture = save(figure, output)
     numbers = picture.with_suffix(".csv")
-    _save(figure, picture)
     write_atomic(numbers, table.getvalue())
     return [picture, numbers]
 
 
 def plot_plan(plan: Plan, output: Path) -> Path:
     """The plan as a staircase: student steps to the right, the teaching checkpoint's step upwards. Returns the PNG's path."""
-    figure, (axes,) = _figure(1)
+    figure, (axes,) = new_figure(1)
     edges = [*plan.starts, plan.steps]
     axes.stairs(plan.teachers, edges, baseline=None, color=PALETTE[0], linewidth=2.0)
     if len(plan.starts) <= CROWDED:
@@ -125,11 +120,9 @@ def plot_plan(plan: Plan, output: Path) -> Path:
     axes.set_xlim(0, plan.steps)
     axes.set_ylim(0, max(plan.teachers) * 1.06 or 1.0)
     axes.set_title(f"{plan.policy}: the checkpoint that teaches each student step", loc="left", fontsize=10, color=TEXT)
-    _label(axes, "teacher's step", "student's step")
+    label_axes(axes, "teacher's step", "student's step")
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    picture = _png(output)
-    _save(figure, picture)
-    return picture
+    return save(figure, output)
 
 
 def current(records: Sequence[Record]) -> list[Record]:
@@ -212,7 +205,7 @@ def _names(folders: Sequence[Path]) -> dict[str, Path]:
     return {"/".join(path.parts[-depth:]): path for path in resolved}
 
 
-def _figure(panels: int) -> tuple[Figure, list[Axes]]:
+def new_figure(panels: int) -> tuple[Figure, list[Axes]]:
     """A figure drawn by Agg without pyplot, whose global state belongs to the caller."""
     figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
@@ -231,7 +224,7 @@ def _held_out_curve(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: s
     axes.plot(steps, values, color=colour, linestyle=style, linewidth=1.3, marker=shown, markersize=3.5)
 
 
-def _label(axes: Axes, y: str, x: str = "steps") -> None:
+def label_axes(axes: Axes, y: str, x: str = "steps") -> None:
     axes.set_xlabel(x, fontsize=9, color=TEXT)
     axes.set_ylabel(y, fontsize=9, color=TEXT)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -255,12 +248,10 @@ def _log_if_positive(axes: Axes, runs: dict[str, list[Record]]) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _png(output: Path) -> Path:
-    output = Path(output)
-    return output if output.suffix == ".png" else output.with_name(output.name + ".png")  # "tau0.5" has no suffix to replace
-
-
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, output: Path) -> Path:
+    """Write it as PNG, the suffix added if it lacks; the file's path."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
+    path = output if output.suffix == ".png" else output.with_name(output.name + ".png")  # "tau0.5" has no suffix to replace
     write_atomic(path, picture.getvalue())
+    return path

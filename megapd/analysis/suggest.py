@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +9,18 @@ import numpy as np
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 from pydantic import ValidationError
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
-from megapd.analysis.plots import PALETTE, TEXT, _figure, _label, _png, _save
+from megapd.analysis.plots import PALETTE, TEXT, label_axes, new_figure, save
+from megapd.analysis.timeline import plain
 from megapd.config import TransitionConfig, load
 from megapd.errors import UserError
 from megapd.schedule.transition import Found, all_metrics, find_transition
-from megapd.trajectory import Trajectory
+from megapd.trajectory import Checkpoints, Trajectory
 
 AROUND = 8  # checkpoints shown on either side of the drop
 LISTED = ("eval/loss", "eval/accuracy", "train/loss")
 TICKS = 7  # labels of the axis of steps
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """output: where its plot goes unless told otherwise."""
-
-    found: Found
-    output: Path
 
 
 def open_folder(folder: Path) -> Trajectory:
@@ -41,8 +31,8 @@ def open_folder(folder: Path) -> Trajectory:
     return Trajectory(within if within.is_dir() else folder)
 
 
-def suggest(source: Path, overrides: list[str], checkpoints: int | None, metric: str | None) -> Suggestion:
-    """What schedule.policy transition would choose.
+def suggest(source: Path, overrides: list[str], checkpoints: int | None, metric: str | None) -> tuple[Found, Path]:
+    """What schedule.policy transition would choose, and where its plot goes unless told otherwise.
 
     source: the folder of a trajectory or of its run, or the YAML file of a student, whose schedule it is then if it is a
     transition. checkpoints, metric: settings of the schedule, instead of its own. Raises UserError as find_transition does.
@@ -52,9 +42,8 @@ def suggest(source: Path, overrides: list[str], checkpoints: int | None, metric:
         if overrides:
             raise UserError(f"{overrides[0]!r}: settings go with a configuration, and {source} is a folder")
         trajectory = open_folder(source)
-        run = trajectory.folder.parent if trajectory.folder.name == "trajectory" else trajectory.folder
-        output = run / "plots" / "transition.png"
-        steps, metrics_of = trajectory.steps, lambda step: trajectory.checkpoint(step).metrics
+        folder = trajectory.folder.parent if trajectory.folder.name == "trajectory" else trajectory.folder
+        opened: Checkpoints = trajectory
     else:
         from megapd.teacher.locate import open_trajectory
         from megapd.trajectory.hugging_face import HuggingFaceTrajectory
@@ -64,23 +53,20 @@ def suggest(source: Path, overrides: list[str], checkpoints: int | None, metric:
             raise UserError(f"{source}: teacher: this configuration has none; name a student's, or the folder of a trajectory")
         opened = open_trajectory(config)
         if isinstance(opened, HuggingFaceTrajectory):
-            raise UserError(
-                "teacher.trajectory: checkpoints of transformers carry no metrics to find a transition in; name checkpoints "
-                "with schedule.policy explicit"
-            )
+            fix = "name checkpoints with schedule.policy explicit"
+            raise UserError(f"teacher.trajectory: checkpoints of transformers carry no metrics to find a transition in; {fix}")
         if isinstance(config.schedule, TransitionConfig):
             settings = config.schedule.model_dump()
-        output = config.folder / "plots" / "transition.png"
-        steps, metrics_of = opened.steps, lambda step: opened.checkpoint(step).metrics
+        folder = config.folder
     settings |= {key: value for key, value in (("checkpoints", checkpoints), ("metric", metric)) if value is not None}
     try:
         schedule = TransitionConfig(**settings)
     except ValidationError as error:
         raise UserError(f"--{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from error
-    metrics = all_metrics(steps, metrics_of)
+    metrics = all_metrics(opened.steps, lambda step: opened.checkpoint(step).metrics)
     if not metrics:
         raise UserError(f"{source}: the trajectory holds no checkpoint after step 0; train the teacher further")
-    return Suggestion(find_transition(schedule, metrics), output)
+    return find_transition(schedule, metrics), folder / "plots" / "transition.png"
 
 
 def describe_trajectory(trajectory: Trajectory) -> str:
@@ -95,7 +81,7 @@ def describe_trajectory(trajectory: Trajectory) -> str:
         numbers = [f"{value:.4g}" if isinstance(value, (int, float)) else "-" for value in values]
         table.add_row(f"{step:,}", checkpoint.digest[:12], f"{size:,}", *numbers)
     incomplete = [f"step {step:,}: no meta.json, so it is no complete checkpoint" for step in trajectory.incomplete]
-    return "\n".join([f"{trajectory.folder}: {len(trajectory.steps)} checkpoints", _text(table), *incomplete])
+    return "\n".join([f"{trajectory.folder}: {len(trajectory.steps)} checkpoints", plain(table), *incomplete])
 
 
 def describe_found(found: Found) -> str:
@@ -117,21 +103,14 @@ def describe_found(found: Found) -> str:
         table.add_row("...", "...", "...", f"{len(curve.steps) - end} more")
     teachers = ", ".join(f"{step:,}" for step in (*found.picks, found.final))
     setting = f"schedule: {{policy: transition, steps: T, checkpoints: {len(found.picks) + 1}}}"
-    return "\n".join(
-        [
-            _text(table),
-            "",
-            f"{found.why}.",
-            *(f"warning: {warning}" for warning in found.warnings),
-            f"({len(found.picks) + 1}, T) with the checkpoints {teachers}:  {setting}",
-        ]
-    )
+    chosen = f"({len(found.picks) + 1}, T) with the checkpoints {teachers}:  {setting}"
+    return "\n".join([plain(table), "", f"{found.why}.", *(f"warning: {warning}" for warning in found.warnings), chosen])
 
 
 def plot_found(found: Found, output: Path) -> Path:
     """The metric over the teacher's steps and its slope, the transition shaded, the choice marked; returns the PNG's path."""
     curve = found.curve
-    figure, (values, slopes) = _figure(2)
+    figure, (values, slopes) = new_figure(2)
     steps = np.asarray(curve.steps, dtype=np.float64)
     values.plot(steps, curve.values, color=PALETTE[0], linewidth=1.6, marker="o", markersize=3.5)
     slopes.stairs(curve.slopes(), steps, baseline=None, color=PALETTE[0], linewidth=1.6)
@@ -142,8 +121,8 @@ def plot_found(found: Found, output: Path) -> Path:
     for step in found.picks:
         values.plot([step], [found.value(step)], color=PALETTE[1], marker="D", markersize=7)
         values.annotate(f"{step:,}", (step, found.value(step)), (7, 5), textcoords="offset points", fontsize=9, color=TEXT)
-    _label(values, curve.key, "teacher's steps")
-    _label(slopes, f"fall of {curve.key} per ln(step)", "teacher's steps")
+    label_axes(values, curve.key, "teacher's steps")
+    label_axes(slopes, f"fall of {curve.key} per ln(step)", "teacher's steps")
     values.set_xscale("log")  # of both, which share the axis
     spread = np.unique(np.linspace(0, steps.size - 1, TICKS).round().astype(int)) if steps.size > TICKS else range(steps.size)
     ticks = _apart([curve.steps[place] for place in spread] + list(found.picks))
@@ -154,9 +133,7 @@ def plot_found(found: Found, output: Path) -> Path:
         axes.xaxis.set_minor_formatter(NullFormatter())
     chosen = ", ".join(f"{step:,}" for step in found.picks)
     values.set_title(f"transition {found.first:,} to {found.last:,}, chosen {chosen}", loc="left", fontsize=10, color=TEXT)
-    picture = _png(output)
-    _save(figure, picture)
-    return picture
+    return save(figure, output)
 
 
 def _apart(steps: list[int]) -> list[int]:
@@ -167,10 +144,3 @@ def _apart(steps: list[int]) -> list[int]:
         if all(abs(np.log(step / other)) >= width for other in kept):
             kept.append(step)
     return sorted(kept)
-
-
-def _text(table: Table) -> str:
-    screen = Console(file=io.StringIO(), width=100, color_system=None, force_terminal=False, legacy_windows=False)
-    screen.print(table)
-    assert isinstance(screen.file, io.StringIO)
-    return "\n".join(line.rstrip() for line in screen.file.getvalue().splitlines()).rstrip()

@@ -1,4 +1,4 @@
-"""A plan as a table for the terminal."""
+"""Tables for the terminal; a plan as one."""
 
 from __future__ import annotations
 
@@ -27,22 +27,20 @@ def describe_plan(plan: Plan) -> str:
     ]
     hidden = len(rows) - SHOWN
     if hidden > 1:
-        last = SHOWN - FIRST
-        for row in rows[:FIRST]:
-            table.add_row(*row)
-        table.add_row("...", f"{hidden:,} more", "...", "...")
-        for row in rows[-last:]:
-            table.add_row(*row)
-    else:
-        for row in rows:
-            table.add_row(*row)
-    screen = Console(file=io.StringIO(), width=80, color_system=None, force_terminal=False, legacy_windows=False)
-    screen.print(table)
-    assert isinstance(screen.file, io.StringIO)
+        rows[FIRST : FIRST + hidden] = [("...", f"{hidden:,} more", "...", "...")]
+    for row in rows:
+        table.add_row(*row)
     distinct = len(set(plan.teachers))
     title = f"schedule {plan.policy}: {_count(distinct, 'checkpoint')} over {_count(plan.steps, 'student step')}"
-    lines = [line.rstrip() for line in screen.file.getvalue().splitlines()]
-    return "\n".join([title, *lines, *(f"warning: {warning}" for warning in plan.warnings)]).rstrip()
+    return "\n".join([title, plain(table), "", *(f"warning: {warning}" for warning in plan.warnings)]).rstrip()
+
+
+def plain(table: Table) -> str:
+    """The table as plain text, of at most 100 columns."""
+    screen = Console(file=io.StringIO(), width=100, color_system=None, force_terminal=False, legacy_windows=False)
+    screen.print(table)
+    assert isinstance(screen.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in screen.file.getvalue().splitlines()).rstrip()
 
 
 def _count(number: int, noun: str) -> str:

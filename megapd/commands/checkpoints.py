@@ -26,7 +26,7 @@ def verify_folder(folder: Path) -> int:
 def suggest_transition(
     source: Path, overrides: Sequence[str], checkpoints: int | None, metric: str | None, output: Path | None
 ) -> int:
-    suggestion = suggest(source, list(overrides), checkpoints, metric)
-    print(describe_found(suggestion.found))
-    print(plot_found(suggestion.found, output or suggestion.output))
+    found, picture = suggest(source, list(overrides), checkpoints, metric)
+    print(describe_found(found))
+    print(plot_found(found, output or picture))
     return 0

@@ -1,72 +1,37 @@
 """The configuration: `load` builds a Config from a file, the environment and the command line; its sections by their rooms."""
 
-from megapd.config.base import Section
-from megapd.config.corpus import CorpusConfig, SourceConfig, TokenizerConfig
-from megapd.config.distillation import Divergence, LossConfig, TeacherConfig, TeacherServerConfig
-from megapd.config.model import MLPConfig, ModelConfig, TransformerConfig
-from megapd.config.schedule import (
-    AdaptiveConfig,
-    EqualConfig,
-    ExplicitConfig,
-    FollowConfig,
-    GeometricConfig,
-    MatchedConfig,
-    OneShotConfig,
-    RangeConfig,
-    ScheduleConfig,
-    TransitionConfig,
-)
-from megapd.config.scheduler import SchedulerConfig
-from megapd.config.task import HierarchicalParityConfig, ParityConfig, TaskConfig, TextConfig
-from megapd.config.training import (
-    CheckpointConfig,
-    EvaluationConfig,
-    LearningRateConfig,
-    OptimizerConfig,
-    TelemetryConfig,
-    TrainingConfig,
-    TrajectoryWriterConfig,
-)
-from megapd.config.tree import RETIRED_SETTINGS, Config, dump, flatten, load, parse_overrides
-
-__all__ = [
-    "RETIRED_SETTINGS",
-    "AdaptiveConfig",
-    "CheckpointConfig",
-    "Config",
-    "CorpusConfig",
-    "Divergence",
-    "EqualConfig",
-    "EvaluationConfig",
-    "ExplicitConfig",
-    "FollowConfig",
-    "GeometricConfig",
-    "HierarchicalParityConfig",
-    "LearningRateConfig",
-    "LossConfig",
-    "MLPConfig",
-    "MatchedConfig",
-    "ModelConfig",
-    "OneShotConfig",
-    "OptimizerConfig",
-    "ParityConfig",
-    "RangeConfig",
-    "ScheduleConfig",
-    "SchedulerConfig",
-    "Section",
-    "SourceConfig",
-    "TaskConfig",
-    "TeacherConfig",
-    "TeacherServerConfig",
-    "TelemetryConfig",
-    "TextConfig",
-    "TokenizerConfig",
-    "TrainingConfig",
-    "TrajectoryWriterConfig",
-    "TransformerConfig",
-    "TransitionConfig",
-    "dump",
-    "flatten",
-    "load",
-    "parse_overrides",
-]
+from megapd.config.distillation import AdaptiveConfig as AdaptiveConfig
+from megapd.config.distillation import EqualConfig as EqualConfig
+from megapd.config.distillation import ExplicitConfig as ExplicitConfig
+from megapd.config.distillation import FollowConfig as FollowConfig
+from megapd.config.distillation import GeometricConfig as GeometricConfig
+from megapd.config.distillation import MatchedConfig as MatchedConfig
+from megapd.config.distillation import OneShotConfig as OneShotConfig
+from megapd.config.distillation import RangeConfig as RangeConfig
+from megapd.config.distillation import ScheduleConfig as ScheduleConfig
+from megapd.config.distillation import SchedulerConfig as SchedulerConfig
+from megapd.config.distillation import TeacherConfig as TeacherConfig
+from megapd.config.distillation import TeacherServerConfig as TeacherServerConfig
+from megapd.config.distillation import TransitionConfig as TransitionConfig
+from megapd.config.learning import CorpusConfig as CorpusConfig
+from megapd.config.learning import HierarchicalParityConfig as HierarchicalParityConfig
+from megapd.config.learning import MLPConfig as MLPConfig
+from megapd.config.learning import ModelConfig as ModelConfig
+from megapd.config.learning import ParityConfig as ParityConfig
+from megapd.config.learning import SourceConfig as SourceConfig
+from megapd.config.learning import TaskConfig as TaskConfig
+from megapd.config.learning import TextConfig as TextConfig
+from megapd.config.learning import TokenizerConfig as TokenizerConfig
+from megapd.config.learning import TransformerConfig as TransformerConfig
+from megapd.config.tree import RETIRED_SETTINGS as RETIRED_SETTINGS
+from megapd.config.tree import Config as Config
+from megapd.config.tree import EvaluationConfig as EvaluationConfig
+from megapd.config.tree import LearningRateConfig as LearningRateConfig
+from megapd.config.tree import OptimizerConfig as OptimizerConfig
+from megapd.config.tree import TelemetryConfig as TelemetryConfig
+from megapd.config.tree import TrainingConfig as TrainingConfig
+from megapd.config.tree import TrajectoryWriterConfig as TrajectoryWriterConfig
+from megapd.config.tree import dump as dump
+from megapd.config.tree import flatten as flatten
+from megapd.config.tree import load as load
+from megapd.config.tree import parse_overrides as parse_overrides

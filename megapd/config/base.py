@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, ClassVar, Self, get_origin
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
@@ -54,6 +55,13 @@ class OpenSection(Section):
         if not (isinstance(kind, type) and issubclass(kind, cls)):
             raise problem(cls.tag, f"{kind!r}, which {cls.registry.group} has by that name, is no {cls.__name__}", value)
         return kind.model_validate({key: _decoded(kind, key, given) for key, given in value.items()})
+
+
+def check_key(certificate: Path | None, key: Path | None) -> None:
+    """ValueError unless a certificate and its key are both given, or neither."""
+    if (certificate is None) != (key is None):
+        missing = "certificate" if certificate is None else "key"
+        raise ValueError(f"{missing}: certificate and key go together; give both, or neither")
 
 
 def problem(setting: str, message: str, value: object) -> ValidationError:

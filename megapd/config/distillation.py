@@ -1,18 +1,60 @@
-"""Sections `teacher` and `loss`."""
+"""Sections `scheduler`, `teacher`, `schedule` and `loss`: who teaches, from where and when, and what the student makes of it."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from megapd.config.base import Section
-from megapd.config.scheduler import SchedulerConfig
-from megapd.registry import signal_kinds
+from megapd.config.base import OpenSection, Section, check_key
+from megapd.registry import Registry, policies, signal_kinds
 
 SIGNALS = ("auto", "dense", "hidden", "topk", "sampled", "argmax")  # megapd's kinds register where torch is imported
+
+
+class SchedulerConfig(Section):
+    """The checkpoint scheduler, both ends: `megapd scheduler` reads the first part, runs and replicas url and token."""
+
+    database: str = Field("sqlite:///scheduler.db", description="sqlite:///FILE, on a local disk; or postgresql://USER@HOST/NAME")
+    host: str = Field("127.0.0.1", description="address to listen on; other than loopback needs tokens and TLS")
+    port: int = Field(8480, ge=0, lt=1 << 16, description="0: any free one")
+    certificate: Path | None = Field(None, description="PEM of the service's TLS certificate; with it, key is needed")
+    key: Path | None = Field(None, description="PEM of its private key")
+    lease_seconds: float = Field(15.0, ge=0.5, le=3600.0, description="a replica that is silent this long is dropped")
+    retention_days: float = Field(30.0, gt=0.0, description="events and gone replicas are kept this long; decisions for ever")
+    max_body_bytes: int = Field(1 << 20, ge=1 << 10, description="longer requests are refused with 413")
+    streams: int = Field(64, ge=1, description="event streams open at once; more are refused with 429")
+    url: str | None = Field(None, description="for clients: https://HOST:PORT of the service; none: the embedded schedule")
+    token: Path | None = Field(None, description="for clients: file that holds what `megapd scheduler token` printed")
+    trajectory: str | None = Field(None, description="for runs: name or digest of the registered trajectory that teaches")
+    group: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,119}$",
+        description="for runs and replicas: replicas teach the runs of their group; default: the configuration's name",
+    )
+    root_certificate: Path | None = Field(None, description="for clients: PEM of the authority that signed the certificate")
+
+    @field_validator("database")
+    @classmethod
+    def _known_database(cls, url: str) -> str:
+        if not re.match(r"sqlite:///.+|postgresql(\+psycopg)?://", url):
+            raise ValueError("give sqlite:///FILE or postgresql://USER@HOST/NAME")
+        return url
+
+    @field_validator("url")
+    @classmethod
+    def _known_url(cls, url: str | None) -> str | None:
+        if url is not None and not re.fullmatch(r"https?://[^/\s]+/?", url):
+            raise ValueError("give http://HOST:PORT or https://HOST:PORT")
+        return url
+
+    @model_validator(mode="after")
+    def _tls(self) -> SchedulerConfig:
+        check_key(self.certificate, self.key)
+        return self
 
 
 class TeacherServerConfig(Section):
@@ -35,9 +77,7 @@ class TeacherServerConfig(Section):
 
     @model_validator(mode="after")
     def _tls(self) -> TeacherServerConfig:
-        if (self.certificate is None) != (self.key is None):
-            missing = "certificate" if self.certificate is None else "key"
-            raise ValueError(f"{missing}: certificate and key go together; give both, or neither")
+        check_key(self.certificate, self.key)
         if self.client_authority is not None and self.certificate is None:
             raise ValueError("client_authority: clients' certificates are checked over TLS alone; set certificate and key")
         return self
@@ -59,12 +99,12 @@ class TeacherConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="of the teacher; default: training.precision")
     sharding: Literal["whole", "zero", "tensor"] = Field("whole", description="how ranks hold it: all of it each, ZeRO-3, tensor")
     resident: int | None = Field(
-        None, ge=1, description="checkpoints held at once, so that students steps apart do not swap them; default 1, served 2"
+        None, ge=1, description="checkpoints held at once, for students steps apart; default 1, served 2"
     )
     carrier: Literal["colocated", "served", "shared_memory", "cached"] = "colocated"
     cache: Path | None = Field(None, description="folder of recorded signals: read first, and what it lacks is added")
     endpoints: tuple[str, ...] = Field(
-        (), description="grpc://HOST:PORT or grpc+tls://HOST:PORT of the replicas; none: those that hold a lease at scheduler.url"
+        (), description="replicas' grpc[+tls]://HOST:PORT; none: those with a lease at scheduler.url"
     )
     token: Path | None = Field(None, description="file with the bearer token that server and clients share")
     root_certificate: Path | None = Field(None, description="PEM of the authority that signed the server's certificate")
@@ -73,7 +113,7 @@ class TeacherConfig(Section):
     depth: int = Field(2, ge=1, description="steps whose signals are asked for ahead")
     call_seconds: float = Field(60.0, gt=0.0, description="longest wait for one answer before another replica is asked")
     deadline_seconds: float = Field(
-        300.0, gt=0.0, le=540.0, description="longest wait for a signal before on_failure; below the process group's 600"
+        300.0, gt=0.0, le=540.0, description="longest wait for a signal; below the process group's 600"
     )
     on_failure: Literal["wait", "cache", "labels"] = Field(
         "wait", description="at the deadline: stop the run; or read the cache, used for this alone; or learn from the labels"
@@ -106,18 +146,14 @@ class TeacherConfig(Section):
             raise ValueError(f"k: has no meaning for signal {self.signal}; choose topk or sampled")
         if self.encoding == "int8" and self.signal in ("dense", "topk", "sampled", "argmax"):
             raise ValueError(f"encoding: int8 is for hidden states, not for signal {self.signal}; choose fp16")
-        if (self.certificate is None) != (self.key is None):
-            missing = "certificate" if self.certificate is None else "key"
-            raise ValueError(f"{missing}: certificate and key go together; give both, or neither")
+        check_key(self.certificate, self.key)
         return self
 
     def check_found(self, scheduler: SchedulerConfig) -> None:
         """ValueError if nothing says where a served teacher's replicas are."""
         if self.carrier in ("served", "shared_memory") and not self.endpoints and scheduler.url is None:
-            raise ValueError(
-                f"teacher.endpoints: carrier {self.carrier} needs the address of a teacher, grpc://HOST:PORT, or "
-                f"scheduler.url, where teachers hold their leases"
-            )
+            needs = "the address of a teacher, grpc://HOST:PORT, or scheduler.url, where teachers hold their leases"
+            raise ValueError(f"teacher.endpoints: carrier {self.carrier} needs {needs}")
 
     def check_loss(self, loss: LossConfig) -> None:
         """ValueError if the loss cannot be computed from the signal that was asked for."""
@@ -129,14 +165,185 @@ class TeacherConfig(Section):
             raise ValueError(f"teacher.signal: sampled is unbiased for forward_kl, not {loss.divergence}; choose topk")
 
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tvd", "soft_cross_entropy"]
+class ScheduleConfig(OpenSection):
+    """Which of the teacher's checkpoints teaches when.
+
+    `builder(section, there, steps)` resolves it over the teacher steps `there`, increasing, for a run of `steps` student steps:
+    pieces [(student step, teacher step), ..], the first at 0, increasing, all below `steps`; and warnings, one line each. It is
+    pure, and raises UserError naming the setting. What else megapd has to know, a policy says itself:
+
+    needs_metrics   it is built from the checkpoints' metrics too: builder(section, there, steps, {teacher step: metrics})
+    """
+
+    registry: ClassVar[Registry[type[Any]]] = policies
+    tag: ClassVar[str] = "policy"
+    needs_metrics: ClassVar[bool] = False
+
+    policy: str
+
+    @property
+    def waits(self) -> float | None:
+        """Seconds to wait for a checkpoint that the teacher has yet to write; None: all must be there when the run starts."""
+        return None
+
+    @property
+    def grows(self) -> AdaptiveConfig | None:
+        """How decisions extend it as the student learns; None: it is resolved when the run starts."""
+        return None
+
+
+@policies.register("one_shot")
+class OneShotConfig(ScheduleConfig):
+    """One checkpoint for the whole run; by default the last of the trajectory."""
+
+    builder = "megapd.schedule.policies:one_shot"
+
+    policy: Literal["one_shot"] = "one_shot"
+    checkpoint: int | None = Field(None, ge=0, description="step of the teacher's checkpoint")
+
+
+@policies.register("equal")
+class EqualConfig(ScheduleConfig):
+    """(N, T)-progressive: N equally spaced checkpoints, T student steps each, then the last one."""
+
+    builder = "megapd.schedule.policies:equal"
+
+    policy: Literal["equal"] = "equal"
+    checkpoints: int = Field(ge=1, description="N")
+    steps: int = Field(ge=1, description="T, student steps a checkpoint")
+
+
+@policies.register("matched")
+class MatchedConfig(ScheduleConfig):
+    """Student step s in [iR, (i+1)R) is taught by the teacher's step (i+1) * R * speed, capped at the last."""
+
+    builder = "megapd.schedule.policies:matched"
+
+    policy: Literal["matched"] = "matched"
+    refresh: int = Field(ge=1, description="R, student steps between rotations")
+    speed: float = Field(1.0, gt=0.0)
+
+
+class RangeConfig(Section):
+    """From student step `start` on, the checkpoint of the teacher's step `checkpoint` teaches."""
+
+    start: int = Field(ge=0)
+    checkpoint: int = Field(ge=0)
+
+
+@policies.register("explicit")
+class ExplicitConfig(ScheduleConfig):
+    """A list of ranges; the first starts at 0, each lasts until the next starts."""
+
+    builder = "megapd.schedule.policies:explicit"
+
+    policy: Literal["explicit"] = "explicit"
+    ranges: tuple[RangeConfig, ...] = Field(min_length=1)
+
+    @field_validator("ranges")
+    @classmethod
+    def _ordered(cls, ranges: tuple[RangeConfig, ...]) -> tuple[RangeConfig, ...]:
+        starts = [r.start for r in ranges]
+        if starts[0] != 0:
+            raise ValueError(f"the first range must start at 0, not {starts[0]}")
+        if any(b <= a for a, b in itertools.pairwise(starts)):
+            raise ValueError(f"the starts must increase, got {starts}")
+        return ranges
+
+
+@policies.register("follow")
+class FollowConfig(ScheduleConfig):
+    """Teacher and student train together: R steps a checkpoint as in `matched`, waiting for each to be written."""
+
+    builder = "megapd.schedule.policies:follow"
+
+    policy: Literal["follow"] = "follow"
+    refresh: int = Field(ge=1)
+    speed: float = Field(1.0, gt=0.0)
+    last: int = Field(ge=1, description="the last step of the teacher run, whose checkpoint ends the trajectory")
+    timeout_seconds: float = Field(3600.0, gt=0.0, description="longest wait for one checkpoint")
+
+    @property
+    def waits(self) -> float:
+        return self.timeout_seconds
+
+
+@policies.register("geometric")
+class GeometricConfig(ScheduleConfig):
+    """N checkpoints at geometrically growing teacher steps, from `first` to the last one, each for an equal part of the run."""
+
+    builder = "megapd.schedule.policies:geometric"
+
+    policy: Literal["geometric"] = "geometric"
+    checkpoints: int = Field(ge=1, description="N")
+    first: int | None = Field(None, ge=1, description="the first one's step; default: the trajectory's first after step 0")
+    steps: int | None = Field(None, ge=1, description="T, student steps a checkpoint")
+    total: int | None = Field(None, ge=1, description="student steps that the N checkpoints share equally, instead of `steps`")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> GeometricConfig:
+        if (self.steps is None) == (self.total is None):
+            raise ValueError("steps: give either steps, of each checkpoint, or total, of all together")
+        if self.total is not None and self.total < self.checkpoints:
+            raise ValueError(f"total: {self.total} student steps are too few for {self.checkpoints} checkpoints; raise it")
+        return self
+
+
+@policies.register("transition")
+class TransitionConfig(ScheduleConfig):
+    """(N, T)-progressive around the teacher's phase transition: N - 1 checkpoints from inside it, T student steps each, then the
+    last one."""
+
+    builder = "megapd.schedule.policies:transition"
+    needs_metrics = True
+
+    policy: Literal["transition"] = "transition"
+    steps: int = Field(ge=1, description="T, student steps a checkpoint")
+    checkpoints: int = Field(2, ge=2, description="N, the last checkpoint included")
+    metric: Literal["auto", "loss", "degree_1", "m_robust_3"] = Field(
+        "auto", description="what shows the transition; auto: a curriculum metric where one is recorded, else the loss"
+    )
+
+
+@policies.register("adaptive")
+class AdaptiveConfig(ScheduleConfig):
+    """Go on to the next of N checkpoints when the student's accuracy or divergence no longer improves."""
+
+    builder = "megapd.schedule.policies:adaptive"
+
+    policy: Literal["adaptive"] = "adaptive"
+    checkpoints: int | None = Field(None, ge=1, description="N, chosen by `spacing`")
+    spacing: Literal["equal", "geometric"] = "equal"
+    teachers: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="the checkpoints' steps, instead of `checkpoints`")
+    metric: Literal["accuracy", "divergence"] = Field("accuracy", description="held out; or of the training steps reported")
+    window: int = Field(5, ge=1, description="reports whose mean the next one is compared with")
+    gain: float = Field(0.01, ge=0.0, description="a report that improves on that mean by less is saturated")
+    patience: int = Field(1, ge=1, description="saturated reports in a row that advance")
+    progress: float = Field(0.01, ge=0.0, description="improvement since the last advance that the next one needs; 0: none")
+    min_dwell: int = Field(1, ge=1, description="student steps that each checkpoint teaches at least")
+    max_dwell: int | None = Field(None, ge=1, description="student steps after which the next one follows in any case")
+    lead: int = Field(10, ge=1, description="student steps between a decision and its effect")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AdaptiveConfig:
+        if (self.checkpoints is None) == (not self.teachers):
+            raise ValueError("checkpoints: give either checkpoints, a number, or teachers, a list of steps")
+        if any(b <= a for a, b in itertools.pairwise(self.teachers)):
+            raise ValueError(f"teachers: the steps must increase, got {list(self.teachers)}")
+        if self.max_dwell is not None and self.max_dwell < self.min_dwell:
+            raise ValueError(f"max_dwell: {self.max_dwell} is below min_dwell {self.min_dwell}; raise it")
+        return self
+
+    @property
+    def grows(self) -> AdaptiveConfig:
+        return self
 
 
 class LossConfig(Section):
     """alpha * CE(labels) + (1 - alpha) * divergence(teacher, student) + z_loss * (log normaliser)^2, averaged over the labelled
     positions; see megapd_kernels.LossOptions."""
 
-    divergence: Divergence = "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "tvd", "soft_cross_entropy"] = "forward_kl"
     teacher_temperature: float = Field(1.0, ge=0.0, description="0: the teacher's argmax, exactly")
     student_temperature: float = Field(1.0, gt=0.0)
     alpha: float = Field(0.0, ge=0.0, le=1.0, description="weight of the labels' cross entropy")
@@ -144,15 +351,9 @@ class LossConfig(Section):
     scale_t2: bool = Field(False, description="multiply the divergence by student_temperature ** 2")
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="share of the uniform distribution in the labels")
     z_loss: float = Field(0.0, ge=0.0, description="weight of the squared log of the softmax's normaliser; 1e-4 is usual")
-    common_vocabulary: bool = Field(
-        False, description="teacher and student of different vocabulary sizes: learn over the classes that both have"
-    )
+    common_vocabulary: bool = Field(False, description="of vocabularies of two sizes, learn over the classes that both have")
     recompute: bool = Field(False, description="form the logits again in backward instead of holding the head's gradient")
-    chunk_bytes: int | None = Field(
-        None,
-        ge=1 << 10,
-        description="most bytes of logits alive at once in the fused loss; none: 64 MiB on a CPU, 2 GiB on a GPU",
-    )
+    chunk_bytes: int | None = Field(None, ge=1 << 10, description="most bytes of logits at once; none: 64 MiB, on a GPU 2 GiB")
 
     @model_validator(mode="after")
     def _finite(self) -> LossConfig:

@@ -11,39 +11,111 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-    YamlConfigSettingsSource,
-)
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from megapd.config.corpus import CorpusConfig
-from megapd.config.distillation import LossConfig, TeacherConfig
-from megapd.config.model import MLPConfig, ModelConfig
-from megapd.config.schedule import ScheduleConfig
-from megapd.config.scheduler import SchedulerConfig
-from megapd.config.task import ParityConfig, TaskConfig
-from megapd.config.training import (
-    CheckpointConfig,
-    EvaluationConfig,
-    LearningRateConfig,
-    OptimizerConfig,
-    TelemetryConfig,
-    TrainingConfig,
-    TrajectoryWriterConfig,
-)
+from megapd.config.base import Section, problem
+from megapd.config.distillation import LossConfig, ScheduleConfig, SchedulerConfig, TeacherConfig
+from megapd.config.learning import CorpusConfig, MLPConfig, ModelConfig, ParityConfig, TaskConfig
 from megapd.errors import UserError
 
 ENV_PREFIX = "MEGAPD_"
 
 # Settings that there were. A run's config.yaml may name them: they are dropped, and a resumed run does not compare them.
 RETIRED_SETTINGS = ("teacher.data_port", "teacher.server.data_port")
+
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class OptimizerConfig(Section):
+    kind: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(1e-3, gt=0.0, allow_inf_nan=False)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0.0)
+    weight_decay: float = Field(0.0, ge=0.0, description="applied to matrices, not to biases and norms")
+    momentum: float = Field(0.0, ge=0.0, lt=1.0)
+
+    @model_validator(mode="after")
+    def _has_momentum(self) -> OptimizerConfig:
+        if self.kind == "adamw" and self.momentum:
+            raise problem("momentum", "AdamW has none; set optimizer.betas, or choose sgd", self.momentum)
+        return self
+
+
+class LearningRateConfig(Section):
+    """Warm-up, then a decay to `final` times the peak."""
+
+    kind: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    warmup: float = Field(0.0, ge=0.0, description="steps; below 1, a share of the run")
+    final: float = Field(0.0, ge=0.0, le=1.0, description="learning rate at the end, as a share of the peak")
+    decay: float = Field(0.2, gt=0.0, description="wsd: steps of the decay at the end; below 1, a share of the run")
+
+    def check_steps(self, steps: int) -> None:
+        """ValueError unless warm-up and decay fit into a run of `steps`."""
+        for key, phase in (("warmup", self.warmup), ("decay", self.decay)):
+            if phase > steps:
+                raise ValueError(f"lr.{key}: {phase:g} steps exceed training.steps {steps}")
+
+
+class TrainingConfig(Section):
+    steps: int = Field(1000, ge=1)
+    global_batch: int = Field(256, ge=1, description="samples a step, over all ranks")
+    micro_batch: int | None = Field(None, ge=1, description="samples a forward and rank; default: no accumulation")
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    clip: float = Field(0.0, ge=0.0, description="largest gradient norm; 0: no clipping")
+    max_nonfinite: int = Field(10, ge=1, description="stop after this many non-finite steps in a row")
+    prefetch: int = Field(2, ge=1, description="steps whose batches are built ahead")
+    deepspeed: Path | None = Field(None, description="JSON merged under what megapd sets; default configs/deepspeed")
+    callbacks: tuple[str, ...] = Field((), description="names of callbacks that installed packages register")
+
+    @model_validator(mode="after")
+    def _divides(self) -> TrainingConfig:
+        if self.micro_batch is not None and self.global_batch % self.micro_batch:
+            message = f"{self.micro_batch} does not divide training.global_batch {self.global_batch}"
+            raise problem("micro_batch", message, self.micro_batch)
+        return self
+
+
+class CheckpointConfig(Section):
+    """Resumable checkpoints: parameters, optimizer, counters."""
+
+    every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only when stopped and at the end")
+    keep: int = Field(2, ge=1)
+    resume: bool = Field(True, description="continue the run's folder where it stopped")
+
+
+class TrajectoryWriterConfig(Section):
+    """Weights-only checkpoints for later students."""
+
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0: only those of `steps`")
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = Field((), description="further steps at which one is written")
+    shard_bytes: int = Field(2 << 30, ge=1 << 12)
+
+    def check_steps(self, steps: int) -> None:
+        """ValueError unless every checkpoint asked for lies within a run of `steps`."""
+        late = [step for step in self.steps if step > steps]
+        if late:
+            raise ValueError(f"trajectory.steps: {late} lie beyond training.steps {steps}")
+
+
+class EvaluationConfig(Section):
+    every: int = Field(0, ge=0, description="steps between evaluations on held-out data; 0: only at the end")
+    samples: int = Field(1024, ge=1)
+    micro_batch: int | None = Field(None, ge=1, description="samples a forward; default: the training micro-batch")
+
+
+class TelemetryConfig(Section):
+    every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    wandb: Literal["auto", "offline", "disabled"] = Field("auto", description="auto: online when logged in, else offline")
+    project: str = "megapd"
+    progress: bool = True
+    trackers: tuple[str, ...] = Field(("wandb", "progress"), description="where metrics go beside metrics.jsonl")
+    peak_tflops: float | None = Field(None, gt=0.0, description="a device's peak, for the MFU; default: known by its name")
 
 
 class Config(BaseSettings):
@@ -98,25 +170,10 @@ class Config(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, _File(settings_cls, _yaml_file)
+        return init_settings, env_settings, InitSettingsSource(settings_cls, _from_file)
 
 
-class _File(YamlConfigSettingsSource):
-    """The YAML file, without RETIRED_SETTINGS."""
-
-    def _read_file(self, file_path: Any) -> dict[str, Any]:
-        tree = super()._read_file(file_path)
-        for setting in RETIRED_SETTINGS:
-            *sections, leaf = setting.split(".")
-            branch: Any = tree
-            for section in sections:
-                branch = branch.get(section) if isinstance(branch, dict) else None
-            if isinstance(branch, dict):
-                branch.pop(leaf, None)
-        return tree
-
-
-_yaml_file: Path | None = None  # set by `load` alone, for the one construction it makes
+_from_file: dict[str, Any] = {}  # set by `load` alone, for the one construction it makes
 
 
 def load(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
@@ -124,11 +181,10 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
 
     Raises UserError, one line that names the setting, for whatever the tree refuses.
     """
-    global _yaml_file
-    if path is not None:
-        _check_yaml(Path(path))
+    global _from_file
+    tree = {} if path is None else _read_yaml(Path(path))
     _check_environment()
-    _yaml_file = Path(path) if path is not None else None
+    _from_file = tree
     try:
         return Config(**parse_overrides(overrides or []))
     except ValidationError as error:
@@ -136,7 +192,7 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
     except SettingsError as error:  # a variable that should hold a section, as JSON, and does not
         raise UserError(f"{ENV_PREFIX}*: {' '.join(str(error).split())}; set one key as {ENV_PREFIX}SECTION__KEY") from error
     finally:
-        _yaml_file = None
+        _from_file = {}
 
 
 def dump(config: Config) -> str:
@@ -155,18 +211,28 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _check_yaml(path: Path) -> None:
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The file's tree, without RETIRED_SETTINGS."""
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file")
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree: Any = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if tree is not None and not isinstance(tree, dict):
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of sections, got a {type(tree).__name__}")
-    odd = [key for key in tree or {} if not isinstance(key, str)]
-    if odd:
-        raise UserError(f"{path}: {odd[0]!r} is no name of a section")
+    for key in tree:
+        if not isinstance(key, str):
+            raise UserError(f"{path}: {key!r} is no name of a section")
+    for setting in RETIRED_SETTINGS:
+        *sections, leaf = setting.split(".")
+        branch: Any = tree
+        for section in sections:
+            branch = branch.get(section) if isinstance(branch, dict) else None
+        if isinstance(branch, dict):
+            branch.pop(leaf, None)
+    return tree
 
 
 def _check_environment() -> None:
@@ -200,13 +266,13 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
 
 def _one_line(error: ValidationError, path: str | Path | None) -> str:
     parts = []
-    for problem in error.errors():
-        where = ".".join(map(str, problem["loc"]))
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
+    for found in error.errors():
+        where = ".".join(map(str, found["loc"]))
+        message = found["msg"].removeprefix("Value error, ")
+        if found["type"] == "extra_forbidden":
             message = "unknown setting"
-        elif problem["type"] not in ("value_error", "missing") and not isinstance(problem["input"], dict):
-            message += f" (got {problem['input']!r})"
+        elif found["type"] not in ("value_error", "missing") and not isinstance(found["input"], dict):
+            message += f" (got {found['input']!r})"
         parts.append(f"{where}: {message}" if where else message)
     source = f"{path}: " if path is not None else ""
     return source + "; ".join(parts)

@@ -1,4 +1,4 @@
-"""Documents to fixed blocks.
+"""Documents to fixed blocks, and the Arrow IPC file of blocks that megapd.tasks.blocks reads.
 
 The tokens of a split are one stream: each document's ids, then the separator. Blocks are cut from it without regard to documents,
 so no position is padding; in BERT's style each block opens with [CLS], and the rest is the stream's next length - 1 tokens.
@@ -6,10 +6,18 @@ so no position is padding; in BERT's style each block opens with [CLS], and the 
 
 from __future__ import annotations
 
+import hashlib
+import io
 from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
+
+BATCH_BYTES = 4 << 20  # of a record batch: what the writer holds; a file of 100 GB has 25,000, opened in about half a second
 
 
 @dataclass
@@ -39,10 +47,9 @@ class Packer:
     """
 
     def __init__(self, length: int, separator: int, opener: int | None) -> None:
-        self._length, self._separator, self._opener = length, separator, opener
+        self._separator, self._opener = np.array([separator], dtype=np.int32), opener
         self._content = length - (opener is not None)
-        self._ids: list[NDArray[np.int32]] = []
-        self._documents: list[NDArray[np.int64]] = []
+        self._ids, self._documents = [np.empty(0, dtype=np.int32)], [np.empty(0, dtype=np.int64)]
         self.pending = 0  # tokens held
         self.counts = PackCounts()
 
@@ -51,12 +58,8 @@ class Packer:
         documents = [document for document in documents if len(document)]
         if not documents:
             return
-        sizes = np.array([len(document) + 1 for document in documents])
-        stream = np.empty(int(sizes.sum()), dtype=np.int32)
-        ends = np.cumsum(sizes)
-        for document, end in zip(documents, ends.tolist(), strict=True):
-            stream[end - 1 - len(document) : end - 1] = document
-            stream[end - 1] = self._separator
+        stream = np.concatenate([part for document in documents for part in (document, self._separator)])
+        sizes = [len(document) + 1 for document in documents]
         self._ids.append(stream)
         self._documents.append(np.repeat(np.arange(len(documents)) + self.counts.documents, sizes))
         self.pending += len(stream)
@@ -72,7 +75,7 @@ class Packer:
         """All full blocks: ids and segments, [blocks, length] each."""
         blocks = self.ready
         cut = blocks * self._content
-        ids, documents = self._joined()
+        ids, documents = np.concatenate(self._ids), np.concatenate(self._documents)
         self._ids, self._documents = [ids[cut:]], [documents[cut:]]
         self.pending -= cut
         ids, documents = ids[:cut].reshape(blocks, -1), documents[:cut].reshape(blocks, -1)
@@ -90,7 +93,65 @@ class Packer:
         self.counts.dropped_tokens = self.pending
         return self.counts
 
-    def _joined(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        if not self._ids:
-            return np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64)
-        return np.concatenate(self._ids), np.concatenate(self._documents)
+
+class BlockWriter:
+    """Appends blocks and writes them in record batches of one size; the last may be smaller.
+
+    digest   hexadecimal sha256 of the file, once closed
+    """
+
+    def __init__(self, path: Path, length: int, vocab_size: int) -> None:
+        # A block has at most `length` documents, numbered from 0.
+        ids, segments = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32), np.min_scalar_type(length - 1)
+        self._types = {"ids": ids, "segments": segments}
+        items = {name: pa.field("item", pa.from_numpy_dtype(dtype), nullable=False) for name, dtype in self._types.items()}
+        self._schema = pa.schema([pa.field(name, pa.list_(item, length), nullable=False) for name, item in items.items()])
+        self._length = length
+        self._rows = max(1, BATCH_BYTES // (length * sum(t.itemsize for t in self._types.values())))
+        self._held: list[tuple[NDArray[Any], NDArray[Any]]] = []
+        self._held_rows = 0
+        self._file = _HashingFile(path)
+        self._writer = pa.ipc.new_file(pa.PythonFile(self._file, mode="w"), self._schema)
+        self.digest = ""
+
+    def __enter__(self) -> BlockWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if kind is None:
+            if self._held_rows:
+                self._write(self._held_rows)
+            self._writer.close()
+            self.digest = self._file.hash.hexdigest()
+        self._file.close()  # after an error half a file, of no use to anyone: no footer
+
+    def append(self, ids: NDArray[Any], segments: NDArray[Any]) -> None:
+        """ids and segments [blocks, length]."""
+        assert ids.shape == segments.shape
+        assert ids.shape[1] == self._length
+        self._held.append((ids.astype(self._types["ids"]), segments.astype(self._types["segments"])))
+        self._held_rows += len(ids)
+        while self._held_rows >= self._rows:
+            self._write(self._rows)
+
+    def _write(self, rows: int) -> None:
+        ids, segments = (np.concatenate(parts) for parts in zip(*self._held, strict=True))
+        columns = [
+            pa.FixedSizeListArray.from_arrays(pa.array(values[:rows].reshape(-1)), type=field.type)
+            for values, field in zip((ids, segments), self._schema, strict=True)
+        ]
+        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
+        self._held = [(ids[rows:], segments[rows:])]
+        self._held_rows -= rows
+
+
+class _HashingFile(io.BufferedWriter):
+    """A file written in sequence, with the sha256 of what went in: the corpus is never read back for its digest."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "wb"))
+        self.hash = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> int:  # type: ignore[override]
+        self.hash.update(data)
+        return super().write(data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -16,9 +17,8 @@ from tqdm import tqdm
 from megapd import __version__
 from megapd import config as settings
 from megapd.corpus import tokenizer as tokenizers
-from megapd.corpus.pack import PackCounts, Packer
+from megapd.corpus.pack import BlockWriter, PackCounts, Packer
 from megapd.corpus.sources import TextSource
-from megapd.corpus.store import BlockWriter
 from megapd.corpus.tokenizer import SentencePieceTokenizer
 from megapd.errors import UserError
 from megapd.files import commit_folder, temporary_folder, write_atomic
@@ -56,12 +56,7 @@ def prepare(config: settings.Config, progress: bool = True) -> Path:
             "format": FORMAT,
             "megapd": __version__,
             "config": corpus.model_dump(mode="json"),
-            "tokenizer": {
-                "digest": tokenizer.digest,
-                "style": tokenizer.style,
-                "vocab_size": tokenizer.vocab_size,
-                "special": tokenizer.special,
-            },
+            "tokenizer": {name: getattr(tokenizer, name) for name in ("digest", "style", "vocab_size", "special")},
             **splits,
             "sources": per_source,
         }
@@ -96,8 +91,8 @@ def _tokenizer(corpus: settings.CorpusConfig, sources: list[TextSource], progres
         if "vocab_size" in wanted.model_fields_set and wanted.vocab_size != tokenizer.vocab_size:
             log.warning("corpus.tokenizer.vocab_size: ignored, %s has %d pieces", wanted.model, tokenizer.vocab_size)
         return tokenizer
-    with _bar("training the tokenizer", "document", progress) as bar:
-        return tokenizers.train(wanted, _counted(_training_documents(corpus, sources), bar))
+    with _bar("training the tokenizer", "document", progress, _training_documents(corpus, sources)) as documents:
+        return tokenizers.train(wanted, documents)
 
 
 def _training_documents(corpus: settings.CorpusConfig, sources: list[TextSource]) -> Iterator[str]:
@@ -119,7 +114,7 @@ def _pack(
     length = corpus.block_length
     packers = {split: Packer(length, tokenizer.separator, tokenizer.opener) for split in SPLITS}
     per_source: list[dict[str, Any]] = []
-    threads = tokenizers.default_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # that it may run on
     with (
         BlockWriter(folder / "train.arrow", length, tokenizer.vocab_size) as train,
         BlockWriter(folder / "heldout.arrow", length, tokenizer.vocab_size) as heldout,
@@ -129,15 +124,15 @@ def _pack(
         for source in sources:
             counts = {"documents": 0, "characters": 0, "tokens": 0}
             for texts in _grouped(source, ENCODE_CHARS):
-                encoded = tokenizer.encode(texts, threads)
+                encoded = tokenizer.encode(texts, cores)
                 sides = [is_heldout(text, corpus.heldout_fraction, corpus.seed) for text in texts]
                 for split in SPLITS:
                     packers[split].add([ids for ids, held in zip(encoded, sides, strict=True) if held == (split == "heldout")])
                     if packers[split].ready:
                         writers[split].append(*packers[split].take())
-                tokens = sum(len(ids) for ids in encoded)
+                tokens = sum(map(len, encoded))
                 counts["documents"] += len(texts)
-                counts["characters"] += sum(len(text) for text in texts)
+                counts["characters"] += sum(map(len, texts))
                 counts["tokens"] += tokens
                 bar.update(tokens)
             per_source.append({"name": source.name, **counts})
@@ -173,11 +168,5 @@ def _grouped(documents: TextSource, chars: int) -> Iterator[list[str]]:
         yield group
 
 
-def _counted(documents: Iterator[str], bar: tqdm) -> Iterator[str]:
-    for document in documents:
-        bar.update()
-        yield document
-
-
-def _bar(name: str, unit: str, progress: bool) -> tqdm:
-    return tqdm(desc=name, unit=f" {unit}s", unit_scale=True, disable=not progress, file=sys.stderr, dynamic_ncols=True)
+def _bar(name: str, unit: str, progress: bool, counted: Iterator[str] | None = None) -> tqdm:
+    return tqdm(counted, desc=name, unit=f" {unit}s", unit_scale=True, disable=not progress, file=sys.stderr, dynamic_ncols=True)

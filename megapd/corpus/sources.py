@@ -41,33 +41,23 @@ class TextSource:
 
     def __iter__(self) -> Iterator[str]:
         """Documents: line ends as \\n, no blanks at the ends, never empty, always encodable as UTF-8."""
-        for document in self._raw():
-            text = document.replace("\r\n", "\n").replace("\r", "\n") if "\r" in document else document
-            text = text.strip()
-            if text:
-                yield text
-
-    def _raw(self) -> Iterator[str]:
         size = self._source.window_chars
+        for pieces in self._pieces():
+            for document in ["".join(pieces)] if size is None else windows(pieces, size):
+                text = document.replace("\r\n", "\n").replace("\r", "\n") if "\r" in document else document
+                if text := text.strip():
+                    yield text
+
+    def _pieces(self) -> Iterator[Iterable[str]]:
+        """Each document in pieces: those of files are not read as a whole."""
         if self._source.hub is not None:
-            yield from self._windowed(self._hub())
+            yield from ([document] for document in self._hub())
         for file in self._files:
-            if file.name.endswith(PARQUET):
-                yield from self._windowed(self._parquet(file))
-            elif file.name.endswith(JSONL):
-                yield from self._windowed(self._jsonl(file))
-            elif size is None:
-                yield "".join(self._text(file))
+            if file.name.endswith(TEXT):
+                yield self._text(file)
             else:
-                yield from windows(self._text(file), size)
-
-    def _windowed(self, documents: Iterable[str]) -> Iterator[str]:
-        size = self._source.window_chars
-        for document in documents:
-            if size is None:
-                yield document
-            else:
-                yield from windows([document], size)
+                rows = self._parquet(file) if file.name.endswith(PARQUET) else self._jsonl(file)
+                yield from ([document] for document in rows)
 
     def _parquet(self, path: Path) -> Iterator[str]:
         column = self._source.text_column

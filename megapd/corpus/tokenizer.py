@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ def train(tokenizer: settings.TokenizerConfig, documents: Iterable[str]) -> Sent
     output = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_take(sentences(documents), tokenizer.training_sentences),
+            sentence_iterator=islice(sentences(documents), tokenizer.training_sentences),
             model_writer=output,
             model_type=tokenizer.kind,
             vocab_size=tokenizer.vocab_size,
@@ -139,15 +139,6 @@ def sentences(documents: Iterable[str]) -> Iterator[str]:
                 yield from _SENTENCE.findall(line)
             elif line and not line.isspace():
                 yield line
-
-
-def default_threads() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _take(items: Iterator[str], count: int) -> Iterator[str]:
-    return (item for _, item in zip(range(count), items, strict=False))
 
 
 def _explain(error: RuntimeError, vocab_size: int) -> Exception:

@@ -1,37 +1,20 @@
 """The models: bodies, heads with their loss, and how they are built, read, written and sharded."""
 
-from megapd.models.build import Body, Learner, LossHead, Parts, build_model, parameter_count
-from megapd.models.from_checkpoint import (
-    HUGGING_FACE,
-    Shape,
-    build_teacher,
-    canary,
-    check_architecture,
-    checkpoint_shape,
-    read_parts,
-)
-from megapd.models.hub import load_hugging_face, save_hugging_face
-from megapd.models.mlp import MLP
-from megapd.models.transformer import Transformer
-from megapd.models.weights import copy_weights
-
-__all__ = [
-    "HUGGING_FACE",
-    "MLP",
-    "Body",
-    "Learner",
-    "LossHead",
-    "Parts",
-    "Shape",
-    "Transformer",
-    "build_model",
-    "build_teacher",
-    "canary",
-    "check_architecture",
-    "checkpoint_shape",
-    "copy_weights",
-    "load_hugging_face",
-    "parameter_count",
-    "read_parts",
-    "save_hugging_face",
-]
+from megapd.models.build import Body as Body
+from megapd.models.build import Learner as Learner
+from megapd.models.build import LossHead as LossHead
+from megapd.models.build import Parts as Parts
+from megapd.models.build import build_model as build_model
+from megapd.models.build import parameter_count as parameter_count
+from megapd.models.from_checkpoint import HUGGING_FACE as HUGGING_FACE
+from megapd.models.from_checkpoint import Shape as Shape
+from megapd.models.from_checkpoint import build_teacher as build_teacher
+from megapd.models.from_checkpoint import canary as canary
+from megapd.models.from_checkpoint import check_architecture as check_architecture
+from megapd.models.from_checkpoint import checkpoint_shape as checkpoint_shape
+from megapd.models.from_checkpoint import read_parts as read_parts
+from megapd.models.hub import load_hugging_face as load_hugging_face
+from megapd.models.hub import save_hugging_face as save_hugging_face
+from megapd.models.mlp import MLP as MLP
+from megapd.models.transformer import Transformer as Transformer
+from megapd.models.weights import copy_weights as copy_weights

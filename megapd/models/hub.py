@@ -136,14 +136,8 @@ def load_hugging_face(folder: str | Path, options: LossOptions | None = None) ->
     settings = read_json(folder / "config.json")
     model_config, vocab_size = _model_config(settings, folder / "config.json")
     assert model_config.max_length is not None
-    learner = build_model(
-        model_config,
-        vocab_size=vocab_size,
-        classes=vocab_size,
-        length=model_config.max_length,
-        options=options if options is not None else LossOptions(),
-        seed=0,
-    )
+    sizes = {"vocab_size": vocab_size, "classes": vocab_size, "length": model_config.max_length}
+    learner = build_model(model_config, **sizes, options=options or LossOptions(), seed=0)
     _fill(learner, model_config, folder)
     return model_config, learner
 

@@ -10,10 +10,7 @@ from megapd.models.build import Body, Parts
 
 
 class MLP(Body):
-    """One hidden layer that reads a whole row of bits.
-
-    dimension: bits a sample. width: hidden units. Parameters: linear.weight [width, dimension], linear.bias [width].
-    """
+    """One hidden layer that reads a whole row of bits: linear.weight [width, dimension], linear.bias [width]."""
 
     def __init__(self, dimension: int, width: int) -> None:
         super().__init__()
@@ -28,7 +25,7 @@ class MLP(Body):
 
     def initialise(self, parameter: nn.Parameter, name: str, owner: nn.Module, generator: torch.Generator) -> None:
         """Weights and biases uniform(+-1 / sqrt(fan in)), torch's usual."""
-        weight = owner.weight
+        weight = owner.weight  # linear's, or the head's
         assert isinstance(weight, Tensor)
         bound = weight.shape[1] ** -0.5
         parameter.uniform_(-bound, bound, generator=generator)

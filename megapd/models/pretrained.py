@@ -59,14 +59,12 @@ class OutputLayer(nn.Module):
 
         logits: [.., D] -> [.., V] and nothing noted; through a call, so that ZeRO-3's hooks gather the weight.
         """
-        if mode == "logits":
-            return self.logits(hidden)
-        self.hidden = hidden
-        if isinstance(self.answer, Tensor):
-            return self.answer.expand(*hidden.shape[:-1], -1).clone()
-        return hidden[..., :1] if self.answer == "nothing" else self.logits(hidden)
-
-    def logits(self, hidden: Tensor) -> Tensor:
+        if mode == "note":
+            self.hidden = hidden
+            if isinstance(self.answer, Tensor):
+                return self.answer.expand(*hidden.shape[:-1], -1).clone()
+            if self.answer == "nothing":
+                return hidden[..., :1]
         return F.linear(hidden, self.weight, self.bias)
 
 
@@ -94,7 +92,8 @@ class Pretrained(nn.Module):
         self._mask_form: str | None = None
         text = network.config.get_text_config()
         self.max_length: int | None = getattr(text, "max_position_embeddings", None)
-        self._window = min((size for name in _WINDOWS if (size := _window(text, name)) is not None), default=None)
+        windows = [getattr(text, name, None) for name in _WINDOWS if getattr(text, "use_sliding_window", True) is not False]
+        self._window = min((size for size in windows if isinstance(size, int)), default=None)
         self.requires_grad_(False).eval()
 
     @property
@@ -137,9 +136,8 @@ class Pretrained(nn.Module):
     def _take_hidden(self, ids: Tensor) -> Tensor:
         hidden, self.head.hidden = self.head.hidden, None
         if hidden is None or hidden.shape[:-1].numel() != ids.numel():
-            raise UserError(
-                f"teacher.trajectory: {self.kind} does not give every position to its output layer; choose another model"
-            )
+            what = "does not give every position to its output layer"
+            raise UserError(f"teacher.trajectory: {self.kind} {what}; choose another model")
         return hidden.flatten(0, -2)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Pretrained:
@@ -160,8 +158,7 @@ class Pretrained(nn.Module):
                 f"task.document_mask: {self.kind} attends within {self._window} tokens, which a document mask would replace; "
                 "set task.document_mask=false, or shorten corpus.block_length"
             )
-        if self._mask_form is None:
-            self._mask_form = self._find_mask_form(segments_BL.device)
+        self._mask_form = self._mask_form or self._find_mask_form(segments_BL.device)
         return self._mask(segments_BL, self._mask_form)
 
     def _mask(self, segments_BL: Tensor, form: str) -> Tensor:
@@ -183,14 +180,11 @@ class Pretrained(nn.Module):
     def _find_mask_form(self, device: torch.device) -> str:
         failures = []
         for form in ("bool", "additive", "0 and 1"):
-            failure = self._mask_failure(form, device)
-            if failure is None:
+            if (failure := self._mask_failure(form, device)) is None:
                 return form
             failures.append(f"{form}: {failure}")
-        raise UserError(
-            f"task.document_mask: {self.kind} does not keep documents apart ({'; '.join(failures)}); "
-            "set task.document_mask=false, or choose another teacher"
-        )
+        fix = "set task.document_mask=false, or choose another teacher"
+        raise UserError(f"task.document_mask: {self.kind} does not keep documents apart ({'; '.join(failures)}); {fix}")
 
     def _mask_failure(self, form: str, device: torch.device) -> str | None:
         """Why masks of this form do not do, None if they do: a change in one document must not move a bit of another, and a
@@ -326,11 +320,6 @@ def _promote_buffers(network: nn.Module) -> None:
                 module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
 
 
-def _window(config: Any, name: str) -> int | None:
-    size = getattr(config, name, None)
-    return size if isinstance(size, int) and getattr(config, "use_sliding_window", True) is not False else None
-
-
 # ---------------------------------------------------------------------------------------------------------------- reading
 
 
@@ -354,9 +343,8 @@ def read_pretrained(model: nn.Module, folder: Path, wanted: Mapping[str, Part]) 
             raise UserError(f"{path}: {stored} has shape {shape}, but config.json asks for {shapes[own]}; is it this model's?")
         tensor = take(source, wanted[own])
         if own in found and not torch.equal(tensor, found[own]):
-            raise UserError(
-                f"{path}: {stored} differs from the tensor it is tied to; set tie_word_embeddings to false in config.json"
-            )
+            fix = "set tie_word_embeddings to false in config.json"
+            raise UserError(f"{path}: {stored} differs from the tensor it is tied to; {fix}")
         # A view of a mapped file would keep all of it.
         found.setdefault(own, tensor.clone() if isinstance(source, Tensor) else tensor)
     return found if found.keys() == wanted.keys() else _read_renamed(model, folder, wanted, shapes)

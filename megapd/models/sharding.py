@@ -230,23 +230,34 @@ def _heads(model: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def _split(model: nn.Module, chosen: list[Chosen], rank: int, ranks: int, group: dist.ProcessGroup | None) -> None:
-    cuts = _Cuts()
+    cuts: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # id of a whole one: it, so that no other gets its id, and its part
+
+    def cut(parameter: nn.Parameter, part: Ranges) -> nn.Parameter:
+        """Once, so that what is shared stays shared; a copy always, so that the whole tensor can go."""
+        if id(parameter) not in cuts:
+            pieces = [parameter.detach().narrow(part.dim, start, stop - start) for start, stop in part.ranges]
+            cuts[id(parameter)] = parameter, _parameter(torch.cat(pieces, part.dim), parameter, part)
+        return cuts[id(parameter)][1]
+
     for name, module, style in chosen:
         weight, bias = module._parameters["weight"], module._parameters.get("bias")
         assert weight is not None
         part = _part(style, weight.shape, rank, ranks)
-        own = cuts.cut(weight, part)
+        own = cut(weight, part)
         if style == "rowwise":
             _replace(model, name, RowwiseLinear(own, bias, group))
         elif style == "vocabulary":
             start = part.ranges[0][0]
             _replace(model, name, VocabularyEmbedding(own, weight.shape[0], start, rank == 0, rank == ranks - 1, group))
         else:
-            module._parameters |= {"weight": own} if bias is None else {"weight": own, "bias": cuts.cut(bias, part)}
+            module._parameters |= {"weight": own} if bias is None else {"weight": own, "bias": cut(bias, part)}
             if isinstance(module, nn.Linear):
                 module.out_features = own.shape[0]
     _divide_heads(model, chosen, ranks)
-    cuts.replace_copies(model)
+    for module in model.modules():  # where another module keeps the whole one: BERT's decoder and its parent share a bias
+        for leaf, parameter in module._parameters.items():
+            if id(parameter) in cuts:
+                module._parameters[leaf] = cuts[id(parameter)][1]
 
 
 def _part(style: Style, shape: torch.Size, rank: int, ranks: int) -> Ranges:
@@ -260,28 +271,6 @@ def _part(style: Style, shape: torch.Size, rank: int, ranks: int) -> Ranges:
     block = shape[0] // blocks
     size = block // ranks
     return Ranges(0, tuple((b * block + rank * size, b * block + (rank + 1) * size) for b in range(blocks)))
-
-
-class _Cuts:
-    """Parameters and what a rank keeps of them, so that a shared one is cut once and stays shared."""
-
-    def __init__(self) -> None:
-        self._made: dict[int, nn.Parameter] = {}  # by the whole one's id, which `_whole` keeps from being used again
-        self._whole: list[nn.Parameter] = []
-
-    def cut(self, parameter: nn.Parameter, part: Ranges) -> nn.Parameter:
-        if id(parameter) not in self._made:
-            self._whole.append(parameter)
-            pieces = [parameter.detach().narrow(part.dim, start, stop - start) for start, stop in part.ranges]
-            # A copy always, so that the whole tensor can go.
-            self._made[id(parameter)] = _parameter(torch.cat(pieces, part.dim), parameter, part)
-        return self._made[id(parameter)]
-
-    def replace_copies(self, model: nn.Module) -> None:
-        """Where another module keeps the whole one: BERT's decoder and its parent share a bias."""
-        for module in model.modules():
-            for leaf, parameter in module._parameters.items():
-                module._parameters[leaf] = self._made.get(id(parameter), parameter)
 
 
 def _divide_heads(model: nn.Module, chosen: list[Chosen], ranks: int) -> None:

@@ -16,11 +16,15 @@ A record batch has one row a sample, so that a signal can be cut and put togethe
     log_rest  large_list, topk alone: log of the mass of the other classes
 
 bf16 is stored as its bits in int16. The schema's metadata holds format and parameters (SignalSpec.parameters).
+
+A head, what hidden states are multiplied with, travels once a rotation, and lies once in a cache's folder: record batches of
+rows of the weight, with columns weight fixed_size_list[D] and, where there is one, bias. The schema's metadata holds format,
+teacher, dtype, classes and the xxh3 of weight and bias.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,10 +37,10 @@ from torch.utils.dlpack import from_dlpack
 
 from megapd.batch import DIGEST_BYTES, Batch
 from megapd.errors import SignalDamaged, SignalMismatch
-from megapd.signals.signal import Signal, pack, product
-from megapd.signals.spec import Column, Head, SignalSpec, id_type
+from megapd.signals.signal import DTYPES, Column, Head, Signal, SignalSpec, id_type, pack, product
 
-FORMAT = "megapd-signal/1"
+FORMAT, HEAD_FORMAT = "megapd-signal/1", "megapd-head/1"
+HEAD_CHUNK_BYTES = 4 << 20  # of the head's weight a record batch
 TEACHER_DIGEST_BYTES = 32
 ARROW_TYPES = {"fp32": pa.float32(), "bf16": pa.int16(), "fp16": pa.float16(), "int8": pa.int8()}
 
@@ -66,8 +70,7 @@ def encode(signal: Signal, batch: Batch, classes: int) -> pa.RecordBatch:
     ends = np.concatenate([[0], np.cumsum(counts)])
     offsets = pa.Array.from_buffers(pa.int64(), len(ends), [None, pa.py_buffer(ends)])
     columns |= {name: pa.LargeListArray.from_arrays(offsets, _rows(values)) for name, values in data.items()}
-    metadata = {"format": FORMAT, "parameters": spec.parameters}
-    schema = pa.schema([pa.field(name, array.type, nullable=False) for name, array in columns.items()], metadata=metadata)
+    schema = _schema(columns, {"format": FORMAT, "parameters": spec.parameters})
     return pa.RecordBatch.from_arrays(list(columns.values()), schema=schema)
 
 
@@ -140,6 +143,10 @@ def _rows(data: NDArray[Any]) -> pa.Array:
     """One row a position, of [N] or [N, width]; on the same memory."""
     flat = pa.Array.from_buffers(pa.from_numpy_dtype(data.dtype), data.size, [None, pa.py_buffer(data)])
     return flat if data.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, data.shape[1])
+
+
+def _schema(columns: Mapping[str, pa.Array], metadata: dict[str, str]) -> pa.Schema:
+    return pa.schema([pa.field(name, array.type, nullable=False) for name, array in columns.items()], metadata=metadata)
 
 
 # ------------------------------------------------------------------------------------------------------------ checking
@@ -241,3 +248,78 @@ def _tensor(leaf: pa.Array, width: int | None) -> Tensor:
     tensor = from_dlpack(leaf) if len(leaf) else torch.from_numpy(_numpy(leaf, None).copy())
     tensor = tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
     return tensor if width is None else tensor.view(-1, width)
+
+
+# --------------------------------------------------------------------------------------------------------------- heads
+
+
+def encode_head(head: Head, teacher: str) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    """The head as record batches of some of its rows each."""
+    weight = to_numpy(head.weight)
+    dtype = next(name for name, known in DTYPES.items() if known == head.weight.dtype)
+    arrays = {"weight": _rows(weight)}
+    checksum = xxhash.xxh3_64(weight.reshape(-1).view(np.uint8).data)
+    if head.bias is not None:
+        assert head.bias.dtype == head.weight.dtype
+        bias = to_numpy(head.bias)
+        arrays["bias"] = _rows(bias)
+        checksum.update(bias.view(np.uint8).data)
+    about = {"format": HEAD_FORMAT, "teacher": teacher, "dtype": dtype, "classes": str(len(weight))}
+    schema = _schema(arrays, {**about, "checksum": checksum.hexdigest()})
+    rows = max(1, HEAD_CHUNK_BYTES // (weight.shape[1] * weight.itemsize))
+    whole = pa.RecordBatch.from_arrays(list(arrays.values()), schema=schema)
+    return schema, (whole.slice(start, rows) for start in range(0, len(weight), rows))
+
+
+def decode_head(schema: pa.Schema, batches: Iterable[pa.RecordBatch], teacher: str) -> Head:
+    """Raises SignalMismatch for another teacher's head, SignalDamaged if it is not whole or not as it was encoded."""
+    about = _check_schema(schema, teacher)
+    pieces = [_columns(batch, schema) for batch in batches]
+    arrays = [np.concatenate(parts) for parts in zip(*pieces, strict=True)] if pieces else [np.empty((0, 1))]
+    checksum = xxhash.xxh3_64()
+    for array in arrays:
+        checksum.update(array.reshape(-1).view(np.uint8).data)
+    if str(len(arrays[0])) != about.get("classes") or checksum.hexdigest() != about.get("checksum"):
+        raise SignalDamaged("head: its checksum is wrong, or rows are missing")
+    tensors = [torch.from_numpy(array) for array in arrays]
+    if about["dtype"] == "bf16":
+        tensors = [tensor.view(torch.bfloat16) for tensor in tensors]
+    return Head(tensors[0], tensors[1] if len(tensors) > 1 else None)
+
+
+def _check_schema(schema: pa.Schema, teacher: str) -> dict[str, str]:
+    """The metadata; raises as `decode_head` does unless the schema is of this format, of one type, and of that teacher."""
+    about = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in (schema.metadata or {}).items()}
+    try:
+        names = schema.names
+    except UnicodeDecodeError as error:
+        raise SignalDamaged("head: its columns have no names") from error
+    dtype = about.get("dtype", "")
+    if about.get("format") != HEAD_FORMAT or dtype not in DTYPES or names not in (["weight"], ["weight", "bias"]):
+        raise SignalDamaged("head: not of this format")
+    if about.get("teacher") != teacher:
+        raise SignalMismatch(f"head of teacher {about.get('teacher')}, but the schedule names {teacher}")
+    weight, arrow_type = schema.field("weight").type, ARROW_TYPES[dtype]
+    typed = pa.types.is_fixed_size_list(weight) and weight.value_type == arrow_type
+    if not typed or ("bias" in names and schema.field("bias").type != arrow_type):
+        raise SignalDamaged("head: not of the type that its metadata names")
+    return about
+
+
+def _columns(batch: pa.RecordBatch, schema: pa.Schema) -> list[NDArray[Any]]:
+    """Some rows of the weight [R, D] and of the bias [R], views of a batch that is well-formed; SignalDamaged else."""
+    if not batch.schema.equals(schema):
+        raise SignalDamaged("head: its parts have other columns than its schema")
+    try:
+        batch.validate()
+    except pa.ArrowInvalid as error:
+        raise SignalDamaged(f"head: {error}") from error
+    found = []
+    for column in batch.columns:
+        listed = pa.types.is_fixed_size_list(column.type)
+        leaf = column.flatten() if listed else column
+        if column.null_count or leaf.null_count:
+            raise SignalDamaged("head: it has nulls")
+        data = leaf.to_numpy(zero_copy_only=True)
+        found.append(data.reshape(len(column), column.type.list_size) if listed else data)
+    return found

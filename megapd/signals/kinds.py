@@ -11,7 +11,7 @@ from torch import Tensor
 from megapd.batch import Batch
 from megapd.registry import signal_kinds
 from megapd.rng import Stream, uniform
-from megapd.signals.spec import FLOATS, Answer, Column, Head, LossTargets, SignalKind, SignalSpec, TeacherOutput
+from megapd.signals.signal import FLOATS, Answer, Column, Head, LossTargets, SignalKind, SignalSpec, TeacherOutput
 from megapd_kernels import topk_logits
 
 

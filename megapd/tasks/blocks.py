@@ -69,9 +69,7 @@ class Blocks:
         return whole, offsets
 
     def _gather(self, whole: NDArray[Any], offsets: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        assert rows.size == 0 or (rows.min() >= 0 and rows.max() < self._len), f"rows outside range({self._len})"
-        if rows.size == 0:
-            return np.empty((0, self.length), dtype=np.int64)
+        assert ((rows >= 0) & (rows < self._len)).all(), f"rows outside range({self._len})"
         batch, within = np.divmod(rows, self._rows_a_batch)
         begin = offsets[batch] + within * self.length
         gathered: NDArray[np.int64] = whole[begin[:, None] + np.arange(self.length)].astype(np.int64)

@@ -12,13 +12,12 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from megapd import config as settings
 from megapd.batch import Batch
 from megapd.rng import Stream, Words, bits
-from megapd.tasks.base import heldout_rows, training_samples
+from megapd.tasks import row_numbers, to_batch, training_samples
 
 HELDOUT_SAMPLES = 1 << 31  # drawn on demand, so any number would do
 
@@ -52,7 +51,7 @@ class _BitsTask(ABC):
 
         In low dimensions (2^d not far above the number of samples) the same inputs occur in training too.
         """
-        numbers = heldout_rows(rows, HELDOUT_SAMPLES)
+        numbers = row_numbers(rows, HELDOUT_SAMPLES)
         return self._build(bits(self._task_seed, Stream.PARITY_HELDOUT, numbers[:, None], np.arange(self._words)), -1 - numbers)
 
     def _build(self, words: Words, samples: NDArray[np.int64]) -> Batch:
@@ -60,13 +59,7 @@ class _BitsTask(ABC):
         octets = words.astype("<u8", copy=False).view(np.uint8).reshape(len(words), 8 * self._words)
         ids = np.unpackbits(octets, axis=1, count=self.length, bitorder="little").astype(np.int64)
         positions = np.arange(1, len(words) + 1, dtype=np.int64) * self.length - 1
-        return Batch(
-            ids=torch.from_numpy(ids),
-            segments=None,
-            positions=torch.from_numpy(positions),
-            labels=torch.from_numpy(self._label(self._products(words))),
-            sample_ids=torch.from_numpy(samples),
-        )
+        return to_batch(ids, None, positions, self._label(self._products(words)), samples)
 
     def _products(self, words: Words) -> NDArray[np.int64]:
         """[B, nodes]: 1 where the product over the node's support is +1, else 0.

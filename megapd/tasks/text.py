@@ -6,14 +6,13 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from megapd import config as settings
 from megapd.batch import Batch
 from megapd.errors import UserError
 from megapd.rng import Stream, below, bits, permute, scale
-from megapd.tasks.base import heldout_rows, training_samples
+from megapd.tasks import row_numbers, to_batch, training_samples
 from megapd.tasks.blocks import Blocks, read_meta
 
 STYLES = {"mlm": "bert", "clm": "gpt"}
@@ -35,17 +34,13 @@ class TextTask:
         meta = read_meta(folder)
         style, wanted = meta["tokenizer"]["style"], STYLES[task.objective]
         if style != wanted:
-            raise UserError(
-                f"task.objective: {task.objective} needs a corpus of corpus.tokenizer.style {wanted}, but {folder} "
-                f"has {style}; run `megapd prepare` with that style and another corpus.output"
-            )
+            needs = f"task.objective: {task.objective} needs a corpus of corpus.tokenizer.style {wanted}"
+            raise UserError(f"{needs}, but {folder} has {style}; run `megapd prepare` with that style and another corpus.output")
         self._train, self._heldout = Blocks(folder / "train.arrow"), Blocks(folder / "heldout.arrow")
         for name, blocks in (("train", self._train), ("heldout", self._heldout)):
             if len(blocks) != meta[name]["blocks"] or len(blocks) == 0:
-                raise UserError(
-                    f"{folder / name}.arrow: {len(blocks)} blocks where meta.json counts {meta[name]['blocks']}; "
-                    "run `megapd prepare` again into an empty folder"
-                )
+                found = f"{len(blocks)} blocks where meta.json counts {meta[name]['blocks']}"
+                raise UserError(f"{folder / name}.arrow: {found}; run `megapd prepare` again into an empty folder")
         self._task, self._seed, self._global_batch = task, seed, global_batch
         self.vocab_size = self.classes = int(meta["tokenizer"]["vocab_size"])
         self.length = self._train.length
@@ -70,7 +65,7 @@ class TextTask:
         return self._build(self._train, blocks, samples, samples, self._seed, Stream.SELECT_TRAIN, Stream.REPLACE_TRAIN)
 
     def heldout(self, rows: range) -> Batch:
-        numbers = heldout_rows(rows, self.heldout_samples)
+        numbers = row_numbers(rows, self.heldout_samples)
         streams = (Stream.SELECT_HELDOUT, Stream.REPLACE_HELDOUT)
         return self._build(self._heldout, numbers, -1 - numbers, numbers, HELDOUT_SEED, *streams)
 
@@ -91,13 +86,7 @@ class TextTask:
             positions, labels = self._mask(ids, draws, seed, select, replace)
         else:
             positions, labels = self._shift(ids, segments)
-        return Batch(
-            ids=torch.from_numpy(ids),
-            segments=None if segments is None else torch.from_numpy(segments),
-            positions=torch.from_numpy(positions),
-            labels=torch.from_numpy(labels),
-            sample_ids=torch.from_numpy(sample_ids),
-        )
+        return to_batch(ids, segments, positions, labels, sample_ids)
 
     def _mask(
         self, ids: NDArray[np.int64], draws: NDArray[np.int64], seed: int, select: Stream, replace: Stream

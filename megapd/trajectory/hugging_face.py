@@ -14,8 +14,7 @@ from typing import Any
 
 from megapd.errors import UserError
 from megapd.files import sha256_file
-from megapd.trajectory.format import META, Checkpoint, File
-from megapd.trajectory.listing import Listing, equal_weights
+from megapd.trajectory.reader import META, Checkpoint, Checkpoints, File, equal_weights
 
 HUB = "hf:"
 CONFIG = "config.json"
@@ -47,7 +46,7 @@ def is_hugging_face(spec: str) -> bool:
     return not found or any(map(_is_checkpoint, found))
 
 
-class HuggingFaceTrajectory(Listing):
+class HuggingFaceTrajectory(Checkpoints):
     """Published checkpoints, with the interface of Trajectory.
 
     spec    PATH or hf:REPO[@REVISION]; {step} stands for the step, {kstep} for thousands of steps: "runs/pythia/step_{step}",
@@ -74,24 +73,24 @@ class HuggingFaceTrajectory(Listing):
                 f"teacher.steps: {len(self._given)} steps, but teacher.trajectory {spec} has no {{step}}; write it in"
             )
         self.refresh()
-        if not self._steps:
-            incomplete = f" ({len(self._incomplete)} without all of their weights)" if self._incomplete else ""
+        if not self.steps:
+            incomplete = f" ({len(self.incomplete)} without all of their weights)" if self.incomplete else ""
             raise UserError(f"teacher.trajectory: no checkpoint of transformers matches {spec}{incomplete}; correct it")
 
     def refresh(self) -> tuple[int, ...]:
         """Look again which folders there are; returns `steps`. The hub's list is asked for once."""
         if not self._hub:
             self._list(self._local_steps())
-        elif not self._steps:
-            self._steps = self._given or self._hub_steps()
-            for step in self._steps:
+        elif not self.steps:
+            self.steps = self._given or self._hub_steps()
+            for step in self.steps:
                 self._name(step)  # raises for a step that {kstep} cannot write
-        return self._steps
+        return self.steps
 
     def written(self, step: int) -> bool:
         """Whether the checkpoint of `step` is there now, whole; of the hub: whether it is one of `steps`."""
         if self._hub:
-            return step in self._steps
+            return step in self.steps
         if self._given and step not in self._given:
             return False
         folder = Path(self._name(step))
@@ -105,10 +104,8 @@ class HuggingFaceTrajectory(Listing):
         there, cannot be fetched, or its files are incomplete or damaged.
         """
         if not self.written(step):
-            raise UserError(
-                f"teacher.trajectory: {self.spec} has no checkpoint of step {step}; {self._nearest(step)}: "
-                f"change the schedule, or teacher.steps"
-            )
+            fix = f"{self._nearest(step)}: change the schedule, or teacher.steps"
+            raise UserError(f"teacher.trajectory: {self.spec} has no checkpoint of step {step}; {fix}")
         folder = self._fetch(step) if self._hub else Path(self._name(step))
         config = _read_json(folder / CONFIG)
         missing = _missing(folder)
@@ -118,15 +115,9 @@ class HuggingFaceTrajectory(Listing):
         names = [*weights, CONFIG, *([TOKENIZER] if (folder / TOKENIZER).is_file() else [])]
         files = {name: File(_sha256(folder / name), (folder / name).stat().st_size) for name in names}
         lines = "".join(f"{name} {files[name].sha256}\n" for name in sorted(weights))
-        return Checkpoint(
-            step=step,
-            path=folder,
-            digest=hashlib.sha256(lines.encode()).hexdigest(),
-            vocabulary=files[TOKENIZER].sha256 if TOKENIZER in files else "",
-            config={"hugging_face": config},
-            metrics={},
-            files=files,
-        )
+        digest = hashlib.sha256(lines.encode()).hexdigest()
+        vocabulary = files[TOKENIZER].sha256 if TOKENIZER in files else ""
+        return Checkpoint(step, folder, digest, vocabulary, config={"hugging_face": config}, metrics={}, files=files)
 
     def verify(self) -> list[str]:
         """Problems, one line each: incomplete or damaged checkpoints, and equal weights at different steps.
@@ -135,9 +126,9 @@ class HuggingFaceTrajectory(Listing):
         (EleutherAI/pythia issues 205 and 206). From the hub every checkpoint is fetched.
         """
         self.refresh()
-        problems = [f"{self._name(step)}: it lacks {_missing(Path(self._name(step)))[0]}" for step in self._incomplete]
+        problems = [f"{self._name(step)}: it lacks {_missing(Path(self._name(step)))[0]}" for step in self.incomplete]
         same: dict[str, list[int]] = defaultdict(list)
-        for step in self._steps:
+        for step in self.steps:
             try:
                 same[self.checkpoint(step).digest].append(step)
             except UserError as error:
@@ -194,21 +185,15 @@ class HuggingFaceTrajectory(Listing):
         import huggingface_hub
 
         repo, _, revision = self._name(step).partition("@")
-
-        def fetch(patterns: tuple[str, ...]) -> Path:
-            # Other files, nested ones (copies for other runtimes) and weights in a second format can be many times as large.
-            return Path(
-                huggingface_hub.snapshot_download(
-                    repo, revision=revision or None, allow_patterns=list(patterns), ignore_patterns=["*/*"]
-                )
-            )
-
         with self._lock:
             if step not in self._folders:
+                # Other files, nested ones (copies for other runtimes) and weights in a second format can be many times as large.
+                which: dict[str, Any] = {"revision": revision or None, "ignore_patterns": ["*/*"]}
                 try:
-                    folder = fetch((*SMALL_FILES, *SAFETENSORS))
-                    if not any((folder / name).is_file() for name in WEIGHTS[:2]):
-                        folder = fetch((*SMALL_FILES, *PICKLES))
+                    for weights in (SAFETENSORS, PICKLES):
+                        folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=[*SMALL_FILES, *weights], **which))
+                        if any((folder / name).is_file() for name in WEIGHTS[:2]):
+                            break
                 except Exception as error:
                     what = f"teacher.trajectory: {self._name(step)} cannot be fetched"
                     raise _hub_error(error, what, "check name and network, or fetch it beforehand") from error

@@ -1,48 +1,197 @@
-"""Read the checkpoints of a trajectory: which there are, and their weights verified."""
+"""Read the checkpoints of a trajectory: which there are, waiting for one still to be written, and their weights verified.
+
+On disk:
+
+    trajectory/
+      step_1000/                               complete: renamed into place only when every file is flushed
+        model-00001-of-00002.safetensors       weights, at most shard_bytes a shard (a larger tensor has one of its own)
+        model-00002-of-00002.safetensors
+        model.safetensors.index.json           Hugging Face form: {"metadata": {"total_size"}, "weight_map": {tensor: shard}}
+        meta.json                              {"format", "step", "config", "vocabulary", "metrics", "files", "digest"}
+      step_2000.tmp-4711/                      being written by process 4711, or left by its crash; never read
+
+`files` gives each file's sha256 and size in bytes. `digest` is the sha256 over the lines "SHARD SHA256\\n" of the shards,
+sorted by name: it names the weights, whatever the configuration and the metrics beside them.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
+import time
+from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from megapd.errors import UserError
+from megapd.errors import RunFailed, UserError
 from megapd.files import sha256_file
-from megapd.trajectory.format import META, Checkpoint, parse_step, read_meta, step_folder
-from megapd.trajectory.listing import Listing, equal_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from megapd.slices import Part
 
+FORMAT = "megapd-trajectory/1"
+META = "meta.json"
+INDEX = "model.safetensors.index.json"
+KEYS = ("format", "step", "config", "vocabulary", "metrics", "files", "digest")
 
-class Checkpoints(Protocol):
-    """What a teacher reads: trajectory.Trajectory, or the same interface over other stores."""
+_STEP = re.compile(r"step_(0|[1-9][0-9]*)")
+_SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
+
+
+@dataclass(frozen=True)
+class File:
+    """What meta.json says about one file: hexadecimal sha256, size in bytes."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One complete checkpoint, without its weights.
+
+    step        optimizer steps the teacher had done
+    path        its folder
+    digest      names the weights (see the module)
+    vocabulary  digest of what the token ids and classes mean: teacher and student must agree
+    config      the resolved configuration of the teacher's run
+    metrics     the teacher's latest metrics when it was written
+    files       name -> sha256 and size of each file beside meta.json
+    """
+
+    step: int
+    path: Path
+    digest: str
+    vocabulary: str
+    config: dict[str, Any] = field(repr=False)
+    metrics: dict[str, Any] = field(repr=False)
+    files: dict[str, File] = field(repr=False)
 
     @property
-    def steps(self) -> tuple[int, ...]: ...
-
-    @property
-    def incomplete(self) -> tuple[int, ...]: ...
-
-    def refresh(self) -> tuple[int, ...]: ...
-
-    def checkpoint(self, step: int) -> Checkpoint: ...
-
-    def written(self, step: int) -> bool: ...
-
-    def wait_for(self, step: int, timeout_seconds: float) -> Checkpoint: ...
+    def shards(self) -> list[str]:
+        return sorted(name for name in self.files if is_shard(name))
 
 
-class Trajectory(Listing):
+def step_folder(step: int) -> str:
+    return f"step_{step}"
+
+
+def parse_step(folder_name: str) -> int | None:
+    """The step that a folder's name stands for; None for temporaries and everything else."""
+    match = _STEP.fullmatch(folder_name)
+    return int(match[1]) if match else None
+
+
+def is_shard(name: str) -> bool:
+    return _SHARD.fullmatch(name) is not None
+
+
+def weights_digest(files: Mapping[str, File]) -> str:
+    """sha256 over the sorted "SHARD SHA256" lines; files that are no shards do not count."""
+    lines = "".join(f"{name} {files[name].sha256}\n" for name in sorted(files) if is_shard(name))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def read_meta(path: Path) -> Checkpoint:
+    """The checkpoint in folder `path`; UserError if its meta.json is missing, damaged or of another format."""
+    meta = path / META
+    try:
+        tree = json.loads(meta.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: it has no {META}, so it is no complete checkpoint; copy it again, or remove it") from error
+    except ValueError as error:
+        raise UserError(f"{meta}: damaged, not valid JSON ({error}); restore the checkpoint") from error
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        found = tree.get("format") if isinstance(tree, dict) else None
+        raise UserError(f"{meta}: its format is {found!r}, this megapd reads {FORMAT!r}; write the trajectory again")
+    missing = [key for key in KEYS if key not in tree]
+    if missing:
+        raise UserError(f"{meta}: damaged, it lacks {', '.join(missing)}; restore the checkpoint")
+    if tree["step"] != parse_step(path.name):
+        raise UserError(
+            f"{meta}: it is of step {tree['step']}, but its folder is {path.name}; rename it {step_folder(tree['step'])}"
+        )
+    try:
+        files = {name: File(entry["sha256"], entry["bytes"]) for name, entry in tree["files"].items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{meta}: damaged, `files` does not give a sha256 and bytes for each; restore the checkpoint") from error
+    checkpoint = Checkpoint(tree["step"], path, tree["digest"], tree["vocabulary"], tree["config"], tree["metrics"], files)
+    if weights_digest(files) != checkpoint.digest or not checkpoint.shards:
+        raise UserError(f"{meta}: damaged, digest {checkpoint.digest} is not that of the files listed; restore the checkpoint")
+    return checkpoint
+
+
+class CheckpointTimeout(RunFailed, TimeoutError):
+    """A checkpoint that a teacher was to write did not appear in time."""
+
+
+class Checkpoints(ABC):
+    """What a teacher reads, wherever it is stored; as it was at construction or at the last `refresh`:
+
+    steps        teacher steps of the complete checkpoints, increasing
+    incomplete   steps of which there is something, but no whole checkpoint: a copy that stopped midway, or a file that was lost
+    """
+
+    def __init__(self) -> None:
+        self.steps: tuple[int, ...] = ()
+        self.incomplete: tuple[int, ...] = ()
+
+    @abstractmethod
+    def refresh(self) -> tuple[int, ...]:
+        """Look again which checkpoints there are; returns `steps`."""
+
+    @abstractmethod
+    def checkpoint(self, step: int) -> Checkpoint:
+        """Everything but the weights; UserError if it is not there (the nearest are listed) or damaged."""
+
+    @abstractmethod
+    def written(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is there now, whole."""
+
+    def wait_for(self, step: int, timeout_seconds: float, poll_seconds: float = 0.2) -> Checkpoint:
+        """The checkpoint of `step` as soon as it is whole; CheckpointTimeout if it is not after `timeout_seconds`."""
+        deadline = time.monotonic() + timeout_seconds
+        while not self.written(step):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise CheckpointTimeout(self._late(f"no checkpoint of step {step} after {timeout_seconds:g} s"))
+            time.sleep(min(poll_seconds, left))
+        return self.checkpoint(step)
+
+    @abstractmethod
+    def _late(self, what: str) -> str:
+        """The message of a CheckpointTimeout: where, `what`, and what to do."""
+
+    def _list(self, found: Iterable[int]) -> None:
+        """Divide the steps of which there is something, increasing, into those that are whole and the others."""
+        whole = {step: self.written(step) for step in found}
+        self.steps = tuple(step for step, complete in whole.items() if complete)
+        self.incomplete = tuple(step for step, complete in whole.items() if not complete)
+
+    def _nearest(self, step: int) -> str:
+        """What there is around `step`, looked up again."""
+        nearest = nearest_steps(self.refresh(), step)
+        return f"the nearest are {', '.join(map(str, nearest))}" if nearest else "there are none"
+
+    def _newest(self) -> str:
+        steps = self.refresh()
+        return f"the newest there is of step {steps[-1]}" if steps else "there is none yet"
+
+
+class Trajectory(Checkpoints):
     """The checkpoints in one folder.
 
-    `steps` is what was there at construction or at the last `refresh`; `checkpoint`, `load` and `wait_for` look at the disk.
-    `incomplete`: folders without meta.json, copies that stopped midway, since checkpoints are renamed into place whole.
+    `checkpoint`, `load` and `wait_for` look at the disk. `incomplete`: folders without
+    meta.json, copies that stopped midway, since checkpoints are renamed into place whole.
     """
 
     def __init__(self, folder: Path, *, must_exist: bool = True) -> None:
@@ -50,24 +199,20 @@ class Trajectory(Listing):
         super().__init__()
         self.folder = Path(folder)
         self.refresh()
-        if must_exist and not self._steps:
-            raise UserError(
-                f"teacher.trajectory: {self._emptiness()}; name the trajectory folder of a teacher run, runs/NAME/trajectory"
-            )
+        if must_exist and not self.steps:
+            incomplete = f" ({len(self.incomplete)} without {META})" if self.incomplete else ""
+            found = f"no complete checkpoint in {folder}{incomplete}" if self.folder.is_dir() else f"no folder {folder}"
+            raise UserError(f"teacher.trajectory: {found}; name the trajectory folder of a teacher run, runs/NAME/trajectory")
 
     def refresh(self) -> tuple[int, ...]:
-        """Look again which checkpoints there are; returns `steps`."""
         names = [entry.name for entry in self.folder.iterdir()] if self.folder.is_dir() else []
         self._list(sorted(step for step in map(parse_step, names) if step is not None))
-        return self._steps
+        return self.steps
 
     def checkpoint(self, step: int) -> Checkpoint:
-        """Everything but the weights; UserError if it is not there (the nearest are listed) or its meta.json is damaged."""
         if not (self.folder / step_folder(step)).is_dir():
-            raise UserError(
-                f"{self.folder}: no checkpoint of step {step}; {self._nearest(step)}: "
-                f"change the schedule, or train the teacher further"
-            )
+            fix = f"{self._nearest(step)}: change the schedule, or train the teacher further"
+            raise UserError(f"{self.folder}: no checkpoint of step {step}; {fix}")
         return read_meta(self.folder / step_folder(step))
 
     def load(self, step: int) -> dict[str, Tensor]:
@@ -108,10 +253,10 @@ class Trajectory(Listing):
         """Problems, one line each: incomplete or damaged checkpoints, files that changed, equal weights at different steps."""
         self.refresh()
         problems = [
-            f"{self.folder / step_folder(step)}: it has no {META}, so it is no complete checkpoint" for step in self._incomplete
+            f"{self.folder / step_folder(step)}: it has no {META}, so it is no complete checkpoint" for step in self.incomplete
         ]
         same: dict[str, list[int]] = defaultdict(list)
-        for step in self._steps:
+        for step in self.steps:
             try:
                 checkpoint = self.checkpoint(step)
                 same[checkpoint.digest].append(step)
@@ -121,18 +266,11 @@ class Trajectory(Listing):
         return problems + equal_weights(self.folder, same)
 
     def written(self, step: int) -> bool:
-        """Whether the checkpoint of `step` is there now, whole."""
         return (self.folder / step_folder(step) / META).is_file()
 
     def _late(self, what: str) -> str:
         fix = "is the teacher running, and does its trajectory.every write this step?"
         return f"{self.folder}: {what}; {self._newest()}; {fix}"
-
-    def _emptiness(self) -> str:
-        if not self.folder.is_dir():
-            return f"no folder {self.folder}"
-        incomplete = f" ({len(self._incomplete)} without {META})" if self._incomplete else ""
-        return f"no complete checkpoint in {self.folder}{incomplete}"
 
 
 def check_files(checkpoint: Checkpoint, share: int = 0, of: int = 1) -> None:
@@ -151,3 +289,19 @@ def check_files(checkpoint: Checkpoint, share: int = 0, of: int = 1) -> None:
         found = sha256_file(path)
         if found != expected.sha256:
             raise UserError(f"{path}: its sha256 is {found}, but {expected.sha256} was written; restore the checkpoint")
+
+
+def equal_weights(where: object, same: Mapping[str, Sequence[int]]) -> list[str]:
+    """Problems, one line each, from digest -> steps: weights that several steps have."""
+    return [
+        f"{where}: steps {', '.join(map(str, steps))} have the same weights, digest {digest[:12]}"
+        for digest, steps in same.items()
+        if len(steps) > 1
+    ]
+
+
+def nearest_steps(steps: tuple[int, ...], step: int, count: int = 4) -> tuple[int, ...]:
+    """Up to `count` of the increasing `steps` around `step`, increasing."""
+    place = bisect_left(steps, step)
+    around = steps[max(0, place - count) : place + count]
+    return tuple(sorted(sorted(around, key=lambda s: (abs(s - step), s))[:count]))

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from megapd.errors import UserError
 from megapd.files import commit_folder, sha256_file, temporary_folder
-from megapd.trajectory.format import FORMAT, INDEX, META, Checkpoint, File, read_meta, shard_name, step_folder, weights_digest
-from megapd.trajectory.reader import check_files
+from megapd.trajectory.reader import FORMAT, INDEX, META, Checkpoint, File, check_files, read_meta, step_folder, weights_digest
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +94,7 @@ def _write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_by
     weight_map: dict[str, str] = {}
     files: dict[str, File] = {}
     for number, members in enumerate(shards, start=1):
-        shard = shard_name(number, len(shards))
+        shard = f"model-{number:05d}-of-{len(shards):05d}.safetensors"  # as Hugging Face names them
         os.rename(folder / f"shard-{number}", folder / shard)
         weight_map |= dict.fromkeys(members, shard)
         files[shard] = _file(folder / shard)

@@ -75,7 +75,7 @@ schedule: {{policy: transition, steps: 7, checkpoints: 3}}
     assert output.is_file()
     # Another schedule's settings say nothing of a transition: the default is two checkpoints.
     config.write_text(config.read_text().replace("policy: transition, steps: 7, checkpoints: 3", "policy: one_shot"))
-    assert suggest(config, [], None, None).found.picks == (500,)
+    assert suggest(config, [], None, None)[0].picks == (500,)
 
 
 def test_suggest_refuses_in_one_line(run, tmp_path, capsys):

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapd.corpus import store
-from megapd.corpus.pack import Packer
-from megapd.corpus.store import Blocks, BlockWriter
+from megapd.corpus import pack
+from megapd.corpus.pack import BlockWriter, Packer
+from megapd.tasks.blocks import Blocks
 
 SEPARATOR, OPENER = 3, 2
 
@@ -63,7 +63,7 @@ def test_every_token_is_found_again(sizes, length, opener, chunks):
 @pytest.mark.parametrize(("length", "vocab_size", "dtypes"), [(32, 300, "HB"), (256, 1 << 16, "HB"), (300, 70_000, "IH")])
 @pytest.mark.parametrize("rows", [0, 1, 57])
 def test_blocks_come_back_in_any_order(tmp_path, monkeypatch, length, vocab_size, dtypes, rows):
-    monkeypatch.setattr(store, "BATCH_BYTES", 10 * length * 6)  # 10 to 20 rows a batch
+    monkeypatch.setattr(pack, "BATCH_BYTES", 10 * length * 6)  # 10 to 20 rows a batch
     draw = np.random.default_rng(0)
     ids = draw.integers(0, vocab_size, (rows, length))
     segments = draw.integers(0, length, (rows, length))

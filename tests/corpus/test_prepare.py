@@ -15,9 +15,9 @@ import pytest
 from megapd.corpus import prepare
 from megapd.corpus import tokenizer as tokenizers
 from megapd.corpus.prepare import is_heldout
-from megapd.corpus.store import Blocks
 from megapd.errors import UserError
 from megapd.files import sha256_file
+from megapd.tasks.blocks import Blocks
 from tests.corpus import corpora
 
 FILES = ["heldout.arrow", "meta.json", "tokenizer.model", "train.arrow"]
@@ -194,7 +194,7 @@ def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch, where):
 
     target = {
         "train": "megapd.corpus.tokenizer.train",
-        "append": "megapd.corpus.store.BlockWriter.append",
+        "append": "megapd.corpus.pack.BlockWriter.append",
         "commit": "megapd.files.os.rename",
     }[where]
     with monkeypatch.context() as patch:
@@ -210,17 +210,13 @@ def test_a_kill_leaves_no_output_and_the_next_run_cleans_up(tmp_path):
     """kill -9 amid the work; a pipe that is never written to holds the process there."""
     text = corpora.write_jsonl(tmp_path / "a.jsonl", corpora.documents())
     os.mkfifo(tmp_path / "fifo")
-    script = "import sys; from megapd.config import load; from megapd.corpus import prepare; from megapd.corpus import sources\n"
-    script += "real = sources.TextSource._raw\n"
-    script += "def slow(self):\n    yield from real(self)\n    open(sys.argv[1]).read()\n"
-    script += "sources.TextSource._raw = slow\nprepare(load(None, sys.argv[2:]), progress=False)\n"
     config = corpora.settings(tmp_path, text)
     overrides = [
         f"--corpus.output={config.corpus.output}",
         f"--corpus.sources=[{{path: {text}}}]",
         "--corpus.tokenizer.vocab_size=320",
     ]
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "fifo"), *overrides])
+    process = subprocess.Popen([sys.executable, "-m", "tests.corpus.slow_worker", str(tmp_path / "fifo"), *overrides])
     try:
         deadline = time.monotonic() + 60
         while not any(".tmp-" in file.name for file in tmp_path.iterdir()):

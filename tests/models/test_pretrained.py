@@ -1,6 +1,7 @@
 """Models of transformers as teachers: hidden states, heads, documents, and reading their files by parts."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def test_hidden_states_and_head_make_their_logits(saved, kind, monkeypatch):
     assert not model.training
     # No logits in hidden mode, and none of unlabelled positions in logits mode.
     rows = []
-    monkeypatch.setattr(pretrained.OutputLayer, "logits", lambda self, hidden: rows.append(hidden.shape) or hidden)
+    monkeypatch.setattr(pretrained, "F", SimpleNamespace(linear=lambda hidden, weight, bias: rows.append(hidden.shape) or hidden))
     model(batch, mode="hidden")
     model(batch, mode="logits")
     assert rows == [(7, 32)]

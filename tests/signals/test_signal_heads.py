@@ -6,7 +6,7 @@ import torch
 
 from megapd.errors import SignalDamaged, SignalMismatch
 from megapd.signals import Head, decode_head, encode_head
-from megapd.signals.heads import HEAD_CHUNK_BYTES
+from megapd.signals.arrow import HEAD_CHUNK_BYTES
 from tests.signals.examples import (
     OTHER,
     TEACHER,

@@ -9,7 +9,7 @@ import torch
 
 from megapd.errors import UserError
 from megapd.trajectory import CheckpointTimeout, Trajectory
-from megapd.trajectory.listing import nearest_steps
+from megapd.trajectory.reader import nearest_steps
 from tests.trajectory.checkpoints import weights, write
 
 

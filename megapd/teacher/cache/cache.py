@@ -3,7 +3,7 @@
     FOLDER/<teacher's digest>/<16 hex of the blake2b of SignalSpec.parameters>/
         parameters.json            what the folder's name stands for
         part-<time>-<random>.arrow Arrow IPC file of one record batch (megapd.signals.arrow), a row a sample
-        head.arrow                 hidden states alone: the head they go with (megapd.signals.heads.encode_head)
+        head.arrow                 hidden states alone: the head they go with (megapd.signals.encode_head)
         damaged-...                a file found damaged, set aside
         *.tmp-*                    being written, or left by a crash
 

@@ -11,13 +11,12 @@ from megapd.config import TeacherConfig
 from megapd.errors import TeacherLost, UserError
 from megapd.teacher.client.replicas import Endpoints, Remote, Replicas
 from megapd.teacher.wire import decode_catalogue
-from megapd.trajectory import Checkpoint
-from megapd.trajectory.listing import Listing
+from megapd.trajectory import Checkpoint, Checkpoints
 
 ANSWER_SECONDS = 15.0  # longest wait for a replica: some tries at each
 
 
-class RemoteTrajectory(Listing):
+class RemoteTrajectory(Checkpoints):
     """As trajectory.Trajectory, without weights; `path` of its checkpoints is the endpoints' names, for messages. Thread-safe.
 
     Descriptions are asked for once a checkpoint; a server names complete ones alone. Every method raises UserError where no
@@ -39,7 +38,7 @@ class RemoteTrajectory(Listing):
     def refresh(self) -> tuple[int, ...]:
         """Ask again which checkpoints there are; returns `steps`."""
         self._ask([])
-        return self._steps
+        return self.steps
 
     def checkpoint(self, step: int) -> Checkpoint:
         """Everything but weights and files; UserError if it is not there (the nearest are listed)."""
@@ -57,7 +56,7 @@ class RemoteTrajectory(Listing):
         return step in self._known
 
     def wait_for(self, step: int, timeout_seconds: float, poll_seconds: float = 0.5) -> Checkpoint:
-        """As Listing.wait_for; a look is a call to a replica, so they are fewer."""
+        """As Checkpoints.wait_for; a look is a call to a replica, so they are fewer."""
         return super().wait_for(step, timeout_seconds, poll_seconds)
 
     def close(self) -> None:
@@ -78,5 +77,5 @@ class RemoteTrajectory(Listing):
         except TeacherLost as error:
             raise UserError(f"teacher.endpoints: {error}; start the teacher, `megapd teacher CONFIG`") from error
         with self._lock:
-            self._steps = tuple(sorted({*self._steps, *there}))
+            self.steps = tuple(sorted({*self.steps, *there}))
             self._known.update(found)

@@ -44,7 +44,7 @@ from megapd.teacher.wire import (
     write,
 )
 from megapd.trajectory import Checkpoint
-from megapd.trajectory.listing import nearest_steps
+from megapd.trajectory.reader import nearest_steps
 
 log = logging.getLogger(__name__)
 

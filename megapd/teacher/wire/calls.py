@@ -49,7 +49,7 @@ def parse_teacher(step: object, teacher: object) -> tuple[int, str]:
 
 
 def encode_head_question(step: int, teacher: str) -> bytes:
-    """What the answer to is megapd.signals.heads.encode_head, as an Arrow stream."""
+    """What the answer to is megapd.signals.encode_head, as an Arrow stream."""
     return json.dumps({"head": step, "teacher": teacher}).encode()
 
 

@@ -1,0 +1,247 @@
+"""Sections `corpus`, `task` and `model`: what is learnt, and by which architecture."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from megapd.config.base import OpenSection, Section
+from megapd.registry import Registry, imported, models, tasks
+
+
+class SourceConfig(Section):
+    """One input of a corpus: local files (parquet, JSONL or text, by suffix; globs allowed) or a data set of the hub."""
+
+    path: str | None = Field(None, description="file, folder or glob of local files")
+    hub: str | None = Field(None, description="name of a data set on the Hugging Face hub, e.g. wikimedia/wikipedia")
+    hub_config: str | None = Field(None, description="configuration of the hub data set, e.g. 20231101.en")
+    split: str = "train"
+    text_column: str = "text"
+    window_chars: int | None = Field(None, ge=1000, description="cut longer documents (books) into windows of about this length")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> SourceConfig:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give exactly one of path and hub")
+        return self
+
+
+class TokenizerConfig(Section):
+    """The sentencepiece model that `prepare` trains, or an existing one that it copies."""
+
+    kind: Literal["unigram", "bpe"] = "unigram"
+    style: Literal["bert", "gpt"] = Field("bert", description="special tokens: [PAD] [UNK] [CLS] [SEP] [MASK], or <|endoftext|>")
+    vocab_size: int = Field(8192, ge=64)
+    model: Path | None = Field(None, description="use this sentencepiece model instead of training one")
+    training_sentences: int = Field(1_000_000, ge=100, description="lines that the tokenizer is trained on at most")
+
+
+class CorpusConfig(Section):
+    """What `megapd prepare` builds."""
+
+    output: Path = Path("corpora/default")
+    sources: tuple[SourceConfig, ...] = ()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    block_length: int = Field(128, ge=8, description="tokens a block")
+    heldout_fraction: float = Field(0.01, gt=0.0, lt=0.5, description="share of the documents kept for evaluation")
+    seed: int = 0
+
+
+class ModelConfig(OpenSection):
+    """A student's architecture. `builder(section, vocab_size=, classes=, length=)` gives its megapd.models.Parts.
+
+    FLOPs are those of forward and backward a token of input, for the model FLOPs utilisation (Chowdhery et al. 2022, app. B): a
+    matrix product of [1, m] by [m, n] counts 2 m n, its backward twice that. Lookups, norms, activations and what activation
+    checkpointing computes again count nothing.
+    """
+
+    registry: ClassVar[Registry[type[Any]]] = models
+    tag: ClassVar[str] = "kind"
+
+    kind: str
+
+    @property
+    @abstractmethod
+    def head_width(self) -> int:
+        """Width of the hidden states that the head multiplies."""
+
+    @property
+    @abstractmethod
+    def causal(self) -> bool | None:
+        """Whether a token sees the earlier ones alone (as next-token prediction needs); None: it reads no sequences of tokens."""
+
+    @abstractmethod
+    def flops_per_token(self, *, classes: int, length: int, labelled_share: float) -> float:
+        """length: tokens a sample. labelled_share: labelled positions a token."""
+
+    @abstractmethod
+    def activations(self, length: int) -> int:
+        """Values that a sample of `length` tokens keeps from forward to backward, roughly; without the loss."""
+
+
+@models.register("mlp")
+class MLPConfig(ModelConfig):
+    """One hidden ReLU layer over +-1 inputs."""
+
+    builder = "megapd.models.mlp:build"
+
+    kind: Literal["mlp"] = "mlp"
+    width: int = Field(50, ge=1)
+
+    @property
+    def head_width(self) -> int:
+        return self.width
+
+    @property
+    def causal(self) -> None:
+        return None
+
+    def flops_per_token(self, *, classes: int, length: int, labelled_share: float) -> float:
+        """4 W + s * 6 W V with s = labelled_share, for the input needs no gradient; s = 1 / L where a sample has one label."""
+        return 4.0 * self.width + labelled_share * 6.0 * self.width * classes
+
+    def activations(self, length: int) -> int:
+        return 2 * self.width
+
+
+@models.register("gpt")
+@models.register("bert")
+class TransformerConfig(ModelConfig):
+    """GPT (causal, pre-LN) or BERT (bidirectional, post-LN)."""
+
+    builder = "megapd.models.transformer:build"
+
+    kind: Literal["gpt", "bert"]
+    layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    hidden: int = Field(256, ge=1)
+    ffn: int | None = Field(None, ge=1, description="width of the feed-forward layer; default 4 * hidden")
+    max_length: int | None = Field(None, ge=1, description="learned positions; default: the task's length")
+    tied: bool = Field(True, description="the head shares the embedding's weight")
+    activation_checkpointing: bool = False
+    compile: bool = Field(False, description="torch.compile each block")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TransformerConfig:
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}")
+        return self
+
+    @property
+    def ffn_width(self) -> int:
+        return self.ffn if self.ffn is not None else 4 * self.hidden
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden
+
+    @property
+    def causal(self) -> bool:
+        return self.kind == "gpt"
+
+    def flops_per_token(self, *, classes: int, length: int, labelled_share: float) -> float:
+        """3 * (layers * (8 D^2 + 4 D F + 4 D K) + s * (2 D V + [BERT] 2 D^2)), with D hidden, F ffn, V classes, s labelled_share.
+
+        K is the mean number of keys a query sees: length for BERT, (length + 1) / 2 for GPT, where the cited paper counts length.
+        A document mask is not subtracted.
+        """
+        keys = (length + 1) / 2 if self.causal else length
+        block = 8.0 * self.hidden**2 + 4.0 * self.hidden * self.ffn_width + 4.0 * self.hidden * keys
+        head = 2.0 * self.hidden * classes + (0.0 if self.causal else 2.0 * self.hidden**2)
+        return 3.0 * (self.layers * block + labelled_share * head)
+
+    def activations(self, length: int) -> int:
+        """Without dropout and with a fused attention: 30 hidden-sized values a token and layer (after arXiv 2205.05198, section
+        4), of which checkpointing keeps one a layer."""
+        return length * self.hidden * (30 + self.layers if self.activation_checkpointing else 30 * self.layers)
+
+
+class TaskConfig(OpenSection):
+    """What is learnt. `builder(section, seed, global_batch)` gives its megapd.tasks.Task."""
+
+    registry: ClassVar[Registry[type[Any]]] = tasks
+    tag: ClassVar[str] = "kind"
+
+    kind: str
+
+    def build(self, seed: int, global_batch: int, corpus: Path) -> Any:
+        """The megapd.tasks.Task; corpus: folder that `megapd prepare` fills, where the section names no other."""
+        return imported(self.builder)(self, seed, global_batch)
+
+    def check_model(self, model: ModelConfig) -> None:
+        """ValueError if a model of that kind cannot learn the task."""
+
+
+@tasks.register("parity")
+class ParityConfig(TaskConfig):
+    """Sparse parity: x uniform in {-1,+1}^dimension, y the product over a hidden support of `degree` coordinates."""
+
+    builder = "megapd.tasks.parity:ParityTask"
+
+    kind: Literal["parity"] = "parity"
+    dimension: int = Field(50, ge=1)
+    degree: int = Field(5, ge=1)
+    seed: int = Field(0, description="chooses the hidden support; teacher and student must share it")
+
+    @model_validator(mode="after")
+    def _support_fits(self) -> ParityConfig:
+        if self.degree > self.dimension:
+            raise ValueError(f"degree {self.degree} exceeds dimension {self.dimension}")
+        return self
+
+
+@tasks.register("hierarchical_parity")
+class HierarchicalParityConfig(TaskConfig):
+    """A binary tree of parities with disjoint supports; the label is the leaf whose path agrees best."""
+
+    builder = "megapd.tasks.parity:HierarchicalParityTask"
+
+    kind: Literal["hierarchical_parity"] = "hierarchical_parity"
+    dimension: int = Field(100, ge=1)
+    degree: int = Field(5, ge=1)
+    labels: int = Field(8, ge=2)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _supports_fit(self) -> HierarchicalParityConfig:
+        if self.labels & (self.labels - 1):
+            raise ValueError(f"labels must be a power of two, got {self.labels}")
+        needed = (self.labels - 1) * self.degree
+        if needed > self.dimension:
+            supports = f"{self.labels - 1} disjoint supports of degree {self.degree}"
+            raise ValueError(f"{supports} need dimension >= {needed}, got {self.dimension}")
+        return self
+
+
+@tasks.register("text")
+class TextConfig(TaskConfig):
+    """Masked (mlm) or next-token (clm) prediction over a prepared corpus."""
+
+    builder = "megapd.tasks.text:TextTask"
+
+    kind: Literal["text"] = "text"
+    objective: Literal["mlm", "clm"] = "mlm"
+    corpus: Path | None = Field(None, description="folder that `megapd prepare` wrote; default: corpus.output")
+    mask_rate: float = Field(0.3, gt=0.0, lt=1.0, description="share of the positions selected for prediction (mlm)")
+    mask_token_share: float = Field(0.8, ge=0.0, le=1.0, description="of the selected, share replaced by the mask token")
+    random_token_share: float = Field(0.1, ge=0.0, le=1.0, description="of the selected, share replaced at random")
+    document_mask: bool = Field(False, description="attention does not cross document boundaries")
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> TextConfig:
+        if self.mask_token_share + self.random_token_share > 1.0 + 1e-9:
+            raise ValueError("mask_token_share + random_token_share must not exceed 1")
+        return self
+
+    def build(self, seed: int, global_batch: int, corpus: Path) -> Any:
+        return imported(self.builder)(self, self.corpus or corpus, seed, global_batch)
+
+    def check_model(self, model: ModelConfig) -> None:
+        if model.causal is None:
+            raise ValueError(f"model.kind: an {model.kind} cannot learn task.kind text; choose gpt or bert")
+        if model.causal != (self.objective == "clm"):
+            wanted = "bert" if self.objective == "mlm" else "gpt"
+            raise ValueError(f"model.kind: task.objective {self.objective} needs {wanted}, not {model.kind}")
