@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .linear import Product
-from .options import MIN_TEMPERATURE, LossOptions, accumulation_dtype, check_matrix, check_rows, known_names
+from .options import MIN_TEMPERATURE, LossOptions, accumulation_dtype, check_rows, known_names
 from .rows.base import default_chunk_bytes
 from .shard import VocabularyShard
 
@@ -41,11 +41,11 @@ def topk_logits(
     all. temperature: above 0; `linear_sparse_kl` then takes the result at teacher_temperature 1. shard: weight and bias are this
     rank's part; every rank gets the top k of all. Raises ValueError that names the argument.
     """
-    check_matrix("hidden", hidden, None, None, hidden.device)
-    check_matrix("weight", weight, None, hidden.shape[1], hidden.device)
+    check_rows("hidden", hidden, (None, None), hidden.device)
+    check_rows("weight", weight, (None, hidden.shape[1]), hidden.device)
     rows, classes = hidden.shape[0], weight.shape[0]
     if bias is not None:
-        check_rows("bias", bias, (classes,), hidden.device, None)
+        check_rows("bias", bias, (classes,), hidden.device)
     if shard is not None:
         shard.check(classes)
     total = classes if shard is None else shard.total
