@@ -68,7 +68,7 @@ def record(
     config: Config,
     task: Task,
     plan: Plan,
-    trajectory: Checkpoints | None,
+    trajectory: Checkpoints,
     stream: Stream,
     cache: SignalCache,
     rank: int,
@@ -89,7 +89,7 @@ def record(
     rows = tile(config.training, ranks).rows(rank)
     began = time.perf_counter()
     found, recorded, positions, size = _state(cache)
-    cached = CachedStream(cache, plan, stream.spec, trajectory, stream, record=True, classes=classes, agree=agree)
+    cached = CachedStream(cache, plan, stream.spec, trajectory, stream, classes=classes, agree=agree)
     depth = config.teacher.depth if config.teacher is not None else 1
     ahead: deque[list[Batch]] = deque()
     upcoming = samples = 0

@@ -14,7 +14,7 @@ from typing import Any
 
 from megapd.config import AdaptiveConfig
 from megapd.errors import UserError
-from megapd.files import fsync_folder
+from megapd.files import fsync_path
 from megapd.schedule.plan import Decision, Report
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class ReportLog:
             if self._size == 0:
                 self._write({"kind": "subject", "format": FORMAT, **subject})
             self.sync()
-            fsync_folder(path.parent)
+            fsync_path(path.parent)
         except BaseException:
             self.close()
             raise
@@ -92,7 +92,7 @@ class ReportLog:
             self.sync()
             keep(found.decisions)
             former.unlink()
-            fsync_folder(former.parent)
+            fsync_path(former.parent)
         finally:
             os.close(lock)
 

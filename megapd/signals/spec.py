@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple, TypedDict
@@ -30,8 +30,11 @@ class Head:
     weight: Tensor
     bias: Tensor | None
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Head:
+        return Head(function(self.weight), None if self.bias is None else function(self.bias))
+
     def to(self, device: torch.device) -> Head:
-        return Head(self.weight.to(device), None if self.bias is None else self.bias.to(device))
+        return self.map(lambda tensor: tensor.to(device))
 
 
 class Answer(NamedTuple):

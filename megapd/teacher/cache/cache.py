@@ -232,8 +232,7 @@ class SignalCache:
             self._seal()
 
     def _put_head(self, index: Index, head: Head) -> None:
-        bias = None if head.bias is None else head.bias.detach().to("cpu", copy=True)
-        copy = Head(head.weight.detach().to("cpu", copy=True), bias)
+        copy = head.map(lambda tensor: tensor.detach().to("cpu", copy=True))
         self._reader.hold_head(index, copy)
         self._writer.submit(index, index.folder / HEAD, lambda: encode_head(copy, index.teacher.hex()))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from megapd.batch import Batch
 from megapd.errors import UserError
 from megapd.schedule.plan import Plan
-from megapd.signals import Head, Signal, SignalSpec, as_sent
+from megapd.signals import Head, Signal, SignalSpec
 from megapd.teacher.cache.cache import SignalCache
 from megapd.teacher.stream import Stream
 from megapd.trajectory import Checkpoint, Checkpoints
@@ -28,9 +28,9 @@ class _Ahead:
 class CachedStream:
     """A stream that reads the cache, and asks its source for what the cache lacks.
 
-    A micro-batch comes from the cache if all its samples are there, else from the source; with record=True what was missing is
-    added, and of samples that were there the cache's rows are used, so that a run that records and its replay are bitwise the
-    same. Closing it closes the source and the cache.
+    A micro-batch comes from the cache if all its samples are there, else from the source; what was missing is added, and of
+    samples that were there the cache's rows are used, so that a run that records and its replay are bitwise the same. Closing it
+    closes the source and the cache.
     """
 
     def __init__(
@@ -38,22 +38,19 @@ class CachedStream:
         cache: SignalCache,
         plan: Plan,
         spec: SignalSpec,
-        trajectory: Checkpoints | None,
-        source: Stream | None,
+        trajectory: Checkpoints,
+        source: Stream | None = None,
         *,
-        record: bool,
         classes: int = 0,
         agree: Callable[[list[bool]], list[bool]] | None = None,
     ) -> None:
-        """trajectory: names the teachers' digests; None: the source does, and then nothing is looked up ahead of the step.
-        record: needs a source, and classes, of the teacher's head. agree: where ranks answer each other's batches, as those of
-        a sharded teacher in the students' processes do: given which micro-batches of a step this rank would ask the source for,
+        """classes: of the teacher's head, needed with a source. agree: where ranks answer each other's batches, as those of a
+        sharded teacher in the students' processes do: given which micro-batches of a step this rank would ask the source for,
         those that any rank would, a collective that `signals` calls once."""
-        assert trajectory is not None or source is not None
-        assert not record or (source is not None and classes > 0)
+        assert source is None or classes > 0
         self.spec = spec
         self._cache, self._plan, self._trajectory, self._source = cache, plan, trajectory, source
-        self._record, self._classes, self._agree = record, classes, agree
+        self._classes, self._agree = classes, agree
         self._checkpoints: dict[int, Checkpoint] = {}
         self._ahead: dict[int, _Ahead] = {}
         self._head: tuple[str, torch.device, Head] | None = None
@@ -64,16 +61,10 @@ class CachedStream:
         return self._cache.counts
 
     def ready(self, step: int) -> bool:
-        if self._source is not None:
-            return self._source.ready(step)
-        assert self._trajectory is not None
-        return self._trajectory.written(self._plan.checkpoint_at(step))
+        return self._trajectory.written(self._plan.checkpoint_at(step)) if self._source is None else self._source.ready(step)
 
     def teacher(self, step: int) -> Checkpoint:
-        """Read from the trajectory where there is one: a source whose signals are all in the cache loads no checkpoint."""
-        if self._trajectory is None:
-            assert self._source is not None
-            return self._source.teacher(step)
+        """Read from the trajectory: a source whose signals are all in the cache loads no checkpoint."""
         teacher_step = self._plan.checkpoint_at(step)
         if teacher_step not in self._checkpoints:
             self._checkpoints[teacher_step] = self._trajectory.checkpoint(teacher_step)
@@ -85,7 +76,7 @@ class CachedStream:
         signals: list[Signal | None] = [None] * len(batches)
         error: Exception | None = None
         # A checkpoint that a teacher has yet to write has given no signals.
-        if self._trajectory is not None and self._trajectory.written(self._plan.checkpoint_at(step)):
+        if self._trajectory.written(self._plan.checkpoint_at(step)):
             try:
                 teacher = self.teacher(step).digest
                 signals = [self._cache.lookup(teacher, self.spec, batch) for batch in batches]
@@ -111,7 +102,7 @@ class CachedStream:
             if self._source is None:
                 raise self._missing(step, checkpoint, batches, missing)
             given = iter(self._source.signals(step, missing))
-        return self._answers(checkpoint, batches, found, asked, given)
+        return self._answers(checkpoint, zip(batches, found, asked, strict=True), given)
 
     def close(self) -> None:
         try:
@@ -130,21 +121,16 @@ class CachedStream:
         return ahead.signals if ahead is not None and ahead.digests == [batch.digest for batch in batches] else None
 
     def _answers(
-        self,
-        checkpoint: Checkpoint,
-        batches: Sequence[Batch],
-        found: Sequence[Signal | None],
-        asked: Sequence[bool],
-        given: Iterator[Signal],
+        self, checkpoint: Checkpoint, found: Iterable[tuple[Batch, Signal | None, bool]], given: Iterator[Signal]
     ) -> Iterator[Signal]:
-        for batch, cached, ask in zip(batches, found, asked, strict=True):
+        for batch, cached, ask in found:
             fresh = next(given) if ask else None  # taken, and not used, where another rank alone lacked it
             if cached is not None:
                 signal = cached.to(batch.ids.device)
             else:
                 assert fresh is not None
                 fresh.check(checkpoint.digest, batch)
-                signal = self._cache.record(fresh, batch, self._classes) if self._record else as_sent(fresh)
+                signal = self._cache.record(fresh, batch, self._classes)
             signal.check(checkpoint.digest, batch)
             yield self._with_head(signal, batch.ids.device)
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,60 +26,43 @@ from megapd.world import World, init_deepspeed
 from megapd_kernels import VocabularyShard
 
 
-class Holder(Protocol):
-    """parts: for every tensor of a checkpoint what this rank needs of it. classes, width: of the whole head."""
+class Holder:
+    """One teacher's weights as far as this rank has them.
 
-    model: nn.Module
-    parts: dict[str, Part]
-    classes: int
-    width: int
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace this rank's weights by what `stage` made of tensors, one a name of `parts`, each that part."""
-
-    def hidden(self, batch: Batch) -> Tensor:
-        """Final hidden states [N, D] of the labelled positions."""
-        ...
-
-    def trial(self, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor | None:
-        """What `hidden` will give when the staged `tensors` are loaded, from another thread than those that answer; None where
-        that takes other ranks, or memory that is not there."""
-
-    def head(self) -> AbstractContextManager[tuple[Head, VocabularyShard | None]]:
-        """The head as far as this rank has it, and which of its classes that is; None: all."""
-        ...
-
-
-class _Module:
-    """What holders have in common: a module of parameters that are this rank's parts, and its head."""
+    parts: for every tensor of a checkpoint what this rank needs of it. classes: of the whole head.
+    """
 
     model: nn.Module
     parts: dict[str, Part]
     _shard: VocabularyShard | None = None
 
     def __init__(self, model: Any) -> None:
-        classes, width = model.head.weight.shape
-        self.classes, self.width = int(classes), int(width)
+        self.classes = int(model.head.weight.shape[0])
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace this rank's weights by what `stage` made of tensors, one a name of `parts`, each that part."""
         _replace(dict(self.model.named_parameters()), tensors)
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:
+        """Final hidden states [N, D] of the labelled positions."""
         hidden: Tensor = self.model(batch, mode="hidden")
         return hidden
 
     def trial(self, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor | None:
+        """What `hidden` will give when the staged `tensors` are loaded, from another thread than those that answer; None where
+        that takes other ranks, or memory that is not there."""
         return None
 
     @contextmanager
     def head(self) -> Iterator[tuple[Head, VocabularyShard | None]]:
+        """The head as far as this rank has it, and which of its classes that is; None: all."""
         head: Any = self.model.head
-        yield Head(head.weight.detach(), None if head.bias is None else head.bias.detach()), self._shard
+        yield Head(head.weight, head.bias).map(Tensor.detach), self._shard
 
 
-class WholeHolder(_Module):
+class WholeHolder(Holder):
     """Every rank holds the whole model."""
 
     def __init__(self, model: nn.Module, world: World, dtype: torch.dtype) -> None:
@@ -110,7 +93,7 @@ class WholeHolder(_Module):
                 parameter.data = parameter.new_empty(0)
 
 
-class ZeroHolder(_Module):
+class ZeroHolder(Holder):
     """DeepSpeed ZeRO-3 without an optimizer. The model is whole on the host of each rank once, when it is built."""
 
     def __init__(self, model: nn.Module, world: World, dtype: torch.dtype) -> None:
@@ -153,7 +136,7 @@ class ZeroHolder(_Module):
             yield found
 
 
-class TensorHolder(_Module):
+class TensorHolder(Holder):
     """Matrices split over the ranks, the head by classes; of a model built on the meta device a rank allocates its part."""
 
     def __init__(self, model: nn.Module, world: World, dtype: torch.dtype) -> None:
@@ -165,10 +148,11 @@ class TensorHolder(_Module):
         self._shard = vocabulary_shard(self.classes, world.rank, world.size, group)
 
 
-Build = Callable[[nn.Module, World, torch.dtype], Holder]
-
-
-HOLDERS: dict[str, Build] = {"whole": WholeHolder, "zero": ZeroHolder, "tensor": TensorHolder}
+HOLDERS: dict[str, Callable[[nn.Module, World, torch.dtype], Holder]] = {
+    "whole": WholeHolder,
+    "zero": ZeroHolder,
+    "tensor": TensorHolder,
+}
 
 
 def _replace(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, in_place: bool = False) -> None:

@@ -128,11 +128,9 @@ def stage(tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtyp
 
     On a GPU in pinned host memory, or with on_device in the GPU's own, copied on a stream of its own. For a reader's thread.
     """
-    staged = {}
-    for name, tensor in tensors.items():
-        own = torch.empty(tensor.shape, dtype=dtype, pin_memory=device.type == "cuda")
-        staged[name] = own.copy_(tensor)
-    if device.type == "cuda" and on_device:
+    cuda = device.type == "cuda"
+    staged = {name: torch.empty(part.shape, dtype=dtype, pin_memory=cuda).copy_(part) for name, part in tensors.items()}
+    if cuda and on_device:
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
             staged = {name: tensor.to(device, non_blocking=True) for name, tensor in staged.items()}

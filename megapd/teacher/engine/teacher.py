@@ -104,7 +104,8 @@ class Teacher:
         common: the ranks of a sharded teacher were given the same batch, and each gets its signal; else each has its own.
         """
         assert self.held is not None, "rotate() comes before signal()"
-        found = self._answer_each(batch, spec) if self._one_batch and not common else self._answer(batch, spec)
+        one_batch = self.options.sharding == "tensor" and self.world.size > 1  # which all ranks have to run at once
+        found = self._answer_each(batch, spec) if one_batch and not common else self._answer(batch, spec)
         head = self.head() if spec.definition.with_head else None
         signal = Signal(spec, self.held.digest, batch.digest, found.values, head, found.logprobs, found.log_rest)
         return signal if self.world.device.type == "cpu" else pack(signal)
@@ -117,11 +118,8 @@ class Teacher:
             if not self.sharded:
                 return head
             if self._gathered is None or self._gathered[0] != self.held.digest:
-                if shard is None:  # gathered by ZeRO for the time of this block alone
-                    whole = Head(head.weight.clone(), None if head.bias is None else head.bias.clone())
-                else:
-                    whole = Head(shard.whole(head.weight), None if head.bias is None else shard.whole(head.bias))
-                self._gathered = (self.held.digest, whole)
+                # Without a shard ZeRO gathered it, for the time of this block alone.
+                self._gathered = (self.held.digest, head.map(Tensor.clone if shard is None else shard.whole))
             return self._gathered[1]
 
     def close(self) -> None:
@@ -130,11 +128,6 @@ class Teacher:
     _holder: Holder
     _tested = False
     _gathered: tuple[str, Head] | None = None  # (teacher's digest, its whole head)
-
-    @property
-    def _one_batch(self) -> bool:
-        """Whether all ranks have to run the same batch at once."""
-        return self.options.sharding == "tensor" and self.world.size > 1
 
     def _answer(self, batch: Batch, spec: SignalSpec) -> Answer:
         hidden = self._holder.hidden(batch)
@@ -146,8 +139,7 @@ class Teacher:
     def _answer_each(self, batch: Batch, spec: SignalSpec) -> Answer:
         """Each rank's batch in turn, run by all of them."""
         batches = self.world.gather(batch.to("cpu"))
-        answers = [self._answer(other.to(self.world.device), spec) for other in batches]
-        return answers[self.world.rank]
+        return [self._answer(other.to(self.world.device), spec) for other in batches][self.world.rank]
 
     def _build(self, checkpoint: Checkpoint) -> Holder:
         kind = self.options.sharding if self.world.size > 1 or self.options.sharding == "zero" else "whole"
