@@ -171,11 +171,6 @@ def _gradient_in_place_op(logits: Tensor, scale: Tensor, statistics: Tensor, *pr
     logits_gradient(logits, _unpack(problem), scale, statistics, logits)
 
 
-@_gradient_in_place_op.register_fake
-def _(logits: Tensor, scale: Tensor, statistics: Tensor, *problem: Any) -> None:
-    return None
-
-
 def _logits_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, ctx.in_place, *problem = inputs
     ctx.settings = problem[len(_TENSORS) :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -100,17 +101,19 @@ def concatenate(records: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
 class Rows:
     """The rows of a part to come, all of one schema, copied one after the other into memory that is laid out as the part's.
 
-    bytes: what `record` will hold.
+    bytes: what `record` will hold. since: time.monotonic() of the first.
     """
 
-    def __init__(self, schema: pa.Schema, part_bytes: int) -> None:
+    def __init__(self, index: Index, schema: pa.Schema, part_bytes: int) -> None:
         """part_bytes: what is expected; more makes the memory grow, which copies it."""
-        self.schema, self.bytes = schema, 0
+        self.index, self.schema, self.bytes, self.since = index, schema, 0, time.monotonic()
+        self.samples: set[bytes] = set()
         self._expected = part_bytes
         self._columns: dict[str, tuple[NDArray[np.uint8], int]] = {}  # memory, and how much of it is used
         self._counts: list[NDArray[np.int64]] = []  # labelled positions of the samples
 
     def add(self, record: pa.RecordBatch) -> None:
+        self.samples.update(digests_of(record, "sample").tolist())
         counts = np.diff(record.column("values").offsets.to_numpy())
         self._counts.append(counts)
         data = {name: _bytes_of(record.column(name)) for name in self.schema.names}
