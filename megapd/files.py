@@ -120,12 +120,10 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def _alive(pid: str) -> bool:
-    if not pid.isdecimal():
-        return False
     try:
         os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
     except PermissionError:
         return True
+    except (ValueError, ProcessLookupError):  # no process id, or nobody's
+        return False
     return True

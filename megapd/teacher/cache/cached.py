@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -14,15 +14,6 @@ from megapd.signals import Head, Signal, SignalSpec
 from megapd.teacher.cache.cache import SignalCache
 from megapd.teacher.stream import Stream
 from megapd.trajectory import Checkpoint, Checkpoints
-
-
-@dataclass(frozen=True)
-class _Ahead:
-    """What a request found: the signal of each micro-batch, None where the source was asked; or why it could not look."""
-
-    digests: list[str]
-    signals: list[Signal | None]
-    error: Exception | None = None
 
 
 class CachedStream:
@@ -52,7 +43,8 @@ class CachedStream:
         self._cache, self._plan, self._trajectory, self._source = cache, plan, trajectory, source
         self._classes, self._agree = classes, agree
         self._checkpoints: dict[int, Checkpoint] = {}
-        self._ahead: dict[int, _Ahead] = {}
+        # What `request` found: the batches' digests and their signals, None where the source was asked; or why it could not look.
+        self._ahead: dict[int, tuple[list[str], list[Signal | None] | Exception]] = {}
         self._head: tuple[str, torch.device, Head] | None = None
 
     @property
@@ -73,26 +65,23 @@ class CachedStream:
     def request(self, step: int, batches: Sequence[Batch]) -> None:
         """Looks the step up on the caller's thread, which reads its rows from the disk ahead of the step; what is not there is
         asked of the source."""
-        signals: list[Signal | None] = [None] * len(batches)
-        error: Exception | None = None
+        found: list[Signal | None] | Exception = [None] * len(batches)
         # A checkpoint that a teacher has yet to write has given no signals.
         if self._trajectory.written(self._plan.checkpoint_at(step)):
             try:
-                teacher = self.teacher(step).digest
-                signals = [self._cache.lookup(teacher, self.spec, batch) for batch in batches]
-            except Exception as raised:  # whatever it is, `signals` raises it
-                error = raised
-        self._ahead[step] = _Ahead([batch.digest for batch in batches], signals, error)
-        missing = [batch for batch, signal in zip(batches, signals, strict=True) if signal is None]
-        if missing and self._source is not None and error is None:
-            self._source.request(step, missing)
+                found = self._lookup(self.teacher(step), batches)
+            except Exception as error:  # whatever it is, `signals` raises it
+                found = error
+        self._ahead[step] = [batch.digest for batch in batches], found
+        if self._source is not None and not isinstance(found, Exception):
+            missing = [batch for batch, signal in zip(batches, found, strict=True) if signal is None]
+            if missing:
+                self._source.request(step, missing)
 
     def signals(self, step: int, batches: Sequence[Batch]) -> Iterator[Signal]:
         """Raises UserError for samples that are not in the cache if there is no source."""
         checkpoint = self.teacher(step)
-        found = self._taken(step, batches)
-        if found is None:
-            found = [self._cache.lookup(checkpoint.digest, self.spec, batch) for batch in batches]
+        found = self._found(step, checkpoint, batches)
         asked = [signal is None for signal in found]
         if self._agree is not None:
             asked = self._agree(asked)
@@ -111,14 +100,17 @@ class CachedStream:
         finally:
             self._cache.close()
 
-    def _taken(self, step: int, batches: Sequence[Batch]) -> list[Signal | None] | None:
-        """What `request` found for these batches, or raises what it met; None if it was not called for them. Older ones go."""
+    def _lookup(self, checkpoint: Checkpoint, batches: Sequence[Batch]) -> list[Signal | None]:
+        return [self._cache.lookup(checkpoint.digest, self.spec, batch) for batch in batches]
+
+    def _found(self, step: int, checkpoint: Checkpoint, batches: Sequence[Batch]) -> list[Signal | None]:
+        """What `request` found for these batches, or raises what it met; looked up now if it was not called for them."""
         for earlier in [key for key in list(self._ahead) if key < step]:  # a list: `request` adds from its own thread
             del self._ahead[earlier]
-        ahead = self._ahead.pop(step, None)
-        if ahead is not None and ahead.error is not None:
-            raise ahead.error
-        return ahead.signals if ahead is not None and ahead.digests == [batch.digest for batch in batches] else None
+        digests, found = self._ahead.pop(step, ([], []))
+        if isinstance(found, Exception):
+            raise found
+        return found if digests == [batch.digest for batch in batches] else self._lookup(checkpoint, batches)
 
     def _answers(
         self, checkpoint: Checkpoint, found: Iterable[tuple[Batch, Signal | None, bool]], given: Iterator[Signal]

@@ -35,14 +35,33 @@ class Holder:
     model: nn.Module
     parts: dict[str, Part]
     _shard: VocabularyShard | None = None
+    _in_place = False
 
     def __init__(self, model: Any) -> None:
         self.classes = int(model.head.weight.shape[0])
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace this rank's weights by what `stage` made of tensors, one a name of `parts`, each that part."""
-        _replace(dict(self.model.named_parameters()), tensors)
+        """Replace this rank's weights by what `stage` made of tensors, one a name of `parts`, each that part.
+
+        All or nothing: shapes are compared before the first is replaced. Where a staged tensor lies on the weights' device it
+        becomes the weight: a rotation then costs no copy at all.
+        """
+        targets = self._targets(tensors)
+        assert targets.keys() == tensors.keys()
+        for name, target in targets.items():
+            if target.shape != tensors[name].shape:
+                raise UserError(f"{name} has shape {tuple(tensors[name].shape)} in the checkpoint, not {tuple(target.shape)}")
+        for name, target in targets.items():
+            staged = tensors[name]
+            if staged.device == target.device and staged.dtype == target.dtype and not self._in_place:
+                target.data = staged
+            else:
+                target.data.copy_(staged, non_blocking=True)
+
+    def _targets(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What tensors replace, by name."""
+        return dict(self.model.named_parameters())
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:
@@ -96,6 +115,8 @@ class WholeHolder(Holder):
 class ZeroHolder(Holder):
     """DeepSpeed ZeRO-3 without an optimizer. The model is whole on the host of each rank once, when it is built."""
 
+    _in_place = True  # what it replaces are views of DeepSpeed's own buffers
+
     def __init__(self, model: nn.Module, world: World, dtype: torch.dtype) -> None:
         import deepspeed
 
@@ -119,14 +140,13 @@ class ZeroHolder(Holder):
             size = parameter.ds_tensor.ds_numel
             self.parts[name] = Flat(world.rank * size, (world.rank + 1) * size)
 
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def _targets(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         targets = {}
         for name, parameter in self._partitions.items():
             if parameter.ds_status.name == "AVAILABLE":
                 parameter.partition()  # left gathered by the last forward: its old values would be used again
             targets[name] = parameter.ds_tensor.data[: tensors[name].numel()]
-        _replace(targets, tensors, in_place=True)
+        return targets
 
     @contextmanager
     def head(self) -> Iterator[tuple[Head, VocabularyShard | None]]:
@@ -153,20 +173,3 @@ HOLDERS: dict[str, Callable[[nn.Module, World, torch.dtype], Holder]] = {
     "zero": ZeroHolder,
     "tensor": TensorHolder,
 }
-
-
-def _replace(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, in_place: bool = False) -> None:
-    """All or nothing: shapes are compared before the first is replaced.
-
-    Where a staged tensor lies on the weights' device it becomes the weight: a rotation then costs no copy at all.
-    """
-    assert targets.keys() == tensors.keys()
-    for name, target in targets.items():
-        if target.shape != tensors[name].shape:
-            raise UserError(f"{name} has shape {tuple(tensors[name].shape)} in the checkpoint, not {tuple(target.shape)}")
-    for name, target in targets.items():
-        staged = tensors[name]
-        if staged.device == target.device and staged.dtype == target.dtype and not in_place:
-            target.data = staged
-        else:
-            target.data.copy_(staged, non_blocking=True)

@@ -37,6 +37,7 @@ class Teacher:
 
     def __init__(self, trajectory: Checkpoints, world: World, options: TeacherOptions, demands: Demands | None = None) -> None:
         self.trajectory, self.world, self.options = trajectory, world, options
+        self.sharded = options.sharded(world)
         self.held: Checkpoint | None = None
         self._demands = demands if demands is not None else Demands()
         self._slots: OrderedDict[int, tuple[Checkpoint, Holder]] = OrderedDict()  # by teacher step, the last used at the end
@@ -49,10 +50,6 @@ class Teacher:
         return tuple(checkpoint.digest for checkpoint, _ in list(self._slots.values()))
 
     @property
-    def sharded(self) -> bool:
-        return self.options.sharded(self.world)
-
-    @property
     def classes(self) -> int:
         """Of the head of the checkpoint that is held."""
         return self._holder.classes
@@ -63,13 +60,13 @@ class Teacher:
 
     def ready(self, step: int) -> bool:
         """Whether `rotate(step)` would not wait; begins to prepare it if nothing has."""
-        if not self._staging.opened:  # what this rank is to read is not known before the first `rotate`
+        if not self._staging.opened.is_set():  # what this rank is to read is not known before the first `rotate`
             return self.trajectory.written(step)
         return step in self._slots or self.prepare(step).done()
 
     def open(self, step: int) -> None:
         """Build the model that the checkpoint of `step` describes, so that `prepare` can read. Sharded, on all ranks together."""
-        if not self._staging.opened:
+        if not self._staging.opened.is_set():
             wait = self.options.wait_seconds
             checkpoint = self.trajectory.checkpoint(step) if wait is None else self.trajectory.wait_for(step, wait)
             self._demands.check(checkpoint)
