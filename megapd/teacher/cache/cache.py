@@ -213,7 +213,9 @@ class SignalCache:
         if self._pending is not None and (self._pending.index is not index or self._pending.schema != record.schema):
             self._seal()
         if signal.head is not None and not self._reader.has_head(index):
-            self._put_head(index, signal.head)
+            head = signal.head.map(lambda tensor: tensor.detach().to("cpu", copy=True))
+            self._reader.hold_head(index, head)
+            self._writer.submit(index, index.folder / HEAD, lambda: encode_head(head, index.teacher.hex()))
         if not spans:
             return
         if self._pending is None:
@@ -224,11 +226,6 @@ class SignalCache:
             self.positions += int(batch.counts[start:stop].sum())
         if self._pending.bytes >= self._part_bytes or time.monotonic() - self._pending.since >= self._flush_seconds:
             self._seal()
-
-    def _put_head(self, index: Index, head: Head) -> None:
-        copy = head.map(lambda tensor: tensor.detach().to("cpu", copy=True))
-        self._reader.hold_head(index, copy)
-        self._writer.submit(index, index.folder / HEAD, lambda: encode_head(copy, index.teacher.hex()))
 
     def _seal(self) -> None:
         """Make a part of the pending rows and let it be written; from now on it is found in the index."""

@@ -101,8 +101,11 @@ class Teacher:
         common: the ranks of a sharded teacher were given the same batch, and each gets its signal; else each has its own.
         """
         assert self.held is not None, "rotate() comes before signal()"
-        one_batch = self.options.sharding == "tensor" and self.world.size > 1  # which all ranks have to run at once
-        found = self._answer_each(batch, spec) if one_batch and not common else self._answer(batch, spec)
+        if self.options.sharding == "tensor" and self.sharded and not common:  # each rank's batch in turn, run by all of them
+            answers = [self._answer(other.to(self.world.device), spec) for other in self.world.gather(batch.to("cpu"))]
+            found = answers[self.world.rank]
+        else:
+            found = self._answer(batch, spec)
         head = self.head() if spec.definition.with_head else None
         signal = Signal(spec, self.held.digest, batch.digest, found.values, head, found.logprobs, found.log_rest)
         return signal if self.world.device.type == "cpu" else pack(signal)
@@ -132,11 +135,6 @@ class Teacher:
             return Answer(hidden)  # without the head, which ranks may have to gather
         with self._holder.head() as (head, shard):
             return spec.answer(batch, TeacherOutput(hidden, head, shard, self.options.chunk_bytes))
-
-    def _answer_each(self, batch: Batch, spec: SignalSpec) -> Answer:
-        """Each rank's batch in turn, run by all of them."""
-        batches = self.world.gather(batch.to("cpu"))
-        return [self._answer(other.to(self.world.device), spec) for other in batches][self.world.rank]
 
     def _build(self, checkpoint: Checkpoint) -> Holder:
         kind = self.options.sharding if self.world.size > 1 or self.options.sharding == "zero" else "whole"
