@@ -78,10 +78,9 @@ def _top(logits: Tensor, k: int, temperature: float, shard: VocabularyShard | No
     # Equal values come in any order, and which of those at the k-th place are in is open too: fixed by rising id within the k.
     columns, order = columns.sort(1)
     values, order = values.gather(1, order).sort(stable=True, dim=1, descending=True)
-    columns = columns.gather(1, order)
-    ids = columns if shard is None else columns + shard.start
+    ids = columns.gather(1, order)
     if shard is not None:
-        values, ids = shard.top(values, ids, k)
+        values, ids = shard.top(values, ids + shard.start, k)
     maximum = values[:, :1]
     scaled = (values - maximum) / temperature
     # The other classes: those of this rank that are not in the k; another rank's ids change nothing (amin with inf).

@@ -53,8 +53,7 @@ class Reader:
         """Index the parts that other processes have written since the last time; remove what crashes left."""
         found = []
         try:
-            with os.scandir(index.folder) as entries:
-                names = sorted(entry.name for entry in entries)
+            names = sorted(os.listdir(index.folder))
         except FileNotFoundError:
             return
         except OSError as error:
