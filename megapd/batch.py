@@ -96,19 +96,23 @@ class Batch:
 
     @staticmethod
     def concatenate(batches: Sequence[Batch]) -> Batch:
-        """The samples of several batches as one. They must be of one length, all or none with segments."""
+        """The samples of several batches as one, with their digests where each is known. They must be of one length, all or none
+        with segments."""
         length = batches[0].ids.shape[1]
         starts = np.cumsum([0, *(batch.ids.numel() for batch in batches[:-1])]).tolist()
         assert all(batch.ids.shape[1] == length for batch in batches)
         segments = [batch.segments for batch in batches if batch.segments is not None]
         assert len(segments) in (0, len(batches))
-        return Batch(
+        joined = Batch(
             ids=torch.cat([batch.ids for batch in batches]),
             segments=torch.cat(segments) if segments else None,
             positions=torch.cat([batch.positions + start for batch, start in zip(batches, starts, strict=True)]),
             labels=torch.cat([batch.labels for batch in batches]),
             sample_ids=torch.cat([batch.sample_ids for batch in batches]),
         )
+        if all("sample_digests" in batch.__dict__ for batch in batches):
+            joined.__dict__["sample_digests"] = np.concatenate([batch.sample_digests for batch in batches])
+        return joined
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device, with its digests where they are known: hashing there would copy the ids back."""

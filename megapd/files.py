@@ -39,7 +39,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
+    fsync_path(path.parent)
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -51,17 +51,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def fsync_path(path: Path) -> None:
-    """Flush a file that is already written and closed to the disk."""
+    """Flush to the disk a file that is closed, or a folder's entries: what makes a rename or a new file in it last."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def fsync_folder(path: Path) -> None:
-    """Flush a folder's entries to the disk: what makes a rename or a new file in it last."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     finally:
@@ -101,20 +92,19 @@ def commit_folder(temporary: Path, final: Path) -> None:
     """
     assert temporary.parent == final.parent, "a rename across folders is not covered by one fsync"
     for folder, _, files in os.walk(temporary):
-        for name in files:
+        for name in (*files, ""):  # at last the folder itself
             fsync_path(Path(folder, name))
-        fsync_folder(Path(folder))
     if final.exists():
         if not _exchange(temporary, final):
             aside = final.with_name(f"{final.name}{TEMPORARY_INFIX}old-{os.getpid()}")
             os.rename(final, aside)
             os.rename(temporary, final)
             temporary = aside
-        fsync_folder(final.parent)
+        fsync_path(final.parent)
         shutil.rmtree(temporary)
     else:
         os.rename(temporary, final)
-    fsync_folder(final.parent)
+    fsync_path(final.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -134,12 +124,10 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def _alive(pid: str) -> bool:
-    if not pid.isdecimal():
-        return False
     try:
         os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
     except PermissionError:
         return True
+    except (ValueError, ProcessLookupError):  # no process id, or nobody's
+        return False
     return True

@@ -14,22 +14,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _MASK64 = (1 << 64) - 1
-
-
 _GAMMA = 0x9E3779B97F4A7C15
-
-
 _MIX1 = 0xBF58476D1CE4E5B9
-
-
 _MIX2 = 0x94D049BB133111EB
-
-
 _FEISTEL_ROUNDS = 8
-
-
 _SORTED = 64
-
 
 Words = NDArray[np.uint64]
 

@@ -43,14 +43,13 @@ class World:
 
     def on_first(self, function: Callable[[], T]) -> T:
         """What `function` returns on rank 0, which alone calls it, on every rank. Raises UserError on all ranks where it does."""
-        value: T | None = None
-        failure: str | None = None
+        outcome: tuple[Any, str | None] | None = None
         if self.rank == 0:
             try:
-                value = function()
+                outcome = function(), None
             except UserError as error:
-                failure = str(error)
-        (failure, value), *_ = self.gather((failure, value))
+                outcome = None, str(error)
+        value, failure = self.gather(outcome)[0]
         if failure is not None:
             raise UserError(failure)
         return cast(T, value)

@@ -12,9 +12,9 @@ from .options import (
     Positions,
     Teacher,
     accumulation_dtype,
-    check_matrix,
+    check_logits,
     check_rows,
-    check_vocabulary,
+    common_classes,
     known_names,
     make_targets,
 )
@@ -161,18 +161,12 @@ def softmax_kl(
     writes the gradient over student_logits instead of beside it; then nothing else may read them, and backward runs once.
     """
     options = LossOptions() if options is None else options
-    check_matrix("student_logits", student_logits, None, None, student_logits.device)
+    student_logits, teacher_logits = check_logits(student_logits, teacher_logits, options, sharded=shard is not None)
     if in_place and 0 in student_logits.stride():
         raise ValueError("in_place: student_logits is an expanded view, whose positions share memory; make it contiguous")
-    if teacher_logits is not None:
-        check_matrix("teacher_logits", teacher_logits, student_logits.shape[0], None, student_logits.device)
-        common = _common_classes(options, "teacher_logits", teacher_logits.shape[1], student_logits.shape[1], shard)
-        if options.common_vocabulary:
-            student_logits, teacher_logits = student_logits[:, :common], teacher_logits[:, :common]
-    rows, classes = student_logits.shape
     dtype = accumulation_dtype(student_logits, teacher_logits)
     teacher, positions = Teacher(teacher_logits, ids=teacher_ids), Positions(labels, token_weights, ignore_index, denominator)
-    problem = _problem(rows, classes, student_logits.device, dtype, teacher, positions, options, shard)
+    problem = _problem(student_logits, student_logits.shape[1], dtype, teacher, positions, options, shard)
     return ops.logits(student_logits, problem, in_place)
 
 
@@ -185,36 +179,35 @@ def _linear(
     options: LossOptions | None,
     shard: VocabularyShard | None,
 ) -> LossResult:
-    options, device = LossOptions() if options is None else options, hidden.device
-    check_matrix("hidden", hidden, None, None, device)
-    check_matrix("weight", weight, None, hidden.shape[1], device)
-    rows = hidden.shape[0]
+    options, device, sharded = LossOptions() if options is None else options, hidden.device, shard is not None
+    check_rows("hidden", hidden, (None, None), device)
+    check_rows("weight", weight, (None, hidden.shape[1]), device)
+    rows, common = hidden.shape[0], weight.shape[0]
     if (teacher.hidden is None) != (teacher.weight is None):
         missing = "teacher_hidden" if teacher.hidden is None else "teacher_weight"
         raise ValueError(f"{missing}: teacher_hidden and teacher_weight go together; give both")
     if teacher.bias is not None and teacher.weight is None:
         raise ValueError("teacher_bias: has no meaning without teacher_weight; leave it out")
-    _check_bias("bias", bias, weight.shape[0])
-    common = weight.shape[0]
+    if bias is not None:
+        check_rows("bias", bias, (common,), bias.device)
     if teacher.weight is not None and teacher.hidden is not None:
-        check_matrix("teacher_hidden", teacher.hidden, rows, None, device)
-        check_matrix("teacher_weight", teacher.weight, None, teacher.hidden.shape[1], device)
-        _check_bias("teacher_bias", teacher.bias, teacher.weight.shape[0])
-        common = _common_classes(options, "teacher_weight", teacher.weight.shape[0], common, shard)
+        check_rows("teacher_hidden", teacher.hidden, (rows, None), device)
+        check_rows("teacher_weight", teacher.weight, (None, teacher.hidden.shape[1]), device)
+        if teacher.bias is not None:
+            check_rows("teacher_bias", teacher.bias, teacher.weight.shape[:1], teacher.bias.device)
+        common = common_classes("teacher_weight", teacher.weight.shape[0], common, options, sharded=sharded)
     if teacher.logits is not None:
-        check_matrix("teacher_logits", teacher.logits, rows, None, device)
-        common = _common_classes(options, "teacher_logits", teacher.logits.shape[1], common, shard)
+        check_rows("teacher_logits", teacher.logits, (rows, None), device)
+        common = common_classes("teacher_logits", teacher.logits.shape[1], common, options, sharded=sharded)
     if options.common_vocabulary:
         weight, bias, teacher = weight[:common], None if bias is None else bias[:common], teacher.first(common)
     dtype = accumulation_dtype(hidden, weight, bias, teacher.hidden, teacher.weight, teacher.logits, teacher.logprobs)
-    problem = _problem(rows, common, device, dtype, teacher, positions, options, shard)
-    return ops.linear(hidden, weight, bias, problem)
+    return ops.linear(hidden, weight, bias, _problem(hidden, common, dtype, teacher, positions, options, shard))
 
 
 def _problem(
-    rows: int,
+    student: Tensor,
     classes: int,
-    device: torch.device,
     dtype: torch.dtype,
     teacher: Teacher,
     positions: Positions,
@@ -224,30 +217,6 @@ def _problem(
     if shard is not None:
         shard.check(classes)
     total = classes if shard is None else shard.total
-    return Problem(
-        make_targets(rows, device, dtype, options, teacher, positions, classes=total),
-        dtype,
-        options,
-        _constant(teacher.logits),
-        _constant(teacher.hidden),
-        _constant(teacher.weight),
-        _constant(teacher.bias),
-        shard,
-    )
-
-
-def _constant(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
-
-
-def _common_classes(options: LossOptions, name: str, teacher: int, student: int, shard: VocabularyShard | None) -> int:
-    if not options.common_vocabulary:
-        check_vocabulary(name, teacher, student)
-    elif shard is not None:
-        raise ValueError("common_vocabulary: cannot be combined with a vocabulary shard; cut both heads to the same classes")
-    return min(teacher, student)
-
-
-def _check_bias(name: str, bias: Tensor | None, classes: int) -> None:
-    if bias is not None:
-        check_rows(name, bias, (classes,), bias.device, None)
+    targets = make_targets(student, dtype, options, teacher, positions, classes=total)
+    logits, hidden, weight, bias = (None if tensor is None else tensor.detach() for tensor in teacher[:4])
+    return Problem(targets, dtype, options, logits, hidden, weight, bias, shard)

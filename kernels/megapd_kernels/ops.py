@@ -32,7 +32,6 @@ _PROBLEM = ", ".join(
     [f"Tensor{'' if name == 'denominator' else '?'} {name}" for name in _TENSORS]
     + [f"{kind} {name}" for name, kind in {**_OPTIONS, **_REST}.items()]
 )
-_COUNT = len(_TENSORS) + len(_OPTIONS) + len(_REST)
 _RECOMPUTE = len(_TENSORS) + list(_OPTIONS).index("recompute")
 _SCALARS = len(LossResult._fields)
 
@@ -104,9 +103,8 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 @once_differentiable
 def _linear_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    count = 6 + _COUNT
     if upstream is None:
-        return (None,) * count
+        return (None,) * len(ctx.needs_input_grad)
     reciprocal, *saved = ctx.saved_tensors
     needed = list(ctx.needs_input_grad[:3])
     gradients = saved
@@ -116,7 +114,7 @@ def _linear_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor
     # The saved gradients times upstream / denominator, out of place: a second backward finds them unchanged.
     scale = upstream * reciprocal
     scaled = [(g * scale).to(dtype) if need else None for g, dtype, need in zip(gradients, ctx.dtypes, needed, strict=True)]
-    return *scaled, *(None,) * (count - 3)
+    return *scaled, *(None,) * len(ctx.needs_input_grad[3:])
 
 
 _linear_op.register_autograd(_linear_backward, setup_context=_linear_setup)
@@ -171,11 +169,6 @@ def _gradient_in_place_op(logits: Tensor, scale: Tensor, statistics: Tensor, *pr
     logits_gradient(logits, _unpack(problem), scale, statistics, logits)
 
 
-@_gradient_in_place_op.register_fake
-def _(logits: Tensor, scale: Tensor, statistics: Tensor, *problem: Any) -> None:
-    return None
-
-
 def _logits_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, ctx.in_place, *problem = inputs
     ctx.settings = problem[len(_TENSORS) :]
@@ -186,9 +179,8 @@ def _logits_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 @once_differentiable
 def _logits_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    count = 2 + _COUNT
     if upstream is None:
-        return (None,) * count
+        return (None,) * len(ctx.needs_input_grad)
     logits, statistics, *tensors = ctx.saved_tensors
     scale = upstream * reciprocal_or_zero(tensors[3])
     if ctx.in_place:
@@ -196,7 +188,7 @@ def _logits_backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor
         gradient = logits
     else:
         gradient = _gradient_op(logits, scale, statistics, *tensors, *ctx.settings)
-    return gradient, *(None,) * (count - 1)
+    return gradient, *(None,) * len(ctx.needs_input_grad[1:])
 
 
 _logits_op.register_autograd(_logits_backward, setup_context=_logits_setup)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
@@ -176,19 +176,14 @@ class Targets(NamedTuple):
 
 
 def make_targets(
-    rows: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    options: LossOptions,
-    teacher: Teacher,
-    positions: Positions,
-    *,
-    classes: int,
+    student: Tensor, dtype: torch.dtype, options: LossOptions, teacher: Teacher, positions: Positions, *, classes: int
 ) -> Targets:
-    """Check what comes with `rows` positions and bring it into the form that the implementations use, without a host sync.
+    """Check what comes with the positions and bring it into the form that the implementations use, without a host sync.
 
-    classes: of all ranks; a dense teacher's tensors are not looked at. Raises ValueError that names the argument.
+    student: hidden states or logits, of which the rows and the device count; classes: of all ranks. A dense teacher's tensors are
+    not looked at. Raises ValueError that names the argument.
     """
+    rows, device = student.shape[0], student.device
     labels, token_weights, ignore_index, denominator = positions
     teachers = sum(form is not None for form in (teacher.logits, teacher.hidden, teacher.ids))
     if teachers > 1:
@@ -197,9 +192,10 @@ def make_targets(
         raise ValueError("labels: needed where no teacher is given")
     if labels is None and options.alpha > 0:
         raise ValueError(f"labels: needed for alpha = {options.alpha}; give them or set alpha to 0")
-    for name, tensor in (("labels", labels), ("token_weights", token_weights)):
-        if tensor is not None:
-            check_rows(name, tensor, (rows,), device, None if name == "token_weights" else torch.int64)
+    if labels is not None:
+        check_rows("labels", labels, (rows,), device, torch.int64)
+    if token_weights is not None:
+        check_rows("token_weights", token_weights, (rows,), device)
 
     counted = None if labels is None else labels != ignore_index
     weights = None if token_weights is None else token_weights.detach().to(dtype)
@@ -213,7 +209,7 @@ def make_targets(
     if counted is not None and labels is not None:
         labels = labels.masked_fill(~counted, 0)
 
-    sparse = _teacher_by_ids(teacher, rows, device, dtype, options, counted, classes)
+    sparse = _teacher_by_ids(student, dtype, options, teacher, counted, classes)
     if denominator is None:
         total = torch.full((), float(rows), dtype=dtype, device=device) if weights is None else weights.sum()
     elif isinstance(denominator, Tensor):
@@ -228,15 +224,10 @@ def make_targets(
 
 
 def _teacher_by_ids(
-    teacher: Teacher,
-    rows: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    options: LossOptions,
-    counted: Tensor | None,
-    classes: int,
+    student: Tensor, dtype: torch.dtype, options: LossOptions, teacher: Teacher, counted: Tensor | None, classes: int
 ) -> SparseTeacher | None:
-    ids, logprobs, log_rest, convention = teacher.ids, teacher.logprobs, teacher.log_rest, teacher.convention
+    rows, device = student.shape[0], student.device
+    ids, logprobs, log_rest, convention = teacher[4:]
     if ids is None:
         if logprobs is not None or convention is not None or log_rest is not None:
             raise ValueError(
@@ -245,12 +236,12 @@ def _teacher_by_ids(
         return None
     check_rows("teacher_ids", ids, (rows, None)[: max(1, ids.dim())], device, torch.int64)
     if logprobs is not None:
-        check_rows("teacher_logprobs", logprobs, tuple(ids.shape), device, None)
+        check_rows("teacher_logprobs", logprobs, tuple(ids.shape), device)
     if log_rest is not None:
-        check_rows("teacher_log_rest", log_rest, (rows,), device, None)
+        check_rows("teacher_log_rest", log_rest, (rows,), device)
+        log_rest = log_rest.detach().to(dtype)
     if logprobs is not None:
-        logprobs, log_rest = logprobs.detach().to(dtype), None if log_rest is None else log_rest.detach().to(dtype)
-        temperature = options.teacher_temperature
+        logprobs, temperature = logprobs.detach().to(dtype), options.teacher_temperature
         return sparse_teacher(ids, logprobs, log_rest, convention, options.divergence, temperature, counted, classes)
     if ids.dim() != 1:
         raise ValueError(f"teacher_logprobs: needed with teacher_ids of shape {tuple(ids.shape)}; give [N, K]")
@@ -266,7 +257,9 @@ def reciprocal_or_zero(denominator: Tensor) -> Tensor:
     return torch.where(denominator == 0, torch.zeros_like(denominator), denominator.reciprocal())
 
 
-def check_rows(name: str, tensor: Tensor, shape: tuple[int | None, ...], device: torch.device, dtype: torch.dtype | None) -> None:
+def check_rows(
+    name: str, tensor: Tensor, shape: Sequence[int | None], device: torch.device, dtype: torch.dtype | None = None
+) -> None:
     """Raise ValueError unless `tensor` has the shape (None: any size) on `device`, and dtype, or for None a floating one."""
     fits = tensor.dim() == len(shape) and all(want in (None, got) for want, got in zip(shape, tensor.shape, strict=True))
     if not fits:
@@ -280,18 +273,29 @@ def check_rows(name: str, tensor: Tensor, shape: tuple[int | None, ...], device:
         raise ValueError(f"{name}: is on {tensor.device}, the student on {device}")
 
 
-def check_matrix(name: str, tensor: Tensor, rows: int | None, columns: int | None, device: torch.device) -> None:
-    """Raise ValueError unless `tensor` is a floating-point matrix of the shape (None: any) on `device`."""
-    check_rows(name, tensor, (rows, columns), device, None)
+def check_logits(
+    student: Tensor, teacher: Tensor | None, options: LossOptions, *, sharded: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Raise ValueError unless the student's and the teacher's logits fit each other; both, of the classes that are to count."""
+    check_rows("student_logits", student, (None, None), student.device)
+    if teacher is None:
+        return student, None
+    check_rows("teacher_logits", teacher, (student.shape[0], None), student.device)
+    common = common_classes("teacher_logits", teacher.shape[1], student.shape[1], options, sharded=sharded)
+    return (student[:, :common], teacher[:, :common]) if options.common_vocabulary else (student, teacher)
 
 
-def check_vocabulary(name: str, size: int, vocabulary: int) -> None:
-    """Raise ValueError where the teacher's vocabulary differs: padding it silently would give the padding probability."""
-    if size != vocabulary:
+def common_classes(name: str, teacher: int, student: int, options: LossOptions, *, sharded: bool) -> int:
+    """How many classes count. Raises ValueError where the vocabularies differ and options do not say that the common ones do:
+    padding the teacher's silently would give the padding probability."""
+    if not options.common_vocabulary and teacher != student:
         raise ValueError(
-            f"{name}: the teacher has {size} classes, the student {vocabulary}; both need the same vocabulary, or "
+            f"{name}: the teacher has {teacher} classes, the student {student}; both need the same vocabulary, or "
             "common_vocabulary=True to use the classes that both have"
         )
+    if options.common_vocabulary and sharded:
+        raise ValueError("common_vocabulary: cannot be combined with a vocabulary shard; cut both heads to the same classes")
+    return min(teacher, student)
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:

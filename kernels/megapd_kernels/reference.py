@@ -26,8 +26,7 @@ from .options import (
     Positions,
     Teacher,
     accumulation_dtype,
-    check_matrix,
-    check_vocabulary,
+    check_logits,
     known_names,
     make_targets,
     reciprocal_or_zero,
@@ -62,18 +61,11 @@ def distillation_loss(
     Raises ValueError for shapes and combinations that have no meaning.
     """
     options = LossOptions() if options is None else options
-    check_matrix("student_logits", student_logits, None, None, student_logits.device)
-    if teacher_logits is not None and options.common_vocabulary:
-        common = min(student_logits.shape[1], teacher_logits.shape[1])
-        student_logits, teacher_logits = student_logits[:, :common], teacher_logits[:, :common]
-    rows, vocabulary = student_logits.shape
-    if teacher_logits is not None:
-        check_vocabulary("teacher_logits", teacher_logits.shape[-1], vocabulary)
-        check_matrix("teacher_logits", teacher_logits, rows, vocabulary, student_logits.device)
+    student_logits, teacher_logits = check_logits(student_logits, teacher_logits, options)
     dtype = accumulation_dtype(student_logits, teacher_logits)
     given = Teacher(teacher_logits, ids=teacher_ids, logprobs=teacher_logprobs, log_rest=teacher_log_rest, convention=convention)
     positions = Positions(labels, token_weights, ignore_index, denominator)
-    targets = make_targets(rows, student_logits.device, dtype, options, given, positions, classes=vocabulary)
+    targets = make_targets(student_logits, dtype, options, given, positions, classes=student_logits.shape[1])
     # Positions that do not count are dropped, so that whatever they hold, NaN included, has no influence.
     keep = slice(None) if targets.counted is None else targets.counted
     student = student_logits.to(dtype)[keep]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .linear import Product
-from .options import MIN_TEMPERATURE, LossOptions, accumulation_dtype, check_matrix, check_rows, known_names
+from .options import MIN_TEMPERATURE, LossOptions, accumulation_dtype, check_rows, known_names
 from .rows.base import default_chunk_bytes
 from .shard import VocabularyShard
 
@@ -41,11 +41,11 @@ def topk_logits(
     all. temperature: above 0; `linear_sparse_kl` then takes the result at teacher_temperature 1. shard: weight and bias are this
     rank's part; every rank gets the top k of all. Raises ValueError that names the argument.
     """
-    check_matrix("hidden", hidden, None, None, hidden.device)
-    check_matrix("weight", weight, None, hidden.shape[1], hidden.device)
+    check_rows("hidden", hidden, (None, None), hidden.device)
+    check_rows("weight", weight, (None, hidden.shape[1]), hidden.device)
     rows, classes = hidden.shape[0], weight.shape[0]
     if bias is not None:
-        check_rows("bias", bias, (classes,), hidden.device, None)
+        check_rows("bias", bias, (classes,), hidden.device)
     if shard is not None:
         shard.check(classes)
     total = classes if shard is None else shard.total
@@ -78,10 +78,9 @@ def _top(logits: Tensor, k: int, temperature: float, shard: VocabularyShard | No
     # Equal values come in any order, and which of those at the k-th place are in is open too: fixed by rising id within the k.
     columns, order = columns.sort(1)
     values, order = values.gather(1, order).sort(stable=True, dim=1, descending=True)
-    columns = columns.gather(1, order)
-    ids = columns if shard is None else columns + shard.start
+    ids = columns.gather(1, order)
     if shard is not None:
-        values, ids = shard.top(values, ids, k)
+        values, ids = shard.top(values, ids + shard.start, k)
     maximum = values[:, :1]
     scaled = (values - maximum) / temperature
     # The other classes: those of this rank that are not in the k; another rank's ids change nothing (amin with inf).

@@ -66,7 +66,7 @@ def record(
     config: Config,
     task: Task,
     plan: Plan,
-    trajectory: Checkpoints | None,
+    trajectory: Checkpoints,
     stream: Stream,
     cache: SignalCache,
     world: World,
@@ -84,7 +84,7 @@ def record(
     # together lies together.
     rows = tile(config.training, world.size).rows(world.rank)
     began = time.perf_counter()
-    cached = CachedStream(cache, plan, stream.spec, trajectory, stream, record=True, classes=classes, agree=agree)
+    cached = CachedStream(cache, plan, stream.spec, trajectory, stream, classes=classes, agree=agree)
     depth = config.teacher.depth if config.teacher is not None else 1
     ahead: deque[list[Batch]] = deque()
     upcoming = samples = 0

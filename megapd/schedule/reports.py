@@ -14,7 +14,7 @@ from typing import Any
 
 from megapd.config import AdaptiveConfig
 from megapd.errors import UserError
-from megapd.files import fsync_folder
+from megapd.files import fsync_path
 from megapd.schedule.plan import Decision, Report
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class ReportLog:
             self.reports, _, whole = _read(path, FORMAT, subject)
             self._cut(whole)
             self.sync()
-            fsync_folder(path.parent)
+            fsync_path(path.parent)
         except BaseException:
             self.close()
             raise
@@ -84,7 +84,7 @@ class ReportLog:
             self.sync()
             keep(decisions)
             former.unlink()
-            fsync_folder(former.parent)
+            fsync_path(former.parent)
         finally:
             os.close(lock)
 

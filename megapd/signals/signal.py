@@ -31,8 +31,11 @@ class Head:
     weight: Tensor
     bias: Tensor | None
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Head:
+        return Head(function(self.weight), None if self.bias is None else function(self.bias))
+
     def to(self, device: torch.device) -> Head:
-        return Head(self.weight.to(device), None if self.bias is None else self.bias.to(device))
+        return self.map(lambda tensor: tensor.to(device))
 
 
 class Answer(NamedTuple):

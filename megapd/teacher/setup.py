@@ -79,13 +79,13 @@ def open_stream(config: Config, task: Task, trajectory: Checkpoints, plan: Plan,
         try:
             classes = checkpoint_shape(source.teacher(step)).classes
             agree, cache = rank_agreement(teacher, world), SignalCache(teacher.cache)
-            return CachedStream(cache, plan, source.spec, trajectory, source, record=True, classes=classes, agree=agree)
+            return CachedStream(cache, plan, source.spec, trajectory, source, classes=classes, agree=agree)
         except BaseException:
             source.close()
             raise
     assert teacher.cache is not None
     spec = signal_spec(config, task, plan, _checked(config, task, trajectory, plan, step))
-    return CachedStream(SignalCache(teacher.cache), plan, spec, trajectory, None, record=False)
+    return CachedStream(SignalCache(teacher.cache), plan, spec, trajectory)
 
 
 def open_source(config: Config, task: Task, trajectory: Checkpoints, plan: Plan, world: World, step: int) -> Stream:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megapd.errors import UserError
-from megapd.files import fsync_folder, fsync_path, sha256_file, write_atomic
+from megapd.files import fsync_path, sha256_file, write_atomic
 from megapd.training.engine import Engine
 from megapd.world import World
 
@@ -51,11 +51,11 @@ class CheckpointStore:
             manifest = {"step": step, "layout": self._layout(engine), "files": entries}
             write_atomic(writing / MANIFEST, json.dumps(manifest, indent=1))
             for folder in [writing, *(p for p in writing.rglob("*") if p.is_dir())]:
-                fsync_folder(folder)
+                fsync_path(folder)
             if final.exists():  # a resumed run that came by again after a fallback
                 shutil.rmtree(final)
             writing.rename(final)
-            fsync_folder(self.folder)
+            fsync_path(self.folder)
             write_atomic(self.folder / "latest", final.name)
             for old in self.steps()[: -self.keep]:
                 shutil.rmtree(self.folder / f"step_{old}")

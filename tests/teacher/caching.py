@@ -138,7 +138,7 @@ def bits(signal):
 def recorded(folder, spec, micro=3, **settings):
     """Record the whole plan; what the recording run was taught by."""
     source = Source(spec)
-    stream = CachedStream(make_cache(folder, **settings), PLAN, spec, Steps(), source, record=True, classes=CLASSES)
+    stream = CachedStream(make_cache(folder, **settings), PLAN, spec, Steps(), source, classes=CLASSES)
     taken = walk(stream, micro)
     stream.close()
     assert source.closed
@@ -146,7 +146,7 @@ def recorded(folder, spec, micro=3, **settings):
 
 
 def replay(folder, spec, plan=PLAN, source=None, **settings):
-    return CachedStream(make_cache(folder, **settings), plan, spec, Steps(), source, record=False)
+    return CachedStream(make_cache(folder, **settings), plan, spec, Steps(), source, classes=CLASSES)
 
 
 def parts(folder):

@@ -63,11 +63,11 @@ def test_a_source_is_not_asked_for_what_is_there(tmp_path, ahead):
 
 def test_a_source_is_asked_for_what_is_missing_alone(tmp_path):
     spec = SPECS[0]
-    known = CachedStream(make_cache(tmp_path), PLAN, spec, Steps(), Source(spec), record=True, classes=CLASSES)
+    known = CachedStream(make_cache(tmp_path), PLAN, spec, Steps(), Source(spec), classes=CLASSES)
     walk(known, steps=range(0, 5))
     known.close()
     source = Source(spec)
-    stream = CachedStream(make_cache(tmp_path), PLAN, spec, Steps(), source, record=True, classes=CLASSES)
+    stream = CachedStream(make_cache(tmp_path), PLAN, spec, Steps(), source, classes=CLASSES)
     taken = walk(stream, ahead=2)
     lacking = [(step, [batch.digest for batch in tiles(step, 3)]) for step in range(5, STEPS)]
     assert source.asked == lacking
@@ -124,7 +124,7 @@ def test_a_changed_schedule_uses_what_still_holds(tmp_path):
     recorded(tmp_path, spec)
     later = Plan("explicit", STEPS, ((0, 10), (5, 20), (6, 30)))  # steps 3 and 4 change their teacher, 5 to 7 keep it
     source = Source(spec, later)
-    stream = CachedStream(make_cache(tmp_path), later, spec, Steps(), source, record=True, classes=CLASSES)
+    stream = CachedStream(make_cache(tmp_path), later, spec, Steps(), source, classes=CLASSES)
     taken = walk(stream)
     assert [step for step, _ in source.asked] == [3, 4]
     for step, signals in taken.items():

@@ -137,7 +137,7 @@ def test_damage_among_several_parts_costs_that_part_alone(tmp_path, caplog):
     data[place] ^= 1
     hurt.write_bytes(data)
     source = Source(spec)
-    stream = CachedStream(make_cache(tmp_path), PLAN, spec, Steps(), source, record=True, classes=CLASSES)
+    stream = CachedStream(make_cache(tmp_path), PLAN, spec, Steps(), source, classes=CLASSES)
     taken = walk(stream, micro=6)
     assert [step for step, _ in source.asked] == [3]
     assert [bits(signal) for signal in taken[3]] == [bits(answer(spec, 20, batch_at(3, range(6))))]
@@ -160,7 +160,7 @@ def test_a_damaged_head_is_set_aside_and_recorded_again(tmp_path, caplog):
             data[data.find(weight.numpy().tobytes())] ^= 1
         head.write_bytes(data)
     source = Source(spec)
-    stream = CachedStream(make_cache(tmp_path), PLAN, spec, Steps(), source, record=True, classes=CLASSES)
+    stream = CachedStream(make_cache(tmp_path), PLAN, spec, Steps(), source, classes=CLASSES)
     taken = walk(stream)
     stream.close()
     assert [step for step, _ in source.asked] == [0, 3, 6]  # once each: then the head is there again

@@ -8,7 +8,6 @@ from tests.teacher.caching import (
     CLASSES,
     PLAN,
     SPECS,
-    STEPS,
     Source,
     Steps,
     answer,
@@ -66,7 +65,7 @@ def test_ranks_that_answer_each_other_ask_together(tmp_path):
     recorded(tmp_path, spec)
     source = Source(spec)
     stream = CachedStream(
-        make_cache(tmp_path), PLAN, spec, Steps(), source, record=True, classes=CLASSES, agree=lambda asked: [True, *asked[1:]]
+        make_cache(tmp_path), PLAN, spec, Steps(), source, classes=CLASSES, agree=lambda asked: [True, *asked[1:]]
     )
     taken = list(stream.signals(2, tiles(2, 3)))
     assert source.asked == [(2, [tiles(2, 3)[0].digest])]
@@ -75,21 +74,13 @@ def test_ranks_that_answer_each_other_ask_together(tmp_path):
 
 def test_a_checkpoint_that_is_still_to_come_is_asked_of_the_source(tmp_path):
     spec, source = SPECS[0], Source(SPECS[0])
-    stream = CachedStream(make_cache(tmp_path), PLAN, spec, Steps((10,)), source, record=True, classes=CLASSES)
+    stream = CachedStream(make_cache(tmp_path), PLAN, spec, Steps((10,)), source, classes=CLASSES)
     stream.request(4, tiles(4, 3))
     assert [step for step, _ in source.requested] == [4]
     assert stream.counts["misses"] == 0
     stream._trajectory = Steps()
     assert [bits(s) for s in stream.signals(4, tiles(4, 3))] == [bits(answer(spec, 20, batch)) for batch in tiles(4, 3)]
     stream.close()
-
-
-def test_a_source_without_a_trajectory_names_its_teachers(tmp_path):
-    spec = SPECS[2]
-    taught = recorded(tmp_path, spec)
-    stream = CachedStream(make_cache(tmp_path), PLAN, spec, None, Source(spec), record=False)
-    again = walk(stream, ahead=2)
-    assert [bits(s) for step in range(STEPS) for s in again[step]] == [bits(s) for step in range(STEPS) for s in taught[step]]
 
 
 def test_hidden_states_share_one_head_a_teacher(tmp_path):
@@ -111,7 +102,7 @@ def test_hidden_states_without_their_head_are_missing(tmp_path):
     assert cache.lookup(digest(10), spec, batch, answer(spec, 10, batch).head) is not None
     with pytest.raises(UserError, match="head"):
         replay(tmp_path, spec).signals(0, tiles(0, 3))
-    stream = CachedStream(make_cache(tmp_path), PLAN, spec, Steps(), Source(spec), record=True, classes=CLASSES)
+    stream = CachedStream(make_cache(tmp_path), PLAN, spec, Steps(), Source(spec), classes=CLASSES)
     walk(stream)
     stream.close()
     assert len(list(tmp_path.glob("*/*/head.arrow"))) == 3

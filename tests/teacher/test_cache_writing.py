@@ -125,9 +125,7 @@ def test_a_folder_that_cannot_be_made_stops_recording_alone(tmp_path, caplog):
     blocked = tmp_path / "file"
     blocked.write_text("")
     source = Source(SPECS[2])
-    stream = CachedStream(
-        make_cache(blocked / "cache", part_bytes=1), PLAN, SPECS[2], Steps(), source, record=True, classes=CLASSES
-    )
+    stream = CachedStream(make_cache(blocked / "cache", part_bytes=1), PLAN, SPECS[2], Steps(), source, classes=CLASSES)
     taken = walk(stream, ahead=1)
     stream.close()
     for step, signals in taken.items():
@@ -166,7 +164,7 @@ def write_share(folder, rank, ranks):
     """What one rank of a recording run does, and then a look at the other's rows."""
     spec = SPECS[2]
     cache = make_cache(folder, part_bytes=2000)
-    stream = CachedStream(cache, PLAN, spec, Steps(), Source(spec), record=True, classes=CLASSES)
+    stream = CachedStream(cache, PLAN, spec, Steps(), Source(spec), classes=CLASSES)
     for _ in range(2):
         walk(stream, micro=1, rank=rank, ranks=ranks)
     cache.flush()

@@ -73,11 +73,11 @@ def carried(carrier, spec, folder, replica=None, trajectory=None, overrides=()):
         _record(folder, replica, spec)
     cache = SignalCache(folder)
     if carrier == "cached":
-        stream: Stream = CachedStream(cache, PLAN, spec, own, None, record=False)
+        stream: Stream = CachedStream(cache, PLAN, spec, own)
     else:
         stream = ColocatedStream(InProcess(replica), PLAN, spec)
         if carrier == "recording":
-            stream = CachedStream(cache, PLAN, spec, own, stream, record=True, classes=CLASSES)
+            stream = CachedStream(cache, PLAN, spec, own, stream, classes=CLASSES)
     try:
         yield stream
     finally:

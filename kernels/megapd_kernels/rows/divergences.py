@@ -23,6 +23,7 @@ from ..sparse import SparseTeacher
 MAX_LOG_RATIO = 80.0
 
 Total = Callable[[Tensor], Tensor]
+Three = tuple[Tensor, Tensor, Tensor]
 
 
 def local_total(x: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def local_total(x: Tensor) -> Tensor:
 # keep the NaN.
 
 
-def _forward_kl(log_p: Tensor, log_q: Tensor, free: list[Tensor], beta: float, total: Total) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_kl(log_p: Tensor, log_q: Tensor, free: list[Tensor], beta: float, total: Total) -> Three:
     q = torch.exp(log_q, out=free[0])
     terms = log_q.sub_(log_p).mul_(q).masked_fill_(q == 0, 0.0)
     value = total(terms.sum(1)).clamp_(min=0.0)
@@ -44,9 +45,7 @@ def _forward_kl(log_p: Tensor, log_q: Tensor, free: list[Tensor], beta: float, t
     return value, torch.sub(p, q, out=log_q), p
 
 
-def _soft_cross_entropy(
-    log_p: Tensor, log_q: Tensor, free: list[Tensor], beta: float, total: Total
-) -> tuple[Tensor, Tensor, Tensor]:
+def _soft_cross_entropy(log_p: Tensor, log_q: Tensor, free: list[Tensor], beta: float, total: Total) -> Three:
     q = log_q.exp_()
     terms = torch.mul(log_p, q, out=free[0]).masked_fill_(q == 0, 0.0)
     value = total(terms.sum(1)).neg_()
@@ -54,14 +53,14 @@ def _soft_cross_entropy(
     return value, torch.sub(p, q, out=free[0]), p
 
 
-def _reverse_kl(log_p: Tensor, log_q: Tensor, free: list[Tensor], beta: float, total: Total) -> tuple[Tensor, Tensor, Tensor]:
+def _reverse_kl(log_p: Tensor, log_q: Tensor, free: list[Tensor], beta: float, total: Total) -> Three:
     p = torch.exp(log_p, out=free[0])
     ratio = torch.sub(log_p, log_q, out=log_q).masked_fill_(p == 0, 0.0)
     value = total(torch.mul(p, ratio, out=log_p).sum(1))
     return value.clamp(min=0.0), ratio.sub_(value[:, None]).mul_(p), p
 
 
-def _jsd(log_p: Tensor, log_q: Tensor, free: list[Tensor], beta: float, total: Total) -> tuple[Tensor, Tensor, Tensor]:
+def _jsd(log_p: Tensor, log_q: Tensor, free: list[Tensor], beta: float, total: Total) -> Three:
     """Through the log ratio and log1p(expm1): for p near q, log(p / m) taken as a difference keeps no correct digit."""
     ratio = torch.sub(log_p, log_q, out=free[0])
     ratio.nan_to_num_(nan=0.0, posinf=MAX_LOG_RATIO, neginf=-MAX_LOG_RATIO).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -76,7 +75,7 @@ def _jsd(log_p: Tensor, log_q: Tensor, free: list[Tensor], beta: float, total: T
     return value, m_over_p.sub_((student_part + 0.0 * value)[:, None]).mul_(p).mul_(beta - 1.0), p
 
 
-def _tvd(log_p: Tensor, log_q: Tensor, free: list[Tensor], beta: float, total: Total) -> tuple[Tensor, Tensor, Tensor]:
+def _tvd(log_p: Tensor, log_q: Tensor, free: list[Tensor], beta: float, total: Total) -> Three:
     p, q = log_p.exp_(), log_q.exp_()
     difference = torch.sub(p, q, out=free[0])
     value = torch.abs(difference, out=q).sum(1)
@@ -86,8 +85,7 @@ def _tvd(log_p: Tensor, log_q: Tensor, free: list[Tensor], beta: float, total: T
     return value, sign.sub_((mean + 0.0 * value)[:, None]).mul_(p).mul_(0.5), p
 
 
-_Dense = Callable[[Tensor, Tensor, list[Tensor], float, Total], tuple[Tensor, Tensor, Tensor]]
-DENSE: dict[str, _Dense] = {
+DENSE: dict[str, Callable[[Tensor, Tensor, list[Tensor], float, Total], Three]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
     "jsd": _jsd,
@@ -96,9 +94,7 @@ DENSE: dict[str, _Dense] = {
 }
 
 
-def sparse_divergence(
-    kind: str, log_p: Tensor, log_rest: Tensor, teacher: SparseTeacher, beta: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def sparse_divergence(kind: str, log_p: Tensor, log_rest: Tensor, teacher: SparseTeacher, beta: float) -> Three:
     """(D [C], dD/da [C, K] at the ids, the rest's [C]: times p_j / P it is dD/da_j of a class j outside); see ../sparse.py.
 
     log_p [C, K] of the student at the ids, log_rest [C] of its mass outside.

@@ -62,10 +62,7 @@ class SignalCache:
         self._lock = threading.RLock()  # of all but the writer's thread
         self._writer = Writer(self.folder)
         self._reader = Reader(self.folder, self._writer.unwritten)
-        self._pending: Rows | None = None  # of the part to come, all of `_pending_index`
-        self._pending_samples: set[bytes] = set()
-        self._pending_index: Index | None = None
-        self._pending_since = 0.0
+        self._pending: Rows | None = None  # of the part to come
 
     @property
     def counts(self) -> dict[str, int]:
@@ -129,9 +126,9 @@ class SignalCache:
     def _find(self, index: Index, batch: Batch) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """(part, row) int32 [B] of each sample, part -1 where there is none: of what is pending too, which becomes a part."""
         samples = batch.sample_digests.view(f"S{DIGEST_BYTES}")
-        now = time.monotonic()
-        asked = index is self._pending_index and not self._pending_samples.isdisjoint(samples.tolist())
-        if asked or now - self._pending_since >= self._flush_seconds:
+        now, pending = time.monotonic(), self._pending
+        asked = pending is not None and pending.index is index and not pending.samples.isdisjoint(samples.tolist())
+        if asked or (pending is not None and now - pending.since >= self._flush_seconds):
             self._seal()
         parts, rows = index.find(samples)
         if (parts < 0).any() and now - index.listed >= self._refresh_seconds:
@@ -213,41 +210,33 @@ class SignalCache:
 
     def _put(self, index: Index, signal: Signal, record: pa.RecordBatch, spans: list[tuple[int, int]], batch: Batch) -> None:
         """Add some rows [start, stop) of the record to the part to come, and the head to what is written."""
-        if index is not self._pending_index or (self._pending is not None and self._pending.schema != record.schema):
+        if self._pending is not None and (self._pending.index is not index or self._pending.schema != record.schema):
             self._seal()
         if signal.head is not None and not self._reader.has_head(index):
-            self._put_head(index, signal.head)
+            head = signal.head.map(lambda tensor: tensor.detach().to("cpu", copy=True))
+            self._reader.hold_head(index, head)
+            self._writer.submit(index, index.folder / HEAD, lambda: encode_head(head, index.teacher.hex()))
         if not spans:
             return
         if self._pending is None:
-            self._pending = Rows(record.schema, self._part_bytes)
-            self._pending_index, self._pending_since = index, time.monotonic()
-        samples = samples_of(record)
+            self._pending = Rows(index, record.schema, self._part_bytes)
         for start, stop in spans:
             # A copy: the record is a view of the signal, whose memory a carrier may use again before the part is written.
             self._pending.add(record.slice(start, stop - start))
-            self._pending_samples.update(samples[start:stop].tolist())
             self.positions += int(batch.counts[start:stop].sum())
-        if self._pending.bytes >= self._part_bytes or time.monotonic() - self._pending_since >= self._flush_seconds:
+        if self._pending.bytes >= self._part_bytes or time.monotonic() - self._pending.since >= self._flush_seconds:
             self._seal()
-
-    def _put_head(self, index: Index, head: Head) -> None:
-        bias = None if head.bias is None else head.bias.detach().to("cpu", copy=True)
-        copy = Head(head.weight.detach().to("cpu", copy=True), bias)
-        self._reader.hold_head(index, copy)
-        self._writer.submit(index, index.folder / HEAD, lambda: encode_head(copy, index.teacher.hex()))
 
     def _seal(self) -> None:
         """Make a part of the pending rows and let it be written; from now on it is found in the index."""
-        index, rows = self._pending_index, self._pending
-        self._pending, self._pending_samples, self._pending_index = None, set(), None
-        if index is None or rows is None:
+        pending, self._pending = self._pending, None
+        if pending is None:
             return
-        record = rows.record()
+        record = pending.record()
         # The time comes first, so that names sort by it, and the earliest of a sample's rows is the same for every reader.
         name = f"part-{time.time_ns():016x}-{secrets.token_hex(4)}.arrow"
-        index.add([(name, samples_of(record))])
-        self._writer.add_part(index, name, record)
+        pending.index.add([(name, samples_of(record))])
+        self._writer.add_part(pending.index, name, record)
 
 
 def _valid(rows: pa.RecordBatch) -> bool:

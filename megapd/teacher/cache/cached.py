@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from megapd.batch import Batch
 from megapd.errors import UserError
 from megapd.schedule.plan import Plan
-from megapd.signals import Head, Signal, SignalSpec, as_sent
+from megapd.signals import Head, Signal, SignalSpec
 from megapd.teacher.cache.cache import SignalCache
 from megapd.teacher.stream import Stream
 from megapd.trajectory import Checkpoint, Checkpoints
 
 
-@dataclass(frozen=True)
-class _Ahead:
-    """What a request found: the signal of each micro-batch, None where the source was asked; or why it could not look."""
-
-    digests: list[str]
-    signals: list[Signal | None]
-    error: Exception | None = None
-
-
 class CachedStream:
     """A stream that reads the cache, and asks its source for what the cache lacks.
 
-    A micro-batch comes from the cache if all its samples are there, else from the source; with record=True what was missing is
-    added, and of samples that were there the cache's rows are used, so that a run that records and its replay are bitwise the
-    same. Closing it closes the source and the cache.
+    A micro-batch comes from the cache if all its samples are there, else from the source; what was missing is added, and of
+    samples that were there the cache's rows are used, so that a run that records and its replay are bitwise the same. Closing it
+    closes the source and the cache.
     """
 
     def __init__(
@@ -38,24 +29,22 @@ class CachedStream:
         cache: SignalCache,
         plan: Plan,
         spec: SignalSpec,
-        trajectory: Checkpoints | None,
-        source: Stream | None,
+        trajectory: Checkpoints,
+        source: Stream | None = None,
         *,
-        record: bool,
         classes: int = 0,
         agree: Callable[[list[bool]], list[bool]] | None = None,
     ) -> None:
-        """trajectory: names the teachers' digests; None: the source does, and then nothing is looked up ahead of the step.
-        record: needs a source, and classes, of the teacher's head. agree: where ranks answer each other's batches, as those of
-        a sharded teacher in the students' processes do: given which micro-batches of a step this rank would ask the source for,
+        """classes: of the teacher's head, needed with a source. agree: where ranks answer each other's batches, as those of a
+        sharded teacher in the students' processes do: given which micro-batches of a step this rank would ask the source for,
         those that any rank would, a collective that `signals` calls once."""
-        assert trajectory is not None or source is not None
-        assert not record or (source is not None and classes > 0)
+        assert source is None or classes > 0
         self.spec = spec
         self._cache, self._plan, self._trajectory, self._source = cache, plan, trajectory, source
-        self._record, self._classes, self._agree = record, classes, agree
+        self._classes, self._agree = classes, agree
         self._checkpoints: dict[int, Checkpoint] = {}
-        self._ahead: dict[int, _Ahead] = {}
+        # What `request` found: the batches' digests and their signals, None where the source was asked; or why it could not look.
+        self._ahead: dict[int, tuple[list[str], list[Signal | None] | Exception]] = {}
         self._head: tuple[str, torch.device, Head] | None = None
 
     @property
@@ -64,16 +53,10 @@ class CachedStream:
         return self._cache.counts
 
     def ready(self, step: int) -> bool:
-        if self._source is not None:
-            return self._source.ready(step)
-        assert self._trajectory is not None
-        return self._trajectory.written(self._plan.checkpoint_at(step))
+        return self._trajectory.written(self._plan.checkpoint_at(step)) if self._source is None else self._source.ready(step)
 
     def teacher(self, step: int) -> Checkpoint:
-        """Read from the trajectory where there is one: a source whose signals are all in the cache loads no checkpoint."""
-        if self._trajectory is None:
-            assert self._source is not None
-            return self._source.teacher(step)
+        """Read from the trajectory: a source whose signals are all in the cache loads no checkpoint."""
         teacher_step = self._plan.checkpoint_at(step)
         if teacher_step not in self._checkpoints:
             self._checkpoints[teacher_step] = self._trajectory.checkpoint(teacher_step)
@@ -82,26 +65,23 @@ class CachedStream:
     def request(self, step: int, batches: Sequence[Batch]) -> None:
         """Looks the step up on the caller's thread, which reads its rows from the disk ahead of the step; what is not there is
         asked of the source."""
-        signals: list[Signal | None] = [None] * len(batches)
-        error: Exception | None = None
+        found: list[Signal | None] | Exception = [None] * len(batches)
         # A checkpoint that a teacher has yet to write has given no signals.
-        if self._trajectory is not None and self._trajectory.written(self._plan.checkpoint_at(step)):
+        if self._trajectory.written(self._plan.checkpoint_at(step)):
             try:
-                teacher = self.teacher(step).digest
-                signals = [self._cache.lookup(teacher, self.spec, batch) for batch in batches]
-            except Exception as raised:  # whatever it is, `signals` raises it
-                error = raised
-        self._ahead[step] = _Ahead([batch.digest for batch in batches], signals, error)
-        missing = [batch for batch, signal in zip(batches, signals, strict=True) if signal is None]
-        if missing and self._source is not None and error is None:
-            self._source.request(step, missing)
+                found = self._lookup(self.teacher(step), batches)
+            except Exception as error:  # whatever it is, `signals` raises it
+                found = error
+        self._ahead[step] = [batch.digest for batch in batches], found
+        if self._source is not None and not isinstance(found, Exception):
+            missing = [batch for batch, signal in zip(batches, found, strict=True) if signal is None]
+            if missing:
+                self._source.request(step, missing)
 
     def signals(self, step: int, batches: Sequence[Batch]) -> Iterator[Signal]:
         """Raises UserError for samples that are not in the cache if there is no source."""
         checkpoint = self.teacher(step)
-        found = self._taken(step, batches)
-        if found is None:
-            found = [self._cache.lookup(checkpoint.digest, self.spec, batch) for batch in batches]
+        found = self._found(step, checkpoint, batches)
         asked = [signal is None for signal in found]
         if self._agree is not None:
             asked = self._agree(asked)
@@ -111,7 +91,7 @@ class CachedStream:
             if self._source is None:
                 raise self._missing(step, checkpoint, batches, missing)
             given = iter(self._source.signals(step, missing))
-        return self._answers(checkpoint, batches, found, asked, given)
+        return self._answers(checkpoint, zip(batches, found, asked, strict=True), given)
 
     def close(self) -> None:
         try:
@@ -120,31 +100,29 @@ class CachedStream:
         finally:
             self._cache.close()
 
-    def _taken(self, step: int, batches: Sequence[Batch]) -> list[Signal | None] | None:
-        """What `request` found for these batches, or raises what it met; None if it was not called for them. Older ones go."""
+    def _lookup(self, checkpoint: Checkpoint, batches: Sequence[Batch]) -> list[Signal | None]:
+        return [self._cache.lookup(checkpoint.digest, self.spec, batch) for batch in batches]
+
+    def _found(self, step: int, checkpoint: Checkpoint, batches: Sequence[Batch]) -> list[Signal | None]:
+        """What `request` found for these batches, or raises what it met; looked up now if it was not called for them."""
         for earlier in [key for key in list(self._ahead) if key < step]:  # a list: `request` adds from its own thread
             del self._ahead[earlier]
-        ahead = self._ahead.pop(step, None)
-        if ahead is not None and ahead.error is not None:
-            raise ahead.error
-        return ahead.signals if ahead is not None and ahead.digests == [batch.digest for batch in batches] else None
+        digests, found = self._ahead.pop(step, ([], []))
+        if isinstance(found, Exception):
+            raise found
+        return found if digests == [batch.digest for batch in batches] else self._lookup(checkpoint, batches)
 
     def _answers(
-        self,
-        checkpoint: Checkpoint,
-        batches: Sequence[Batch],
-        found: Sequence[Signal | None],
-        asked: Sequence[bool],
-        given: Iterator[Signal],
+        self, checkpoint: Checkpoint, found: Iterable[tuple[Batch, Signal | None, bool]], given: Iterator[Signal]
     ) -> Iterator[Signal]:
-        for batch, cached, ask in zip(batches, found, asked, strict=True):
+        for batch, cached, ask in found:
             fresh = next(given) if ask else None  # taken, and not used, where another rank alone lacked it
             if cached is not None:
                 signal = cached.to(batch.ids.device)
             else:
                 assert fresh is not None
                 fresh.check(checkpoint.digest, batch)
-                signal = self._cache.record(fresh, batch, self._classes) if self._record else as_sent(fresh)
+                signal = self._cache.record(fresh, batch, self._classes)
             signal.check(checkpoint.digest, batch)
             yield self._with_head(signal, batch.ids.device)
 

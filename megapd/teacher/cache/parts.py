@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ from numpy.typing import NDArray
 
 from megapd.batch import DIGEST_BYTES
 from megapd.errors import SignalDamaged
-from megapd.files import atomic_file
 from megapd.signals import NO_ARROW, SignalSpec, check_form, digests_of
 
 
@@ -74,14 +74,15 @@ def read_records(path: Path) -> tuple[pa.Schema, list[pa.RecordBatch]]:
             raise SignalDamaged(f"no Arrow file: {' '.join(str(error).split())}") from error
 
 
-def check_part(records: list[pa.RecordBatch], index: Index) -> None:
-    """SignalDamaged unless it is one well-formed record batch of the index's teacher and parameters."""
+def rows_of(records: list[pa.RecordBatch], index: Index) -> pa.RecordBatch:
+    """The rows of a part's record batches. SignalDamaged unless they are one, of the folder's teacher and parameters."""
     if len(records) != 1 or not check_form(records[0]):
         raise SignalDamaged("not one record batch of signals")
     if records[0].schema.metadata[b"parameters"] != index.spec.parameters.encode():
         raise SignalDamaged("its parameters are not those of its folder")
     if not (digests_of(records[0], "teacher") == np.bytes_(index.teacher)).all():
         raise SignalDamaged("rows of another teacher than its folder's")
+    return records[0]
 
 
 def samples_of(record: pa.RecordBatch) -> NDArray[np.bytes_]:
@@ -100,17 +101,19 @@ def concatenate(records: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
 class Rows:
     """The rows of a part to come, all of one schema, copied one after the other into memory that is laid out as the part's.
 
-    bytes: what `record` will hold.
+    bytes: what `record` will hold. since: time.monotonic() of the first.
     """
 
-    def __init__(self, schema: pa.Schema, part_bytes: int) -> None:
+    def __init__(self, index: Index, schema: pa.Schema, part_bytes: int) -> None:
         """part_bytes: what is expected; more makes the memory grow, which copies it."""
-        self.schema, self.bytes = schema, 0
+        self.index, self.schema, self.bytes, self.since = index, schema, 0, time.monotonic()
+        self.samples: set[bytes] = set()
         self._expected = part_bytes
         self._columns: dict[str, tuple[NDArray[np.uint8], int]] = {}  # memory, and how much of it is used
         self._counts: list[NDArray[np.int64]] = []  # labelled positions of the samples
 
     def add(self, record: pa.RecordBatch) -> None:
+        self.samples.update(digests_of(record, "sample").tolist())
         counts = np.diff(record.column("values").offsets.to_numpy())
         self._counts.append(counts)
         data = {name: _bytes_of(record.column(name)) for name in self.schema.names}
@@ -163,12 +166,3 @@ def _bytes_of(column: pa.Array) -> NDArray[np.uint8]:
     if buffer is None:
         return np.empty(0, dtype=np.uint8)
     return np.frombuffer(buffer, dtype=np.uint8)[first * size : (first + count) * size]
-
-
-def write_whole(path: Path, schema: pa.Schema, records: Iterable[pa.RecordBatch]) -> int:
-    """Write an Arrow IPC file that is there whole or not at all; its bytes."""
-    with atomic_file(path) as file:
-        with pa.ipc.new_file(file, schema) as writer:
-            for record in records:
-                writer.write_batch(record)
-        return file.tell()

@@ -7,18 +7,20 @@ import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 
 from megapd.errors import SignalDamaged, SignalMismatch
 from megapd.files import TEMPORARY_INFIX
 from megapd.signals import Head, SignalSpec, decode_head
-from megapd.teacher.cache.parts import Index, check_part, read_records, samples_of
+from megapd.teacher.cache.parts import Index, read_records, rows_of, samples_of
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 HEAD = "head.arrow"
 OPEN_PARTS = 256  # memory maps held; views of a dropped one keep it alive
 HEADS_HELD = 2
@@ -51,8 +53,7 @@ class Reader:
         """Index the parts that other processes have written since the last time; remove what crashes left."""
         found = []
         try:
-            with os.scandir(index.folder) as entries:
-                names = sorted(entry.name for entry in entries)
+            names = sorted(os.listdir(index.folder))
         except FileNotFoundError:
             return
         except OSError as error:
@@ -74,20 +75,10 @@ class Reader:
         if unwritten is not None:
             return unwritten
         if path not in self._open:
-            try:
-                _, records = read_records(path)
-                check_part(records, index)
-            except FileNotFoundError:  # another process found it damaged
-                self._forget(path)
+            rows = self._read(path, lambda _, records: rows_of(records, index), "what it holds")
+            if rows is None:
                 return None
-            except SignalDamaged as error:
-                self.set_aside(path, error)
-                return None
-            except OSError as error:
-                self._warn(f"{path}: cannot be read ({error}); what it holds is not used")
-                self._forget(path)
-                return None
-            self._open[path] = records[0]
+            self._open[path] = rows
             if len(self._open) > OPEN_PARTS:
                 self._open.popitem(last=False)
         self._open.move_to_end(path)
@@ -96,21 +87,13 @@ class Reader:
     def head(self, index: Index) -> Head | None:
         """The recorded head of a teacher's hidden states, on the host, verified; None if there is none."""
         path = index.folder / HEAD
-        if path in self._heads:
-            self._heads.move_to_end(path)
-            return self._heads[path]
-        try:
-            head = decode_head(*read_records(path), index.teacher.hex())
-        except FileNotFoundError:
-            return None
-        except (SignalDamaged, SignalMismatch) as error:
-            self.set_aside(path, error)
-            return None
-        except OSError as error:
-            self._warn(f"{path}: cannot be read ({error}); it is not used")
-            return None
-        self.hold_head(index, head)
-        return head
+        if path not in self._heads:
+            head = self._read(path, lambda schema, records: decode_head(schema, records, index.teacher.hex()), "it")
+            if head is None:
+                return None
+            self.hold_head(index, head)
+        self._heads.move_to_end(path)
+        return self._heads[path]
 
     def has_head(self, index: Index) -> bool:
         """Whether there is a file of it, or one is being written; another process may have done so."""
@@ -136,6 +119,19 @@ class Reader:
         except OSError as failure:
             what = f"it could not be set aside ({failure}); remove it"
         self._warn(f"{path}: damaged ({error}), {what}; its samples count as missing")
+
+    def _read(self, path: Path, content: Callable[[pa.Schema, list[pa.RecordBatch]], T], lost: str) -> T | None:
+        """What a file holds; None if it has gone, is damaged and set aside, or cannot be read. lost: what is not used then."""
+        try:
+            return content(*read_records(path))
+        except FileNotFoundError:  # another process found it damaged, or none has written it
+            pass
+        except (SignalDamaged, SignalMismatch) as error:
+            self.set_aside(path, error)
+        except OSError as error:
+            self._warn(f"{path}: cannot be read ({error}); {lost} is not used")
+        self._forget(path)
+        return None
 
     def _forget(self, path: Path) -> None:
         """No row of this part is found any more."""

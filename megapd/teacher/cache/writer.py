@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from megapd.files import fsync_folder, write_atomic
-from megapd.teacher.cache.parts import Index, write_whole
+from megapd.files import atomic_file, fsync_path, write_atomic
+from megapd.teacher.cache.parts import Index
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,12 @@ class Writer:
             return
         try:
             self._make_folder(index)
-            size = write_whole(path, *content())
+            schema, records = content()
+            with atomic_file(path) as file:
+                with pa.ipc.new_file(file, schema) as writer:
+                    for record in records:
+                        writer.write_batch(record)
+                size = file.tell()
         except OSError as error:
             self.failure = f"teacher.cache: {self._folder} cannot be written ({error})"
             log.warning("%s; signals are no longer recorded; free space there, or choose another folder", self.failure)
@@ -81,4 +86,4 @@ class Writer:
         names = {"format": FORMAT, "teacher": index.teacher.hex(), "parameters": index.spec.parameters}
         write_atomic(about, json.dumps(names))
         for parent in (index.folder.parent, self._folder):
-            fsync_folder(parent)
+            fsync_path(parent)

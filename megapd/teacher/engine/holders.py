@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,60 +26,62 @@ from megapd.world import World, init_deepspeed
 from megapd_kernels import VocabularyShard
 
 
-class Holder(Protocol):
-    """parts: for every tensor of a checkpoint what this rank needs of it. classes, width: of the whole head."""
+class Holder:
+    """One teacher's weights as far as this rank has them.
 
-    model: nn.Module
-    parts: dict[str, Part]
-    classes: int
-    width: int
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace this rank's weights by what `stage` made of tensors, one a name of `parts`, each that part."""
-
-    def hidden(self, batch: Batch) -> Tensor:
-        """Final hidden states [N, D] of the labelled positions."""
-        ...
-
-    def trial(self, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor | None:
-        """What `hidden` will give when the staged `tensors` are loaded, from another thread than those that answer; None where
-        that takes other ranks, or memory that is not there."""
-
-    def head(self) -> AbstractContextManager[tuple[Head, VocabularyShard | None]]:
-        """The head as far as this rank has it, and which of its classes that is; None: all."""
-        ...
-
-
-class _Module:
-    """What holders have in common: a module of parameters that are this rank's parts, and its head."""
+    parts: for every tensor of a checkpoint what this rank needs of it. classes: of the whole head.
+    """
 
     model: nn.Module
     parts: dict[str, Part]
     _shard: VocabularyShard | None = None
+    _in_place = False
 
     def __init__(self, model: Any) -> None:
-        classes, width = model.head.weight.shape
-        self.classes, self.width = int(classes), int(width)
+        self.classes = int(model.head.weight.shape[0])
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        _replace(dict(self.model.named_parameters()), tensors)
+        """Replace this rank's weights by what `stage` made of tensors, one a name of `parts`, each that part.
+
+        All or nothing: shapes are compared before the first is replaced. Where a staged tensor lies on the weights' device it
+        becomes the weight: a rotation then costs no copy at all.
+        """
+        targets = self._targets(tensors)
+        assert targets.keys() == tensors.keys()
+        for name, target in targets.items():
+            if target.shape != tensors[name].shape:
+                raise UserError(f"{name} has shape {tuple(tensors[name].shape)} in the checkpoint, not {tuple(target.shape)}")
+        for name, target in targets.items():
+            staged = tensors[name]
+            if staged.device == target.device and staged.dtype == target.dtype and not self._in_place:
+                target.data = staged
+            else:
+                target.data.copy_(staged, non_blocking=True)
+
+    def _targets(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What tensors replace, by name."""
+        return dict(self.model.named_parameters())
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:
+        """Final hidden states [N, D] of the labelled positions."""
         hidden: Tensor = self.model(batch, mode="hidden")
         return hidden
 
     def trial(self, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor | None:
+        """What `hidden` will give when the staged `tensors` are loaded, from another thread than those that answer; None where
+        that takes other ranks, or memory that is not there."""
         return None
 
     @contextmanager
     def head(self) -> Iterator[tuple[Head, VocabularyShard | None]]:
+        """The head as far as this rank has it, and which of its classes that is; None: all."""
         head: Any = self.model.head
-        yield Head(head.weight.detach(), None if head.bias is None else head.bias.detach()), self._shard
+        yield Head(head.weight, head.bias).map(Tensor.detach), self._shard
 
 
-class WholeHolder(_Module):
+class WholeHolder(Holder):
     """Every rank holds the whole model."""
 
     def __init__(self, model: nn.Module, world: World, dtype: torch.dtype) -> None:
@@ -110,8 +112,10 @@ class WholeHolder(_Module):
                 parameter.data = parameter.new_empty(0)
 
 
-class ZeroHolder(_Module):
+class ZeroHolder(Holder):
     """DeepSpeed ZeRO-3 without an optimizer. The model is whole on the host of each rank once, when it is built."""
+
+    _in_place = True  # what it replaces are views of DeepSpeed's own buffers
 
     def __init__(self, model: nn.Module, world: World, dtype: torch.dtype) -> None:
         import deepspeed
@@ -136,14 +140,13 @@ class ZeroHolder(_Module):
             size = parameter.ds_tensor.ds_numel
             self.parts[name] = Flat(world.rank * size, (world.rank + 1) * size)
 
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def _targets(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         targets = {}
         for name, parameter in self._partitions.items():
             if parameter.ds_status.name == "AVAILABLE":
                 parameter.partition()  # left gathered by the last forward: its old values would be used again
             targets[name] = parameter.ds_tensor.data[: tensors[name].numel()]
-        _replace(targets, tensors, in_place=True)
+        return targets
 
     @contextmanager
     def head(self) -> Iterator[tuple[Head, VocabularyShard | None]]:
@@ -153,7 +156,7 @@ class ZeroHolder(_Module):
             yield found
 
 
-class TensorHolder(_Module):
+class TensorHolder(Holder):
     """Matrices split over the ranks, the head by classes; of a model built on the meta device a rank allocates its part."""
 
     def __init__(self, model: nn.Module, world: World, dtype: torch.dtype) -> None:
@@ -165,24 +168,8 @@ class TensorHolder(_Module):
         self._shard = vocabulary_shard(self.classes, world.rank, world.size, group)
 
 
-Build = Callable[[nn.Module, World, torch.dtype], Holder]
-
-
-HOLDERS: dict[str, Build] = {"whole": WholeHolder, "zero": ZeroHolder, "tensor": TensorHolder}
-
-
-def _replace(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, in_place: bool = False) -> None:
-    """All or nothing: shapes are compared before the first is replaced.
-
-    Where a staged tensor lies on the weights' device it becomes the weight: a rotation then costs no copy at all.
-    """
-    assert targets.keys() == tensors.keys()
-    for name, target in targets.items():
-        if target.shape != tensors[name].shape:
-            raise UserError(f"{name} has shape {tuple(tensors[name].shape)} in the checkpoint, not {tuple(target.shape)}")
-    for name, target in targets.items():
-        staged = tensors[name]
-        if staged.device == target.device and staged.dtype == target.dtype and not in_place:
-            target.data = staged
-        else:
-            target.data.copy_(staged, non_blocking=True)
+HOLDERS: dict[str, Callable[[nn.Module, World, torch.dtype], Holder]] = {
+    "whole": WholeHolder,
+    "zero": ZeroHolder,
+    "tensor": TensorHolder,
+}

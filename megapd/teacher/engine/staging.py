@@ -49,22 +49,19 @@ class Staging:
         self._ahead: OrderedDict[int, Future[Staged]] = OrderedDict()
         self._told: set[tuple[int, str]] = set()
         self._lock = threading.Lock()  # of _ahead: a server prepares from its request threads
-        self._opened, self._closed = threading.Event(), threading.Event()
+        self.opened, self._closed = threading.Event(), threading.Event()
 
     def open(self, holder: Holder) -> None:
         """Read for holders like this one from now on."""
         self._holder = holder
-        self._opened.set()
-
-    @property
-    def opened(self) -> bool:
-        return self._opened.is_set()
+        self.opened.set()
 
     def prepare(self, step: int) -> Future[Staged]:
         """Start reading the checkpoint of teacher step `step`, as soon as it is written."""
         with self._lock:
             future = self._ahead.get(step)
-            if future is None or _failed(future):  # what failed may have been mended
+            # What failed may have been mended.
+            if future is None or (future.done() and (future.cancelled() or future.exception() is not None)):
                 future = self._thread.submit(self._read, step)
                 future.add_done_callback(lambda done: self._report(step, done))
                 self._ahead[step] = future
@@ -97,7 +94,7 @@ class Staging:
     _holder: Holder
 
     def _read(self, step: int) -> Staged:
-        while not self._opened.wait(POLL_SECONDS):
+        while not self.opened.wait(POLL_SECONDS):
             if self._closed.is_set():
                 raise CancelledError
         while self._options.wait_seconds is not None and not self._trajectory.written(step):
@@ -128,11 +125,9 @@ def stage(tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtyp
 
     On a GPU in pinned host memory, or with on_device in the GPU's own, copied on a stream of its own. For a reader's thread.
     """
-    staged = {}
-    for name, tensor in tensors.items():
-        own = torch.empty(tensor.shape, dtype=dtype, pin_memory=device.type == "cuda")
-        staged[name] = own.copy_(tensor)
-    if device.type == "cuda" and on_device:
+    cuda = device.type == "cuda"
+    staged = {name: torch.empty(part.shape, dtype=dtype, pin_memory=cuda).copy_(part) for name, part in tensors.items()}
+    if cuda and on_device:
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
             staged = {name: tensor.to(device, non_blocking=True) for name, tensor in staged.items()}
@@ -145,10 +140,6 @@ def _give_way() -> None:
     MB read, hashed and copied by the side of a student on two cores: 1.3 times the step). Not the lowest, which may starve."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), READER_NICENESS)
-
-
-def _failed(future: Future[Staged]) -> bool:
-    return future.done() and (future.cancelled() or future.exception() is not None)
 
 
 def finite(tensor: Tensor) -> bool:

@@ -37,6 +37,7 @@ class Teacher:
 
     def __init__(self, trajectory: Checkpoints, world: World, options: TeacherOptions, demands: Demands | None = None) -> None:
         self.trajectory, self.world, self.options = trajectory, world, options
+        self.sharded = options.sharded(world)
         self.held: Checkpoint | None = None
         self._demands = demands if demands is not None else Demands()
         self._slots: OrderedDict[int, tuple[Checkpoint, Holder]] = OrderedDict()  # by teacher step, the last used at the end
@@ -49,10 +50,6 @@ class Teacher:
         return tuple(checkpoint.digest for checkpoint, _ in list(self._slots.values()))
 
     @property
-    def sharded(self) -> bool:
-        return self.options.sharded(self.world)
-
-    @property
     def classes(self) -> int:
         """Of the head of the checkpoint that is held."""
         return self._holder.classes
@@ -63,13 +60,13 @@ class Teacher:
 
     def ready(self, step: int) -> bool:
         """Whether `rotate(step)` would not wait; begins to prepare it if nothing has."""
-        if not self._staging.opened:  # what this rank is to read is not known before the first `rotate`
+        if not self._staging.opened.is_set():  # what this rank is to read is not known before the first `rotate`
             return self.trajectory.written(step)
         return step in self._slots or self.prepare(step).done()
 
     def open(self, step: int) -> None:
         """Build the model that the checkpoint of `step` describes, so that `prepare` can read. Sharded, on all ranks together."""
-        if not self._staging.opened:
+        if not self._staging.opened.is_set():
             wait = self.options.wait_seconds
             checkpoint = self.trajectory.checkpoint(step) if wait is None else self.trajectory.wait_for(step, wait)
             self._demands.check(checkpoint)
@@ -104,7 +101,11 @@ class Teacher:
         common: the ranks of a sharded teacher were given the same batch, and each gets its signal; else each has its own.
         """
         assert self.held is not None, "rotate() comes before signal()"
-        found = self._answer_each(batch, spec) if self._one_batch and not common else self._answer(batch, spec)
+        if self.options.sharding == "tensor" and self.sharded and not common:  # each rank's batch in turn, run by all of them
+            answers = [self._answer(other.to(self.world.device), spec) for other in self.world.gather(batch.to("cpu"))]
+            found = answers[self.world.rank]
+        else:
+            found = self._answer(batch, spec)
         head = self.head() if spec.definition.with_head else None
         signal = Signal(spec, self.held.digest, batch.digest, found.values, head, found.logprobs, found.log_rest)
         return signal if self.world.device.type == "cpu" else pack(signal)
@@ -117,11 +118,8 @@ class Teacher:
             if not self.sharded:
                 return head
             if self._gathered is None or self._gathered[0] != self.held.digest:
-                if shard is None:  # gathered by ZeRO for the time of this block alone
-                    whole = Head(head.weight.clone(), None if head.bias is None else head.bias.clone())
-                else:
-                    whole = Head(shard.whole(head.weight), None if head.bias is None else shard.whole(head.bias))
-                self._gathered = (self.held.digest, whole)
+                # Without a shard ZeRO gathered it, for the time of this block alone.
+                self._gathered = (self.held.digest, head.map(Tensor.clone if shard is None else shard.whole))
             return self._gathered[1]
 
     def close(self) -> None:
@@ -131,23 +129,12 @@ class Teacher:
     _tested = False
     _gathered: tuple[str, Head] | None = None  # (teacher's digest, its whole head)
 
-    @property
-    def _one_batch(self) -> bool:
-        """Whether all ranks have to run the same batch at once."""
-        return self.options.sharding == "tensor" and self.world.size > 1
-
     def _answer(self, batch: Batch, spec: SignalSpec) -> Answer:
         hidden = self._holder.hidden(batch)
         if spec.definition.with_head:
             return Answer(hidden)  # without the head, which ranks may have to gather
         with self._holder.head() as (head, shard):
             return spec.answer(batch, TeacherOutput(hidden, head, shard, self.options.chunk_bytes))
-
-    def _answer_each(self, batch: Batch, spec: SignalSpec) -> Answer:
-        """Each rank's batch in turn, run by all of them."""
-        batches = self.world.gather(batch.to("cpu"))
-        answers = [self._answer(other.to(self.world.device), spec) for other in batches]
-        return answers[self.world.rank]
 
     def _build(self, checkpoint: Checkpoint) -> Holder:
         kind = self.options.sharding if self.world.size > 1 or self.options.sharding == "zero" else "whole"

@@ -264,7 +264,7 @@ class Dispatcher:
         # One question of several ranks, or repeated while its first answer is on its way, is answered once.
         unique = list({request.id: request for request in requests}.values())
         first = unique[0]
-        batch = first.batch if len(unique) == 1 else concatenate([request.batch for request in unique])
+        batch = first.batch if len(unique) == 1 else Batch.concatenate([request.batch for request in unique])
         start = time.monotonic()
         signal = self.replica.signal(first.step, batch, first.spec)
         self._rotated_to(first.teacher)
@@ -306,14 +306,6 @@ class Dispatcher:
             self._teacher, self._rotated = teacher, time.monotonic()
             self.metrics.rotations.inc()
         self.metrics.resident.set(len(self.replica.held))
-
-
-def concatenate(batches: Sequence[Batch]) -> Batch:
-    """Batch.concatenate, with the samples' digests where each is known."""
-    batch = Batch.concatenate(batches)
-    if all("sample_digests" in part.__dict__ for part in batches):
-        batch.__dict__["sample_digests"] = np.concatenate([part.sample_digests for part in batches])
-    return batch
 
 
 def split(signal: Signal, batches: Sequence[Batch]) -> list[Signal]:
