@@ -18,16 +18,9 @@ from megapd.processes.local import local_command, local_environment
 
 log = logging.getLogger(__name__)
 
-
 RESTART_SECONDS = (1.0, 30.0)  # wait before a replica that died is started again: doubled each time, from, to
-
-
 STEADY_SECONDS = 60.0  # a replica that ran this long begins at the first wait again
-
-
 WATCH_SECONDS = 0.2  # between looks at the replicas
-
-
 END_SECONDS = 10.0  # beside teacher.server.drain_seconds, for a process to end
 
 
