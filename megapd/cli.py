@@ -39,14 +39,11 @@ def main(argv: list[str] | None = None) -> int:
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank a machine: what is missing may be missing on one of them
     try:
         return _call(settings + unknown, **vars(parsed))
-    except UserError as error:
+    except (UserError, RunFailed) as error:
+        mistake = isinstance(error, UserError)
         if speaks:
-            print(f"megapd: error: {error}", file=sys.stderr)
-        return 2
-    except RunFailed as error:
-        if speaks:
-            print(f"megapd: {error}", file=sys.stderr)
-        return 1
+            print(f"megapd: {'error: ' if mistake else ''}{error}", file=sys.stderr)
+        return 2 if mistake else 1
 
 
 def _call(

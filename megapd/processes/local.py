@@ -26,10 +26,10 @@ def launch_local(
         ).returncode
 
 
-def local_command(arguments: Sequence[str], ranks: int, module: str = "megapd") -> list[str]:
-    """The deepspeed launcher's command line for `python -m MODULE ARGUMENTS` on `ranks` local ranks."""
+def local_command(arguments: Sequence[str], ranks: int) -> list[str]:
+    """The deepspeed launcher's command line for `megapd ARGUMENTS` on `ranks` local ranks."""
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", os.devnull, "--num_gpus", str(ranks)]
-    return [*launcher, "--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--module", module, *arguments]
+    return [*launcher, "--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--module", "megapd", *arguments]
 
 
 def local_environment(ranks: int, environment: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -55,9 +55,16 @@ class Supervisor:
         return code
 
     def _end(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
-        """Tell all, wait for what they still answer, and kill what is left."""
+        """Tell all, wait for what they still answer, and kill what is left.
+
+        Where a replica has ranks, its process is DeepSpeed's runner, which ends without a word to its child, the launcher of the
+        ranks: the launcher is told instead, ends the ranks, and the runner ends with it.
+        """
         for process in processes:
-            self._terminate(process)
+            if process.poll() is None:
+                launchers = psutil.Process(process.pid).children() if self._server.ranks > 1 else []
+                for told in launchers or [process]:
+                    told.terminate()
         deadline = time.monotonic() + self._server.drain_seconds + END_SECONDS
         for process in processes:
             try:
@@ -65,15 +72,6 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 for left in [process, *psutil.Process(process.pid).children(recursive=True)]:
                     left.kill()
-
-    def _terminate(self, process: subprocess.Popen[bytes]) -> None:
-        """SIGTERM to a replica that runs. Where it has ranks, the process is DeepSpeed's runner, which ends without a word to its
-        child, the launcher of the ranks: the launcher is told instead, ends the ranks, and the runner ends with it."""
-        if process.poll() is not None:
-            return
-        launchers = psutil.Process(process.pid).children() if self._server.ranks > 1 else []
-        for told in launchers or [process]:
-            told.terminate()
 
     def _watch(self, number: int, replica: _Replica) -> int:
         code = replica.process.poll()

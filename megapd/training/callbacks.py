@@ -68,8 +68,7 @@ class Checkpointer(Callback):
 
     def _save(self, run: Run) -> None:
         state = {**asdict(run.progress), **run.teaching.state}
-        carried = {callback.name: kept for callback in run.callbacks if (kept := callback.state_dict())}
-        if carried:
+        if carried := {callback.name: kept for callback in run.callbacks if (kept := callback.state_dict())}:
             state["callbacks"] = carried
         run.teaching.sync()
         folder = run.store.save(run.engine, run.step, state)

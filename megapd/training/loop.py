@@ -47,11 +47,8 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> TrainingResult:
     callbacks: beside those that training.callbacks names. Raises UserError for a mistake in the settings or files, before
     anything is written; Diverged, TeacherLost, CheckpointTimeout; and what a callback raises.
     """
-    run = start(config, callbacks)
-    try:
+    with closing(start(config, callbacks)) as run:
         finished = train_run(run)
-    finally:
-        run.close()
     latest = run.latest
     if not latest:  # the run was complete already
         for line in recorded(config.folder / METRICS, run.step):
@@ -71,9 +68,8 @@ def train_run(run: Run) -> bool:
             # All ranks agree: the labelled positions of the global batch, whether to stop, whether the schedule changes.
             batches = feed.get(step)
             change = teaching.next_change(step)
-            labelled, stops, changes = world.sum(
-                sum(batch.labelled for batch in batches), int(run.stop.pending()), int(change is not None)
-            )
+            labels = sum(batch.labelled for batch in batches)
+            labelled, stops, changes = world.sum(labels, int(run.stop.pending()), int(change is not None))
             if changes:
                 teaching.take(change)
             if stops or not teaching.came(step, run.stop.pending):
@@ -98,9 +94,8 @@ def train_run(run: Run) -> bool:
             run.progress.step += 1
 
             # What else there is to do.
-            metrics = None
-            if any(callback.due(run.step) for callback in callbacks):
-                metrics = step_metrics(run, sums, labelled, lr, source)
+            wanted = any(callback.due(run.step) for callback in callbacks)
+            metrics = step_metrics(run, sums, labelled, lr, source) if wanted else None
             result = StepResult(run.step, labelled, lr, source, applied, metrics)
             for callback in callbacks:
                 callback.after_step(run, result)

@@ -25,12 +25,10 @@ class Meter(Callback):
         self._settings = settings
 
     def start(self, run: Run) -> None:
-        self._steps, self._step = run.steps, run.start
+        self._step = run.start
         self._tokens = run.config.training.global_batch * run.task.length
-        labelled_share = run.task.labelled_per_sample / run.task.length
-        self._flops = run.config.model.flops_per_token(
-            classes=run.task.classes, length=run.task.length, labelled_share=labelled_share
-        )
+        share = run.task.labelled_per_sample / run.task.length
+        self._flops = run.config.model.flops_per_token(classes=run.task.classes, length=run.task.length, labelled_share=share)
         peak = _peak_tflops(self._settings, run.world.device)
         self._peak_flops = None if peak is None else peak * 1e12 * run.world.size
         lines = recorded(run.config.folder / METRICS, run.start) if run.writes else []
@@ -38,11 +36,8 @@ class Meter(Callback):
         self._time = time.perf_counter()
         self._began = self._time - seconds_before  # as if those before a resume had been now
 
-    def due(self, step: int) -> bool:
-        return due(step, self._settings.every, self._steps)
-
     def after_step(self, run: Run, result: StepResult) -> None:
-        if result.metrics is None or not self.due(result.step):
+        if result.metrics is None or not due(result.step, self._settings.every, run.steps):
             return
         now = time.perf_counter()
         rate = (result.step - self._step) * self._tokens / (now - self._time)
