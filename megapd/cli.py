@@ -36,12 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     settings = [argument for argument in argv if _is_setting(argument)]
     parsed, unknown = _parser().parse_known_args([argument for argument in argv if not _is_setting(argument)])
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank a machine: what is missing may be missing on one of them
     try:
         return _call(settings + unknown, **vars(parsed))
     except (UserError, RunFailed) as error:
         mistake = isinstance(error, UserError)
-        if speaks:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one rank a machine: what is missing may be missing on one of them
             print(f"megapd: {'error: ' if mistake else ''}{error}", file=sys.stderr)
         return 2 if mistake else 1
 
@@ -146,35 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     _verb(verbs, "prepare", "prepare.prepare_corpus", "build the corpus: tokenizer, packed blocks, held-out split", config=True)
     sub = _verb(verbs, "plan", "plan.show_plan", "print and plot which checkpoint teaches when", config=True)
     sub.add_argument("--output", type=Path, help="PNG of the timeline; default: plots/plan.png in the run's folder")
-    _add_trajectory(verbs)
-    sub = _verb(verbs, "scheduler", _scheduler, "the service that knows every checkpoint and decides which one teaches when")
-    words = "CONFIG | token ROLE | tokens | revoke NAME"
-    sub.add_argument("words", nargs="*", metavar=words, help="a YAML file to serve with, or")
-    sub.add_argument("--as", dest="name", metavar="NAME", help="of a new token; default: its role")
-    _add_schedule(verbs)
-    sub = _verb(verbs, "evaluate", _evaluate, "held-out loss and accuracy of a run's checkpoints")
-    sub.add_argument("folder", type=Path, help="a run's folder: runs/NAME")
-    sub = _verb(verbs, "plot", "plot.plot", "loss and accuracy against steps, several runs overlaid", overrides=False)
-    sub.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="runs' folders")
-    sub.add_argument("--output", type=Path, help="PNG; the CSV behind it goes beside; default: plots/curves.png of the first run")
-    text = "sparse parity: progressive distillation against one-shot and labels"
-    sub = _verb(verbs, "demo", "demo.run_demo", text, overrides=False)
-    sub.add_argument("--folder", type=Path, default=Path("runs/demo"))
-    return parser
 
-
-def _verb(
-    verbs: Verbs, name: str, function: Function, text: str, *, config: bool = False, overrides: bool = True
-) -> argparse.ArgumentParser:
-    # No abbreviations: --every would otherwise be taken for another option than the setting it names.
-    sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
-    sub.set_defaults(function=function, takes_overrides=overrides)
-    if config:
-        sub.add_argument("config", type=Path, nargs="?", help="YAML file; settings follow as --section.key=value")
-    return sub
-
-
-def _add_trajectory(verbs: Verbs) -> None:
     trajectory = _verb(verbs, "trajectory", "checkpoints.list_checkpoints", "the checkpoints of a teacher run", overrides=False)
     actions = trajectory.add_subparsers(dest="action", required=True)
     text = "steps, digests, sizes and metrics of the checkpoints"
@@ -198,8 +169,11 @@ def _add_trajectory(verbs: Verbs) -> None:
     sub.add_argument("--metric", choices=("auto", "loss", "degree_1", "m_robust_3"), help="default: the configuration's, or auto")
     sub.add_argument("--output", type=Path, help="PNG of the curve; default: plots/transition.png in the run's folder")
 
+    sub = _verb(verbs, "scheduler", _scheduler, "the service that knows every checkpoint and decides which one teaches when")
+    words = "CONFIG | token ROLE | tokens | revoke NAME"
+    sub.add_argument("words", nargs="*", metavar=words, help="a YAML file to serve with, or")
+    sub.add_argument("--as", dest="name", metavar="NAME", help="of a new token; default: its role")
 
-def _add_schedule(verbs: Verbs) -> None:
     schedule = _verb(verbs, "schedule", "schedule.show_schedule", "the schedules of the scheduler's runs")
     actions = schedule.add_subparsers(dest="action", required=True)
     sub = _verb(actions, "show", "schedule.show_schedule", "the newest version, and where the run is")
@@ -211,3 +185,24 @@ def _add_schedule(verbs: Verbs) -> None:
     sub.add_argument("--at", type=int, metavar="STEP", help="student step that it begins at; default: as soon as can be")
     sub.add_argument("--note", default="", help="kept with it")
     sub.add_argument("--accept", action="store_true", help="though it names flagged checkpoints")
+
+    sub = _verb(verbs, "evaluate", _evaluate, "held-out loss and accuracy of a run's checkpoints")
+    sub.add_argument("folder", type=Path, help="a run's folder: runs/NAME")
+    sub = _verb(verbs, "plot", "plot.plot", "loss and accuracy against steps, several runs overlaid", overrides=False)
+    sub.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="runs' folders")
+    sub.add_argument("--output", type=Path, help="PNG; the CSV behind it goes beside; default: plots/curves.png of the first run")
+    text = "sparse parity: progressive distillation against one-shot and labels"
+    sub = _verb(verbs, "demo", "demo.run_demo", text, overrides=False)
+    sub.add_argument("--folder", type=Path, default=Path("runs/demo"))
+    return parser
+
+
+def _verb(
+    verbs: Verbs, name: str, function: Function, text: str, *, config: bool = False, overrides: bool = True
+) -> argparse.ArgumentParser:
+    # No abbreviations: --every would otherwise be taken for another option than the setting it names.
+    sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+    sub.set_defaults(function=function, takes_overrides=overrides)
+    if config:
+        sub.add_argument("config", type=Path, nargs="?", help="YAML file; settings follow as --section.key=value")
+    return sub

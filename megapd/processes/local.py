@@ -20,10 +20,9 @@ def launch_local(
 
     environment: instead of this process's, see `local_environment`. log: a file for all output; default: the terminal.
     """
+    command, environment = local_command(arguments, ranks), local_environment(ranks, environment)
     with log.open("w") if log is not None else nullcontext() as output:
-        return subprocess.run(
-            local_command(arguments, ranks), env=local_environment(ranks, environment), stdout=output, stderr=output, check=False
-        ).returncode
+        return subprocess.run(command, env=environment, stdout=output, stderr=output, check=False).returncode
 
 
 def local_command(arguments: Sequence[str], ranks: int) -> list[str]:

@@ -75,10 +75,8 @@ class Supervisor:
 
     def _watch(self, number: int, replica: _Replica) -> int:
         code = replica.process.poll()
-        if code is None:
-            return 0
-        if code == 2:  # a mistake in the settings, which another start would repeat
-            return 2
+        if code is None or code == 2:  # it runs, or there is a mistake in the settings, which another start would repeat
+            return code or 0
         now = time.monotonic()
         if replica.restart_at is None:
             replica.failures = 0 if now - replica.started > STEADY_SECONDS else replica.failures + 1

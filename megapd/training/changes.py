@@ -121,19 +121,16 @@ def _resume_alone(
             source.close()
         raise
     if source is None and plan.grows_after(step):
-        raise UserError(
-            f"scheduler.url: the scheduler decides for this run ({FILE} in its folder), and nothing else can go on with that; "
-            f"name the scheduler again, or start a run of another name; if the run decided by itself, restore {REPORTS_FILE}"
-        )
+        what = f"the scheduler decides for this run ({FILE} in its folder), and nothing else can go on with that"
+        fix = f"name the scheduler again, or start a run of another name; if the run decided by itself, restore {REPORTS_FILE}"
+        raise UserError(f"scheduler.url: {what}; {fix}")
     return source
 
 
 def _take_known(plan: LivePlan | None, log: ChangeLog, known: int) -> None:
     if len(log.changes) < known:
-        raise UserError(
-            f"schedule: this run's checkpoint knew {known} changes, but {len(log.changes)} are on record; restore "
-            f"{FILE} in the run's folder, or start a run of another name"
-        )
+        what = f"this run's checkpoint knew {known} changes, but {len(log.changes)} are on record"
+        raise UserError(f"schedule: {what}; restore {FILE} in the run's folder, or start a run of another name")
     if plan is not None:
         for change in log.changes:
             plan.take(change)

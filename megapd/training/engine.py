@@ -101,9 +101,8 @@ class Engine:
         denominator: labelled positions of the whole global batch. Ranks and micro-batches add up to the gradient of the
         global mean, however many there are; DeepSpeed averages over ranks, which the factor world.size undoes.
         """
-        loss: Tensor
-        stats: Tensor
-        loss, stats = self.deepspeed(batch, signal, max(denominator, 1))
+        outputs: tuple[Tensor, Tensor] = self.deepspeed(batch, signal, max(denominator, 1))
+        loss, stats = outputs
         # A loss of inf can have finite gradients; as NaN it reaches the gradient norm, where all ranks agree to skip the step.
         loss = loss * torch.where(torch.isfinite(loss.detach()), float(self.world.size), math.nan)
         self.deepspeed.backward(loss, scale_wrt_gas=False)

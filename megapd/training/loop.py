@@ -126,10 +126,8 @@ def count_nonfinite(run: Run, applied: bool, sums: Tensor) -> None:
     if run.writes:
         log.warning("step %d: %s not finite, update skipped", run.step, "loss" if loss_broke else "gradients")
     if progress.nonfinite_in_a_row >= training.max_nonfinite:
-        raise Diverged(
-            f"{progress.nonfinite_in_a_row} steps in a row were not finite, up to step {run.step} (training.max_nonfinite); "
-            f"lower optimizer.lr, set training.clip, or resume from an earlier checkpoint"
-        )
+        what = f"{progress.nonfinite_in_a_row} steps in a row were not finite, up to step {run.step} (training.max_nonfinite)"
+        raise Diverged(f"{what}; lower optimizer.lr, set training.clip, or resume from an earlier checkpoint")
 
 
 def step_metrics(run: Run, sums: Tensor, labelled: int, lr: float, source: Source) -> dict[str, Any]:

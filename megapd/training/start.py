@@ -73,7 +73,7 @@ def start(config: Config, callbacks: Sequence[Callback] = ()) -> Run:
         opened.callback(engine.destroy)
         world = engine.world
         store = CheckpointStore(config.folder / "checkpoints", world, config.checkpoint.keep, task.data_digest)
-        resumed = _check_folder(config, store)
+        resumed = _check_folder(config)
         world.barrier()  # no rank may look at the folder after rank 0 has begun to write it
         restored = (store.restore(engine) if resumed else None) or {}
         _restore_callbacks(whole, restored.get("callbacks", {}))
@@ -101,14 +101,8 @@ def order(config: Config, added: Sequence[Callback]) -> list[Callback]:
     """
     if twice := [name for name, count in Counter(callback.name for callback in added).items() if count > 1]:
         raise UserError(f"training.callbacks: two are called {twice[0]!r}; give one another name, the key of its state")
-    return [
-        Meter(config.telemetry),
-        *added,
-        Telemetry(config.telemetry, _registered(registry.trackers, config.telemetry.trackers, "telemetry.trackers")),
-        Evaluation(config.evaluation),
-        TrajectoryWriter(config.trajectory),
-        Checkpointer(config.checkpoint.every),
-    ]
+    trackers = _registered(registry.trackers, config.telemetry.trackers, "telemetry.trackers")
+    return [Meter(), *added, Telemetry(trackers), Evaluation(), TrajectoryWriter(), Checkpointer()]
 
 
 def _registered(entries: registry.Registry[Entry], names: Sequence[str], setting: str) -> list[Entry]:
@@ -127,7 +121,7 @@ def _restore_callbacks(callbacks: Sequence[Callback], states: dict[str, dict[str
             callback.load_state_dict(states[callback.name])
 
 
-def _check_folder(config: Config, store: CheckpointStore) -> bool:
+def _check_folder(config: Config) -> bool:
     """Whether the run's folder is to be resumed; UserError if it holds another run, or may not be resumed."""
     saved = config.folder / "config.yaml"
     if not saved.exists():
@@ -137,8 +131,6 @@ def _check_folder(config: Config, store: CheckpointStore) -> bool:
     before, now = flatten(yaml.safe_load(saved.read_text())), flatten(config.model_dump(mode="json"))
     for key in sorted((before.keys() | now.keys()) - set(RETIRED_SETTINGS)):
         if before.get(key) != now.get(key) and not key.startswith(FREE_SETTINGS):
-            raise UserError(
-                f"{key} was {before.get(key)!r} when {config.folder} began and is {now.get(key)!r} now; "
-                f"a resumed run keeps its settings: restore it, or choose another name"
-            )
+            what = f"{key} was {before.get(key)!r} when {config.folder} began and is {now.get(key)!r} now"
+            raise UserError(f"{what}; a resumed run keeps its settings: restore it, or choose another name")
     return True

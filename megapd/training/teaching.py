@@ -103,10 +103,8 @@ class Teaching(NoTeacher):
         assert changes.plan is not None
         self.plan, self.stream, self.ahead = changes.plan, stream, settings.depth
         self._settings, self._record, self._world = settings, record, world
-        self._recorded: SignalCache | None = None
-        if settings.on_failure == "cache":
-            assert settings.cache is not None
-            self._recorded = SignalCache(settings.cache)
+        folder = settings.cache if settings.on_failure == "cache" else None
+        self._recorded = None if folder is None else SignalCache(folder)
 
     def take(self, change: Change | None) -> None:
         self.plan.take(self._world.gather(change)[0])
@@ -122,17 +120,15 @@ class Teaching(NoTeacher):
             return True
         deadline = time.monotonic() + seconds
         while True:
-            late = time.monotonic() > deadline
-            ready, stops, lates = self._world.sum(int(self.stream.ready(step)), int(stop()), int(late))
+            late = int(time.monotonic() > deadline)
+            ready, stops, late = self._world.sum(int(self.stream.ready(step)), int(stop()), late)
             if stops:
                 return False
             if ready == self._world.size:
                 return True
-            if lates:
-                raise CheckpointTimeout(
-                    f"schedule.timeout_seconds: no checkpoint of the teacher's step {self.plan.checkpoint_at(step)} after "
-                    f"{seconds:g} s; is the teacher running, and does it write this step?"
-                )
+            if late:
+                what = f"no checkpoint of the teacher's step {self.plan.checkpoint_at(step)} after {seconds:g} s"
+                raise CheckpointTimeout(f"schedule.timeout_seconds: {what}; is the teacher running, and does it write this step?")
             time.sleep(0.1)
 
     def rotation(self, step: int) -> Checkpoint | None:
@@ -167,9 +163,7 @@ class Teaching(NoTeacher):
         if ranks_wrong:
             messages = self._messages(wrong)
             raise wrong or RuntimeError(f"step {step}: another rank failed: {messages}")
-        if ranks_lost:
-            return self._without(step, batches, ranks_lost, failure)
-        return Taken(signals, "teacher")
+        return self._without(step, batches, ranks_lost, failure) if ranks_lost else Taken(signals, "teacher")
 
     def metrics(self, step: int, divergence: float) -> dict[str, Any]:
         counts = () if self._settings.on_failure == "wait" else ("steps_from_cache", "steps_from_labels")
