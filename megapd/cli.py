@@ -1,4 +1,4 @@
-"""The command line: one thin function a verb.
+"""The command line: what each verb is called, takes and runs.
 
 Exit codes: 0 done (or stopped on request, with a checkpoint); 1 the run diverged, a followed teacher wrote no checkpoint in
 time, a served teacher was lost or another one than scheduled, a trajectory is not as it was written, or the demo did not show
@@ -12,8 +12,10 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megapd import __version__
 from megapd.errors import RunFailed, UserError
@@ -23,162 +25,101 @@ if TYPE_CHECKING:
 
     Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
 
+# What a verb runs: a name for `command`, which is given the configuration, or a function of this file.
+Function = str | Callable[..., int]
+
 
 def main(argv: list[str] | None = None) -> int:
     # The deepspeed launcher hands each rank its number on the command line as well as in LOCAL_RANK.
     argv = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank=")]
     # Settings are taken out first: argparse would take one with a space in it, such as --model={kind: gpt}, for the file's name.
     settings = [argument for argument in argv if _is_setting(argument)]
-    arguments, unknown = _parser().parse_known_args([argument for argument in argv if not _is_setting(argument)])
-    overrides = settings + unknown
+    parsed, unknown = _parser().parse_known_args([argument for argument in argv if not _is_setting(argument)])
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank a machine: what is missing may be missing on one of them
     try:
-        if overrides and not arguments.takes_overrides:
-            raise UserError(f"{overrides[0]!r}: `megapd {arguments.verb}` takes no settings")
-        arguments.overrides = overrides
-        return int(arguments.run(arguments))
-    except UserError as error:
-        if speaks:
-            print(f"megapd: error: {error}", file=sys.stderr)
-        return 2
-    except RunFailed as error:
-        if speaks:
-            print(f"megapd: {error}", file=sys.stderr)
-        return 1
+        return _call(settings + unknown, **vars(parsed))
+    except (UserError, RunFailed) as error:
+        mistake = isinstance(error, UserError)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one rank a machine: what is missing may be missing on one of them
+            print(f"megapd: {'error: ' if mistake else ''}{error}", file=sys.stderr)
+        return 2 if mistake else 1
 
 
-# What a verb needs is imported when it runs: torch alone takes seconds, and each verb needs other things.
+def _call(
+    overrides: list[str], *, verb: str, function: Function, takes_overrides: bool, action: str | None = None, **options: Any
+) -> int:
+    """Call the verb's function: with the configuration, or for one of this file the overrides, and the options by their names."""
+    if overrides and not takes_overrides:
+        raise UserError(f"{overrides[0]!r}: `megapd {verb}` takes no settings")
+    if not isinstance(function, str):
+        return function(overrides, **options)
+    configuration = [_load(overrides, options.pop("config", None))] if takes_overrides else []
+    return command(function)(*configuration, **options)
 
 
-def train(arguments: argparse.Namespace) -> int:
-    config = _load(arguments, arguments.config)
-    if arguments.dry_run:
-        from megapd.commands.dry_run import show_dry_run
-
-        return show_dry_run(config)
-    from megapd.commands.train import train_command
-
-    return train_command(config)
+def command(path: str) -> Callable[..., int]:
+    """`module.function` of megapd.commands, imported only to run: torch alone takes seconds, each verb needs other things."""
+    module, name = path.split(".")
+    function: Callable[..., int] = getattr(import_module(f"megapd.commands.{module}"), name)
+    return function
 
 
-def teacher(arguments: argparse.Namespace) -> int:
-    from megapd.commands.teacher import serve_teacher
-
-    own = [] if arguments.config is None else [str(arguments.config)]
-    return serve_teacher(_load(arguments, arguments.config), ["teacher", *own, *arguments.overrides])
+def _train(overrides: list[str], config: Path | None, dry_run: bool) -> int:
+    return command("dry_run.show_dry_run" if dry_run else "train.train_command")(_load(overrides, config))
 
 
-def record(arguments: argparse.Namespace) -> int:
-    from megapd.commands.record import record_signals
-
-    return record_signals(_load(arguments, arguments.config))
-
-
-def prepare(arguments: argparse.Namespace) -> int:
-    from megapd.commands.prepare import prepare_corpus
-
-    return prepare_corpus(_load(arguments, arguments.config))
+def _teacher(overrides: list[str], config: Path | None) -> int:
+    own = [] if config is None else [str(config)]
+    return command("teacher.serve_teacher")(_load(overrides, config), ["teacher", *own, *overrides])
 
 
-def plan(arguments: argparse.Namespace) -> int:
-    from megapd.commands.plan import show_plan
-
-    return show_plan(_load(arguments, arguments.config), arguments.output)
+def _evaluate(overrides: list[str], folder: Path) -> int:
+    return command("evaluate.evaluate_run")(_load(overrides, folder / "config.yaml"), folder)
 
 
-def trajectory_list(arguments: argparse.Namespace) -> int:
-    from megapd.commands.checkpoints import list_checkpoints
-
-    return list_checkpoints(arguments.folder)
-
-
-def trajectory_verify(arguments: argparse.Namespace) -> int:
-    if not arguments.folder.exists():
-        from megapd.commands.trajectory import verify_checkpoints
-
-        return verify_checkpoints(_load(arguments), str(arguments.folder), accept=arguments.accept)
-    if arguments.accept:
-        raise UserError(f"--accept: {arguments.folder} is a folder; give the name of a registered trajectory")
-    if arguments.overrides:
-        raise UserError(f"{arguments.overrides[0]!r}: a folder's verification takes no settings; a registered trajectory's does")
-    from megapd.commands.checkpoints import verify_folder
-
-    return verify_folder(arguments.folder)
+def _verify(overrides: list[str], folder: Path, accept: bool) -> int:
+    if not folder.exists():
+        return command("trajectory.verify_checkpoints")(_load(overrides), str(folder), accept=accept)
+    if accept:
+        raise UserError(f"--accept: {folder} is a folder; give the name of a registered trajectory")
+    if overrides:
+        raise UserError(f"{overrides[0]!r}: a folder's verification takes no settings; a registered trajectory's does")
+    return command("checkpoints.verify_folder")(folder)
 
 
-def trajectory_suggest(arguments: argparse.Namespace) -> int:
-    from megapd.commands.checkpoints import suggest_transition
-
-    chosen = arguments.checkpoints, arguments.metric, arguments.output
-    return suggest_transition(arguments.source, arguments.overrides, *chosen)
+def _suggest(overrides: list[str], **options: Any) -> int:
+    return command("checkpoints.suggest_transition")(overrides, **options)
 
 
-def trajectory_import(arguments: argparse.Namespace) -> int:
-    from megapd.commands.trajectory import import_checkpoints
-
-    how = {"name": arguments.alias, "probe_samples": arguments.probe, "watch": arguments.watch}
-    return import_checkpoints(_load(arguments), arguments.source, **how)
-
-
-def scheduler(arguments: argparse.Namespace) -> int:
-    from megapd.commands import scheduler as command
-
-    words = arguments.words
+def _scheduler(overrides: list[str], words: list[str], name: str | None) -> int:
     match words:
         case ["token", role]:
-            return command.create_token(_load(arguments), role, arguments.alias)
+            return command("scheduler.create_token")(_load(overrides), role, name)
         case ["tokens"]:
-            return command.list_tokens(_load(arguments))
-        case ["revoke", name]:
-            return command.revoke_token(_load(arguments), name)
+            return command("scheduler.list_tokens")(_load(overrides))
+        case ["revoke", revoked]:
+            return command("scheduler.revoke_token")(_load(overrides), revoked)
         case [] | [_]:
-            return command.serve_scheduler(_load(arguments, Path(words[0]) if words else None))
+            return command("scheduler.serve_scheduler")(_load(overrides, Path(words[0]) if words else None))
     raise UserError(f"{' '.join(words)}: give a configuration's file, or token ROLE, tokens, revoke NAME")
 
 
-def schedule_show(arguments: argparse.Namespace) -> int:
-    from megapd.commands.schedule import schedule_history, show_schedule
-
-    show = schedule_history if arguments.action == "history" else show_schedule
-    return show(_load(arguments), arguments.run_name)
-
-
-def schedule_set(arguments: argparse.Namespace) -> int:
-    from megapd.commands.schedule import set_schedule
-    from megapd.config import load, parse_overrides
+def _set_schedule(overrides: list[str], run: str, **options: Any) -> int:
+    from megapd.config import parse_overrides
 
     # The schedule alone, which in a run's configuration would ask for a teacher beside it.
-    own = [o for o in arguments.overrides if o.startswith(("--schedule.", "--schedule="))]
-    config = load(None, [o for o in arguments.overrides if o not in own])
+    own = [o for o in overrides if o.startswith(("--schedule.", "--schedule="))]
+    config = _load([o for o in overrides if o not in own])
     document = parse_overrides(own).get("schedule")
     if not isinstance(document, dict):
         raise UserError("schedule: give the new one as settings, --schedule.policy=one_shot --schedule.checkpoint=1200")
-    return set_schedule(config, arguments.run_name, document, at=arguments.at, note=arguments.note, accept=arguments.accept)
+    return command("schedule.set_schedule")(config, run, document, **options)
 
 
-def evaluate(arguments: argparse.Namespace) -> int:
-    from megapd.commands.evaluate import evaluate_run
-
-    return evaluate_run(_load(arguments, arguments.folder / "config.yaml"), arguments.folder)
-
-
-def plot(arguments: argparse.Namespace) -> int:
-    from megapd.commands.plot import plot as draw
-
-    return draw(arguments.folders, arguments.output)
-
-
-def demo(arguments: argparse.Namespace) -> int:
-    from megapd.commands.demo import run_demo
-
-    return run_demo(arguments.folder)
-
-
-def _load(arguments: argparse.Namespace, file: Path | None = None) -> Config:
+def _load(overrides: list[str], file: Path | None = None) -> Config:
     from megapd.config import load
 
-    return load(file, arguments.overrides)
+    return load(file, overrides)
 
 
 def _is_setting(argument: str) -> bool:
@@ -197,73 +138,71 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megapd", description="Progressive distillation pre-training on DeepSpeed.")
     parser.add_argument("--version", action="version", version=f"megapd {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True)
-    sub = _verb(verbs, "train", train, "train a teacher or a student", config=True)
+    sub = _verb(verbs, "train", _train, "train a teacher or a student", config=True)
     sub.add_argument("--dry-run", action="store_true", help="print what would run, and train nothing")
-    _verb(verbs, "teacher", teacher, "serve a teacher's signals to students in other processes", config=True)
-    _verb(verbs, "record", record, "fill teacher.cache with the signals of a whole schedule", config=True)
-    _verb(verbs, "prepare", prepare, "build the corpus: tokenizer, packed blocks, held-out split", config=True)
-    sub = _verb(verbs, "plan", plan, "print and plot which checkpoint teaches when", config=True)
+    _verb(verbs, "teacher", _teacher, "serve a teacher's signals to students in other processes", config=True)
+    _verb(verbs, "record", "record.record_signals", "fill teacher.cache with the signals of a whole schedule", config=True)
+    _verb(verbs, "prepare", "prepare.prepare_corpus", "build the corpus: tokenizer, packed blocks, held-out split", config=True)
+    sub = _verb(verbs, "plan", "plan.show_plan", "print and plot which checkpoint teaches when", config=True)
     sub.add_argument("--output", type=Path, help="PNG of the timeline; default: plots/plan.png in the run's folder")
-    _add_trajectory(verbs)
-    sub = _verb(verbs, "scheduler", scheduler, "the service that knows every checkpoint and decides which one teaches when")
+
+    trajectory = _verb(verbs, "trajectory", "checkpoints.list_checkpoints", "the checkpoints of a teacher run", overrides=False)
+    actions = trajectory.add_subparsers(dest="action", required=True)
+    text = "steps, digests, sizes and metrics of the checkpoints"
+    sub = _verb(actions, "list", "checkpoints.list_checkpoints", text, overrides=False)
+    sub.add_argument("folder", type=Path, help="a trajectory's folder, or that of a run that wrote one")
+    sub = _verb(actions, "verify", _verify, "hash every file again; exit code 1 if something is wrong")
+    text = "a trajectory's folder, that of its run, or a registered one's name"
+    sub.add_argument("folder", type=Path, metavar="FOLDER|NAME", help=text)
+    sub.add_argument("--accept", action="store_true", help="let what is flagged be scheduled all the same (registered ones)")
+    text = "register checkpoints with the scheduler; again: what is new"
+    sub = _verb(actions, "import", "trajectory.import_checkpoints", text)
+    sub.add_argument("source", metavar="FOLDER|hf:REPO", help="a trajectory's folder, that of its run, or a Hugging Face model")
+    sub.add_argument("--as", dest="name", metavar="NAME", help="also point this name to it")
+    text = "measure each checkpoint's loss on held-out samples"
+    sub.add_argument("--probe", dest="probe_samples", type=int, default=0, metavar="SAMPLES", help=text)
+    sub.add_argument("--watch", action="store_true", help="go on, until SIGTERM, with what a teacher that trains writes")
+    sub = _verb(actions, "suggest", _suggest, "what schedule.policy transition would choose, and why")
+    text = "a trajectory's or run's folder, or a student's YAML file"
+    sub.add_argument("source", type=Path, metavar="FOLDER|CONFIG", help=text)
+    sub.add_argument("--checkpoints", type=int, help="N, the last checkpoint included; default: the configuration's, or 2")
+    sub.add_argument("--metric", choices=("auto", "loss", "degree_1", "m_robust_3"), help="default: the configuration's, or auto")
+    sub.add_argument("--output", type=Path, help="PNG of the curve; default: plots/transition.png in the run's folder")
+
+    sub = _verb(verbs, "scheduler", _scheduler, "the service that knows every checkpoint and decides which one teaches when")
     words = "CONFIG | token ROLE | tokens | revoke NAME"
     sub.add_argument("words", nargs="*", metavar=words, help="a YAML file to serve with, or")
-    sub.add_argument("--as", dest="alias", metavar="NAME", help="of a new token; default: its role")
-    _add_schedule(verbs)
-    sub = _verb(verbs, "evaluate", evaluate, "held-out loss and accuracy of a run's checkpoints")
+    sub.add_argument("--as", dest="name", metavar="NAME", help="of a new token; default: its role")
+
+    schedule = _verb(verbs, "schedule", "schedule.show_schedule", "the schedules of the scheduler's runs")
+    actions = schedule.add_subparsers(dest="action", required=True)
+    sub = _verb(actions, "show", "schedule.show_schedule", "the newest version, and where the run is")
+    sub.add_argument("run", metavar="RUN")
+    sub = _verb(actions, "history", "schedule.schedule_history", "all versions and decisions")
+    sub.add_argument("run", metavar="RUN")
+    sub = _verb(actions, "set", _set_schedule, "replace it, as --schedule.policy=...; all ranks take it up at one step")
+    sub.add_argument("run", metavar="RUN")
+    sub.add_argument("--at", type=int, metavar="STEP", help="student step that it begins at; default: as soon as can be")
+    sub.add_argument("--note", default="", help="kept with it")
+    sub.add_argument("--accept", action="store_true", help="though it names flagged checkpoints")
+
+    sub = _verb(verbs, "evaluate", _evaluate, "held-out loss and accuracy of a run's checkpoints")
     sub.add_argument("folder", type=Path, help="a run's folder: runs/NAME")
-    sub = _verb(verbs, "plot", plot, "loss and accuracy against steps, several runs overlaid", overrides=False)
+    sub = _verb(verbs, "plot", "plot.plot", "loss and accuracy against steps, several runs overlaid", overrides=False)
     sub.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="runs' folders")
     sub.add_argument("--output", type=Path, help="PNG; the CSV behind it goes beside; default: plots/curves.png of the first run")
-    sub = _verb(verbs, "demo", demo, "sparse parity: progressive distillation against one-shot and labels", overrides=False)
+    text = "sparse parity: progressive distillation against one-shot and labels"
+    sub = _verb(verbs, "demo", "demo.run_demo", text, overrides=False)
     sub.add_argument("--folder", type=Path, default=Path("runs/demo"))
     return parser
 
 
 def _verb(
-    verbs: Verbs, name: str, function: object, text: str, *, config: bool = False, overrides: bool = True
+    verbs: Verbs, name: str, function: Function, text: str, *, config: bool = False, overrides: bool = True
 ) -> argparse.ArgumentParser:
     # No abbreviations: --every would otherwise be taken for another option than the setting it names.
     sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
-    sub.set_defaults(run=function, takes_overrides=overrides)
+    sub.set_defaults(function=function, takes_overrides=overrides)
     if config:
         sub.add_argument("config", type=Path, nargs="?", help="YAML file; settings follow as --section.key=value")
     return sub
-
-
-def _add_trajectory(verbs: Verbs) -> None:
-    trajectory = _verb(verbs, "trajectory", trajectory_list, "the checkpoints of a teacher run", overrides=False)
-    actions = trajectory.add_subparsers(dest="action", required=True)
-    sub = _verb(actions, "list", trajectory_list, "steps, digests, sizes and metrics of the checkpoints", overrides=False)
-    sub.add_argument("folder", type=Path, help="a trajectory's folder, or that of a run that wrote one")
-    sub = _verb(actions, "verify", trajectory_verify, "hash every file again; exit code 1 if something is wrong")
-    sub.add_argument(
-        "folder", type=Path, metavar="FOLDER|NAME", help="a trajectory's folder, that of its run, or a registered one's name"
-    )
-    sub.add_argument("--accept", action="store_true", help="let what is flagged be scheduled all the same (registered ones)")
-    sub = _verb(actions, "import", trajectory_import, "register checkpoints with the scheduler; again: what is new")
-    sub.add_argument("source", metavar="FOLDER|hf:REPO", help="a trajectory's folder, that of its run, or a Hugging Face model")
-    sub.add_argument("--as", dest="alias", metavar="NAME", help="also point this name to it")
-    sub.add_argument("--probe", type=int, default=0, metavar="SAMPLES", help="measure each checkpoint's loss on held-out samples")
-    sub.add_argument("--watch", action="store_true", help="go on, until SIGTERM, with what a teacher that trains writes")
-    sub = _verb(actions, "suggest", trajectory_suggest, "what schedule.policy transition would choose, and why")
-    sub.add_argument(
-        "source", type=Path, metavar="FOLDER|CONFIG", help="a trajectory's or run's folder, or a student's YAML file"
-    )
-    sub.add_argument("--checkpoints", type=int, help="N, the last checkpoint included; default: the configuration's, or 2")
-    sub.add_argument("--metric", choices=("auto", "loss", "degree_1", "m_robust_3"), help="default: the configuration's, or auto")
-    sub.add_argument("--output", type=Path, help="PNG of the curve; default: plots/transition.png in the run's folder")
-
-
-def _add_schedule(verbs: Verbs) -> None:
-    schedule = _verb(verbs, "schedule", schedule_show, "the schedules of the scheduler's runs")
-    actions = schedule.add_subparsers(dest="action", required=True)
-    sub = _verb(actions, "show", schedule_show, "the newest version, and where the run is")
-    sub.add_argument("run_name", metavar="RUN")
-    sub = _verb(actions, "history", schedule_show, "all versions and decisions")
-    sub.add_argument("run_name", metavar="RUN")
-    sub = _verb(actions, "set", schedule_set, "replace it, as --schedule.policy=...; all ranks take it up at one step")
-    sub.add_argument("run_name", metavar="RUN")
-    sub.add_argument("--at", type=int, metavar="STEP", help="student step that it begins at; default: as soon as can be")
-    sub.add_argument("--note", default="", help="kept with it")
-    sub.add_argument("--accept", action="store_true", help="though it names flagged checkpoints")

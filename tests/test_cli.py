@@ -1,5 +1,7 @@
 """Bad input: one line that names the cause, exit code 2, no traceback, nothing half-written. And the verbs on small runs."""
 
+import argparse
+import inspect
 import json
 import os
 import shutil
@@ -10,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from megapd import cli
 from megapd.cli import main
 from megapd.registry import callbacks
 from megapd.training import Callback
@@ -35,6 +38,25 @@ def refused(capsys, folder, arguments, *named):
 
 def tree(folder):
     return sorted((str(p.relative_to(folder)), p.stat().st_size) for p in folder.rglob("*") if p.is_file())
+
+
+def leaves(parser):
+    """The parsers that a command line can end in."""
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [leaf for group in groups for sub in group.choices.values() for leaf in leaves(sub)] or [parser]
+
+
+def test_every_verb_fits_its_function():
+    verbs = leaves(cli._parser())
+    assert len(verbs) == 16
+    for verb in verbs:
+        options = {action.dest for action in verb._actions} - {"help"}
+        function = verb.get_default("function")
+        if isinstance(function, str):
+            function = cli.command(function)
+            options -= {"config"}
+        given = [None] if verb.get_default("takes_overrides") else []
+        inspect.signature(function).bind(*given, **dict.fromkeys(options))
 
 
 def test_no_trajectory(tmp_path, capsys):

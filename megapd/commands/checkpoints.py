@@ -24,7 +24,7 @@ def verify_folder(folder: Path) -> int:
 
 
 def suggest_transition(
-    source: Path, overrides: Sequence[str], checkpoints: int | None, metric: str | None, output: Path | None
+    overrides: Sequence[str], source: Path, checkpoints: int | None, metric: str | None, output: Path | None
 ) -> int:
     found, picture = suggest(source, list(overrides), checkpoints, metric)
     print(describe_found(found))

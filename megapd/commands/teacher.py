@@ -23,8 +23,7 @@ from megapd.world import join_world
 def serve_teacher(config: Config, arguments: Sequence[str]) -> int:
     """Serve the configuration's teacher until SIGTERM or SIGINT; the exit code.
 
-    arguments: of the command line, `teacher CONFIG --section.key=value ...`, with which replicas and ranks are started where this
-    process is to be neither.
+    arguments: of the command line, `teacher CONFIG --section.key=value ...`, with which replicas and ranks are started.
     """
     if config.teacher is None:
         raise UserError("teacher: this configuration has no teacher to serve; add the sections teacher and schedule")

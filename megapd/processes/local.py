@@ -20,16 +20,15 @@ def launch_local(
 
     environment: instead of this process's, see `local_environment`. log: a file for all output; default: the terminal.
     """
+    command, environment = local_command(arguments, ranks), local_environment(ranks, environment)
     with log.open("w") if log is not None else nullcontext() as output:
-        return subprocess.run(
-            local_command(arguments, ranks), env=local_environment(ranks, environment), stdout=output, stderr=output, check=False
-        ).returncode
+        return subprocess.run(command, env=environment, stdout=output, stderr=output, check=False).returncode
 
 
-def local_command(arguments: Sequence[str], ranks: int, module: str = "megapd") -> list[str]:
-    """The deepspeed launcher's command line for `python -m MODULE ARGUMENTS` on `ranks` local ranks."""
+def local_command(arguments: Sequence[str], ranks: int) -> list[str]:
+    """The deepspeed launcher's command line for `megapd ARGUMENTS` on `ranks` local ranks."""
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", os.devnull, "--num_gpus", str(ranks)]
-    return [*launcher, "--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--module", module, *arguments]
+    return [*launcher, "--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--module", "megapd", *arguments]
 
 
 def local_environment(ranks: int, environment: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -18,16 +18,9 @@ from megapd.processes.local import local_command, local_environment
 
 log = logging.getLogger(__name__)
 
-
 RESTART_SECONDS = (1.0, 30.0)  # wait before a replica that died is started again: doubled each time, from, to
-
-
 STEADY_SECONDS = 60.0  # a replica that ran this long begins at the first wait again
-
-
 WATCH_SECONDS = 0.2  # between looks at the replicas
-
-
 END_SECONDS = 10.0  # beside teacher.server.drain_seconds, for a process to end
 
 
@@ -62,9 +55,16 @@ class Supervisor:
         return code
 
     def _end(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
-        """Tell all, wait for what they still answer, and kill what is left."""
+        """Tell all, wait for what they still answer, and kill what is left.
+
+        Where a replica has ranks, its process is DeepSpeed's runner, which ends without a word to its child, the launcher of the
+        ranks: the launcher is told instead, ends the ranks, and the runner ends with it.
+        """
         for process in processes:
-            self._terminate(process)
+            if process.poll() is None:
+                launchers = psutil.Process(process.pid).children() if self._server.ranks > 1 else []
+                for told in launchers or [process]:
+                    told.terminate()
         deadline = time.monotonic() + self._server.drain_seconds + END_SECONDS
         for process in processes:
             try:
@@ -73,21 +73,10 @@ class Supervisor:
                 for left in [process, *psutil.Process(process.pid).children(recursive=True)]:
                     left.kill()
 
-    def _terminate(self, process: subprocess.Popen[bytes]) -> None:
-        """SIGTERM to a replica that runs. Where it has ranks, the process is DeepSpeed's runner, which ends without a word to its
-        child, the launcher of the ranks: the launcher is told instead, ends the ranks, and the runner ends with it."""
-        if process.poll() is not None:
-            return
-        launchers = psutil.Process(process.pid).children() if self._server.ranks > 1 else []
-        for told in launchers or [process]:
-            told.terminate()
-
     def _watch(self, number: int, replica: _Replica) -> int:
         code = replica.process.poll()
-        if code is None:
-            return 0
-        if code == 2:  # a mistake in the settings, which another start would repeat
-            return 2
+        if code is None or code == 2:  # it runs, or there is a mistake in the settings, which another start would repeat
+            return code or 0
         now = time.monotonic()
         if replica.restart_at is None:
             replica.failures = 0 if now - replica.started > STEADY_SECONDS else replica.failures + 1

@@ -2,18 +2,16 @@
 
 from megapd.training.callbacks import checkpoint_config
 from megapd.training.checkpoint import CheckpointStore
-from megapd.training.engine import Engine, deepspeed_config, parameter_groups, start_world
-from megapd.training.loop import TrainingResult, train, train_run
+from megapd.training.engine import deepspeed_config, parameter_groups, start_world
+from megapd.training.loop import TrainingResult, train
 from megapd.training.run import Callback, Run, StepResult
-from megapd.training.start import build_student, start, student_engine
-from megapd.training.teaching import NoTeacher, Teaching
+from megapd.training.start import build_student, student_engine
+from megapd.training.teaching import Teaching
 from megapd.training.trackers import Tracker
 
 __all__ = [
     "Callback",
     "CheckpointStore",
-    "Engine",
-    "NoTeacher",
     "Run",
     "StepResult",
     "Teaching",
@@ -23,9 +21,7 @@ __all__ = [
     "checkpoint_config",
     "deepspeed_config",
     "parameter_groups",
-    "start",
     "start_world",
     "student_engine",
     "train",
-    "train_run",
 ]

@@ -60,7 +60,13 @@ def open_changes(
         registered: Mapping[int, str] = {}
         log = ChangeLog(config.folder / FILE)
         if config.scheduler.url is not None:
-            source, registered = _join_service(config, grown, trajectory, log, world.size, ahead, step, known)
+            if has_reports(config.folder):
+                why = f"{config.folder} holds reports that this run decided on by itself, which the scheduler lacks"
+                raise UserError(f"scheduler.url: {why}; leave scheduler.url out, or start a run of another name")
+            _take_known(grown, log, known)
+            source = service = _service_source(config, grown, trajectory, log, world.size, ahead)
+            service.start(step, config.folder / "metrics.jsonl")
+            registered = service.registered
         elif grown is not None:
             source = _resume_alone(config, grown, trajectory, log, step, known)
         return log.changes, registered
@@ -72,23 +78,10 @@ def open_changes(
     return Changes(grown, source, registered)
 
 
-def _join_service(
-    config: Config,
-    plan: LivePlan | None,
-    trajectory: Checkpoints | None,
-    log: ChangeLog,
-    ranks: int,
-    ahead: int,
-    step: int,
-    known: int,
-) -> tuple[ServiceSource, Mapping[int, str]]:
-    """(the service's changes, the digests that are registered); what it told by now is in the log and the plan."""
-    if has_reports(config.folder):
-        raise UserError(
-            f"scheduler.url: {config.folder} holds reports that this run decided on by itself, which the scheduler lacks; leave "
-            f"scheduler.url out, or start a run of another name"
-        )
-    _take_known(plan, log, known)
+def _service_source(
+    config: Config, plan: LivePlan | None, trajectory: Checkpoints | None, log: ChangeLog, ranks: int, ahead: int
+) -> ServiceSource:
+    """The service's changes, which go to the log and the plan once it is started."""
 
     def resolve(schedule: ScheduleConfig) -> Plan:
         assert trajectory is not None
@@ -106,10 +99,7 @@ def _join_service(
     facts = {"task": config.task.kind, "model": config.model.kind, "ranks": ranks}
     name = settings.trajectory if plan is not None else None
     run = Registration(config.name, config.training.steps, name, settings.group, facts, config.schedule)
-    api = Api(settings, timeout_seconds=CALL_SECONDS)
-    source = ServiceSource(api, run, plan, log, resolve, weights, ahead=ahead)
-    source.start(step, config.folder / "metrics.jsonl")
-    return source, source.registered
+    return ServiceSource(Api(settings, timeout_seconds=CALL_SECONDS), run, plan, log, resolve, weights, ahead=ahead)
 
 
 def _resume_alone(
@@ -130,19 +120,16 @@ def _resume_alone(
             source.close()
         raise
     if source is None and plan.grows_after(step):
-        raise UserError(
-            f"scheduler.url: the scheduler decides for this run ({FILE} in its folder), and nothing else can go on with that; "
-            f"name the scheduler again, or start a run of another name; if the run decided by itself, restore {REPORTS_FILE}"
-        )
+        what = f"the scheduler decides for this run ({FILE} in its folder), and nothing else can go on with that"
+        fix = f"name the scheduler again, or start a run of another name; if the run decided by itself, restore {REPORTS_FILE}"
+        raise UserError(f"scheduler.url: {what}; {fix}")
     return source
 
 
 def _take_known(plan: LivePlan | None, log: ChangeLog, known: int) -> None:
     if len(log.changes) < known:
-        raise UserError(
-            f"schedule: this run's checkpoint knew {known} changes, but {len(log.changes)} are on record; restore "
-            f"{FILE} in the run's folder, or start a run of another name"
-        )
+        what = f"this run's checkpoint knew {known} changes, but {len(log.changes)} are on record"
+        raise UserError(f"schedule: {what}; restore {FILE} in the run's folder, or start a run of another name")
     if plan is not None:
         for change in log.changes:
             plan.take(change)

@@ -77,7 +77,11 @@ class CheckpointStore:
                     log.warning("checkpoint %s is damaged (%s); falling back to the one before", self.folder / tag, problem)
                 continue
             manifest = json.loads((self.folder / tag / MANIFEST).read_text())
-            _check_layout(self.folder / tag, manifest["layout"], self._layout(engine))
+            now = self._layout(engine)
+            for key, value in manifest["layout"].items():
+                if now.get(key) != value:
+                    what = f"{self.folder / tag} was written with {key} {value}, this run has {now.get(key)}"
+                    raise UserError(f"{what}: resume with {key} {value}")
             self._set_aside([later for later in steps if later > step], tag)
             return engine.load(self.folder, tag)
         if steps:
@@ -110,15 +114,12 @@ class CheckpointStore:
 
     def _problem(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint, as all ranks see it, or None."""
+        expected: dict[str, dict[str, Any]] = {}
         try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-            expected: dict[str, dict[str, Any]] = manifest["files"]
+            expected = json.loads((folder / MANIFEST).read_text())["files"]
+            problems = [f"{name} is missing" for name in expected if not (folder / name).is_file()]
         except (OSError, ValueError, KeyError, TypeError) as error:
             problems = [f"{MANIFEST}: {error}"]
-            expected = {}
-        else:
-            missing = [name for name in expected if not (folder / name).is_file()]
-            problems = [f"{name} is missing" for name in missing]
         if not any(self.world.gather(problems)):
             found = self._over_files(folder, sorted(expected), sync=False)
             problems = [f"{name} has changed" for name in sorted(expected) if found[name] != expected[name]]
@@ -133,9 +134,3 @@ class CheckpointStore:
                 fsync_path(path)
             mine[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         return {name: entry for part in self.world.gather(mine) for name, entry in part.items()}
-
-
-def _check_layout(folder: Path, written: dict[str, Any], now: dict[str, Any]) -> None:
-    for key, value in written.items():
-        if now.get(key) != value:
-            raise UserError(f"{folder} was written with {key} {value}, this run has {now.get(key)}: resume with {key} {value}")

@@ -42,20 +42,20 @@ def parameter_groups(learner: torch.nn.Module, weight_decay: float) -> list[dict
 
 def deepspeed_config(training: TrainingConfig, tiling: Tiling) -> dict[str, Any]:
     """The stage's JSON, with what the run's own settings decide laid over it."""
-    if training.deepspeed is not None:
-        if not training.deepspeed.is_file():
-            raise UserError(f"training.deepspeed: {training.deepspeed}: no such file")
-        text = training.deepspeed.read_text()
-    else:
-        text = (resources.files("megapd.configs") / "deepspeed" / f"zero{training.zero_stage}.json").read_text()
+    file = training.deepspeed or resources.files("megapd.configs") / "deepspeed" / f"zero{training.zero_stage}.json"
+    if not file.is_file():
+        raise UserError(f"training.deepspeed: {training.deepspeed}: no such file")
     try:
-        settings = json.loads(text)
+        settings = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"training.deepspeed: {training.deepspeed}: not valid JSON: {error}") from error
     sections = ("zero_optimization", "bf16", "fp16")
     if not isinstance(settings, dict) or not all(isinstance(settings.get(name, {}), dict) for name in sections):
         raise UserError(f"training.deepspeed: {training.deepspeed}: expected a JSON object of DeepSpeed's sections")
-    own: dict[str, Any] = {
+    clash = [key for key in ("optimizer", "scheduler") if key in settings]
+    if clash:
+        raise UserError(f"training.deepspeed: remove {clash[0]!r} from the JSON; the optimizer and lr sections decide it")
+    settings |= {
         "train_batch_size": tiling.global_batch,
         "train_micro_batch_size_per_gpu": tiling.micro_batch,
         "gradient_accumulation_steps": tiling.accumulation,
@@ -66,10 +66,6 @@ def deepspeed_config(training: TrainingConfig, tiling: Tiling) -> dict[str, Any]
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }
-    clash = [key for key in ("optimizer", "scheduler") if key in settings]
-    if clash:
-        raise UserError(f"training.deepspeed: remove {clash[0]!r} from the JSON; the optimizer and lr sections decide it")
-    settings.update(own)
     settings.setdefault("zero_optimization", {})["stage"] = training.zero_stage
     return settings
 
@@ -105,9 +101,8 @@ class Engine:
         denominator: labelled positions of the whole global batch. Ranks and micro-batches add up to the gradient of the
         global mean, however many there are; DeepSpeed averages over ranks, which the factor world.size undoes.
         """
-        loss: Tensor
-        stats: Tensor
-        loss, stats = self.deepspeed(batch, signal, max(denominator, 1))
+        outputs: tuple[Tensor, Tensor] = self.deepspeed(batch, signal, max(denominator, 1))
+        loss, stats = outputs
         # A loss of inf can have finite gradients; as NaN it reaches the gradient norm, where all ranks agree to skip the step.
         loss = loss * torch.where(torch.isfinite(loss.detach()), float(self.world.size), math.nan)
         self.deepspeed.backward(loss, scale_wrt_gas=False)
@@ -139,8 +134,7 @@ class Engine:
         parameters = [p for p in self.learner.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self.grad_norm = float(norm)
-        finite = math.isfinite(self.grad_norm)
-        if not finite:
+        if not (finite := math.isfinite(self.grad_norm)):
             for parameter in parameters:
                 parameter.grad = None
         elif self.training.clip > 0:

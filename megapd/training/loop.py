@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,8 @@ def train(config: Config, callbacks: Sequence[Callback] = ()) -> TrainingResult:
     callbacks: beside those that training.callbacks names. Raises UserError for a mistake in the settings or files, before
     anything is written; Diverged, TeacherLost, CheckpointTimeout; and what a callback raises.
     """
-    run = start(config, callbacks)
-    try:
+    with closing(start(config, callbacks)) as run:
         finished = train_run(run)
-    finally:
-        run.close()
     latest = run.latest
     if not latest:  # the run was complete already
         for line in recorded(config.folder / METRICS, run.step):
@@ -63,52 +61,47 @@ def train_run(run: Run) -> bool:
     config, world, engine, teaching, callbacks = run.config, run.world, run.engine, run.teaching, run.callbacks
     depth = max(config.training.prefetch, teaching.ahead)
     feed = BatchFeed(run.task, engine.tiling.rows(world.rank), range(run.start, run.steps), depth, world.device, teaching.request)
-    try:
-        with run.stop:
+    with closing(feed), run.stop:
+        for callback in callbacks:
+            callback.start(run)
+        while (step := run.step) < run.steps:
+            # All ranks agree: the labelled positions of the global batch, whether to stop, whether the schedule changes.
+            batches = feed.get(step)
+            change = teaching.next_change(step)
+            labels = sum(batch.labelled for batch in batches)
+            labelled, stops, changes = world.sum(labels, int(run.stop.pending()), int(change is not None))
+            if changes:
+                teaching.take(change)
+            if stops or not teaching.came(step, run.stop.pending):
+                break
             for callback in callbacks:
-                callback.start(run)
-            while (step := run.step) < run.steps:
-                # All ranks agree: the labelled positions of the global batch, whether to stop, whether the schedule changes.
-                batches = feed.get(step)
-                change = teaching.next_change(step)
-                labelled, stops, changes = world.sum(
-                    sum(batch.labelled for batch in batches), int(run.stop.pending()), int(change is not None)
-                )
-                if changes:
-                    teaching.take(change)
-                if stops or not teaching.came(step, run.stop.pending):
-                    break
+                callback.before_step(run, step)
+
+            # The teacher of this step, and its signals.
+            rotation = teaching.rotation(step)
+            if rotation is not None:
                 for callback in callbacks:
-                    callback.before_step(run, step)
+                    callback.rotated(run, step, rotation)
+            signals, source = teaching.signals(step, batches)
 
-                # The teacher of this step, and its signals.
-                rotation = teaching.rotation(step)
-                if rotation is not None:
-                    for callback in callbacks:
-                        callback.rotated(run, step, rotation)
-                signals, source = teaching.signals(step, batches)
+            # Forward and backward of each micro-batch, then one update.
+            sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+            for batch, signal in zip(batches, signals, strict=False):
+                sums += engine.accumulate(batch, signal, labelled)
+            lr = learning_rate(config.lr, config.optimizer.lr, step, run.steps)
+            applied = engine.step(lr)
+            count_nonfinite(run, applied, sums)
+            run.progress.step += 1
 
-                # Forward and backward of each micro-batch, then one update.
-                sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-                for batch, signal in zip(batches, signals, strict=False):
-                    sums += engine.accumulate(batch, signal, labelled)
-                lr = learning_rate(config.lr, config.optimizer.lr, step, run.steps)
-                applied = engine.step(lr)
-                count_nonfinite(run, applied, sums)
-                run.progress.step += 1
-
-                # What else there is to do.
-                metrics = None
-                if any(callback.due(run.step) for callback in callbacks):
-                    metrics = step_metrics(run, sums, labelled, lr, source)
-                result = StepResult(run.step, labelled, lr, source, applied, metrics)
-                for callback in callbacks:
-                    callback.after_step(run, result)
-            finished = run.step == run.steps
+            # What else there is to do.
+            wanted = any(callback.due(run.step) for callback in callbacks)
+            metrics = step_metrics(run, sums, labelled, lr, source) if wanted else None
+            result = StepResult(run.step, labelled, lr, source, applied, metrics)
             for callback in callbacks:
-                callback.end(run, finished=finished)
-    finally:
-        feed.close()
+                callback.after_step(run, result)
+        finished = run.step == run.steps
+        for callback in callbacks:
+            callback.end(run, finished=finished)
     if not finished and run.writes:
         reason = run.stop.reason or "another rank"
         log.warning("stopped by %s at step %d of %d; start the same command again to continue", reason, run.step, run.steps)
@@ -133,10 +126,8 @@ def count_nonfinite(run: Run, applied: bool, sums: Tensor) -> None:
     if run.writes:
         log.warning("step %d: %s not finite, update skipped", run.step, "loss" if loss_broke else "gradients")
     if progress.nonfinite_in_a_row >= training.max_nonfinite:
-        raise Diverged(
-            f"{progress.nonfinite_in_a_row} steps in a row were not finite, up to step {run.step} (training.max_nonfinite); "
-            f"lower optimizer.lr, set training.clip, or resume from an earlier checkpoint"
-        )
+        what = f"{progress.nonfinite_in_a_row} steps in a row were not finite, up to step {run.step} (training.max_nonfinite)"
+        raise Diverged(f"{what}; lower optimizer.lr, set training.clip, or resume from an earlier checkpoint")
 
 
 def step_metrics(run: Run, sums: Tensor, labelled: int, lr: float, source: Source) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import signal
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 from megapd.config import Config
@@ -29,8 +29,7 @@ class StopRequest:
 
     def __init__(self, stop_file: Path, watches_file: bool) -> None:
         self.reason: str | None = None
-        self._file = stop_file
-        self._watches = watches_file
+        self._file, self._watches = stop_file, watches_file
 
     def request(self, reason: str) -> None:
         """Stop all ranks before their next step, this one's checkpoint saved; by one rank or several."""
@@ -41,9 +40,10 @@ class StopRequest:
             self.reason = f"the file {self._file}"
         return self.reason is not None
 
-    def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        return self
+    def __enter__(self) -> None:
+        self._before = {
+            number: signal.signal(number, lambda received, _: self.request(signal.Signals(received).name)) for number in SIGNALS
+        }
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Give the signals back; a stop file that was honoured is removed, so that the next start does not stop at once."""
@@ -51,9 +51,6 @@ class StopRequest:
             signal.signal(number, handler)
         if self._watches and self.reason is not None:
             self._file.unlink(missing_ok=True)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.reason = signal.Signals(number).name
 
 
 @dataclass

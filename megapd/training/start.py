@@ -33,34 +33,17 @@ Entry = TypeVar("Entry")
 # whose state the checkpoint carries must be named again.
 FREE_TEACHER = "trajectory sharding resident carrier cache endpoints token root_certificate certificate key depth"
 FREE_TEACHER += " call_seconds deadline_seconds on_failure server."
-FREE_SECTIONS = (
-    "checkpoint.",
-    "telemetry.",
-    "scheduler.",
-    "runs_dir",
-    "corpus.sources",
-    "evaluation.micro_batch",
-    "training.prefetch",
-    "training.callbacks",
-    *(f"teacher.{key}" for key in FREE_TEACHER.split()),
-)
-
-
-def loss_options(config: Config) -> LossOptions:
-    try:
-        return LossOptions(**config.loss.model_dump())
-    except ValueError as error:
-        raise UserError(f"loss.{error}") from error
+FREE = "checkpoint. telemetry. scheduler. runs_dir corpus.sources evaluation.micro_batch training.prefetch training.callbacks"
+FREE_SETTINGS = (*FREE.split(), *(f"teacher.{key}" for key in FREE_TEACHER.split()))
 
 
 def build_student(config: Config, task: Task) -> Learner:
+    try:
+        options = LossOptions(**config.loss.model_dump())
+    except ValueError as error:
+        raise UserError(f"loss.{error}") from error
     return build_model(
-        config.model,
-        vocab_size=task.vocab_size,
-        classes=task.classes,
-        length=task.length,
-        options=loss_options(config),
-        seed=config.seed,
+        config.model, vocab_size=task.vocab_size, classes=task.classes, length=task.length, options=options, seed=config.seed
     )
 
 
@@ -70,8 +53,7 @@ def student_engine(config: Config, task: Task) -> Engine:
     world = start_world()
     if config.training.precision == "fp16" and world.device.type == "cpu":
         raise UserError("training.precision: fp16 needs a GPU; on a CPU choose bf16 or fp32")
-    compiled = bool(getattr(config.model, "compile", False))
-    return Engine(learner, config.training, config.optimizer, world, compiled=compiled)
+    return Engine(learner, config.training, config.optimizer, world, compiled=bool(getattr(config.model, "compile", False)))
 
 
 def start(config: Config, callbacks: Sequence[Callback] = ()) -> Run:
@@ -80,10 +62,10 @@ def start(config: Config, callbacks: Sequence[Callback] = ()) -> Run:
     callbacks: called after those that training.callbacks names; see `order`.
     """
     task = build_task(config)
-    trajectory, plan = None, None
+    curriculum = None
     if config.teacher is not None:
         trajectory = open_trajectory(config)
-        plan = resolve_plan(config, trajectory)
+        curriculum = trajectory, resolve_plan(config, trajectory)
     named = [make() for make in _registered(registry.callbacks, config.training.callbacks, "training.callbacks")]
     whole = order(config, [*named, *callbacks])
     with ExitStack() as opened:
@@ -91,12 +73,12 @@ def start(config: Config, callbacks: Sequence[Callback] = ()) -> Run:
         opened.callback(engine.destroy)
         world = engine.world
         store = CheckpointStore(config.folder / "checkpoints", world, config.checkpoint.keep, task.data_digest)
-        resumed = _check_folder(config, store)
+        resumed = _check_folder(config)
         world.barrier()  # no rank may look at the folder after rank 0 has begun to write it
         restored = (store.restore(engine) if resumed else None) or {}
         _restore_callbacks(whole, restored.get("callbacks", {}))
         progress = Progress(**{key: restored[key] for key in asdict(Progress()) if key in restored})
-        teaching = open_teaching(config, task, world, trajectory, plan, progress.step, restored, resumed=resumed)
+        teaching = open_teaching(config, task, world, curriculum, restored, resumed=resumed)
         opened.callback(teaching.close)
         if world.rank == 0:
             try:
@@ -105,20 +87,9 @@ def start(config: Config, callbacks: Sequence[Callback] = ()) -> Run:
                 raise UserError(f"runs_dir: cannot write to {config.folder}: {error}") from error
         for callback in whole:
             opened.callback(callback.close)
-        return Run(
-            config,
-            world,
-            task,
-            engine,
-            teaching,
-            store,
-            StopRequest(config.folder / "stop", watches_file=world.rank == 0),
-            whole,
-            progress,
-            start=progress.step,
-            saved=int(restored.get("step", -1)),
-            opened=opened.pop_all(),
-        )
+        stop = StopRequest(config.folder / "stop", watches_file=world.rank == 0)
+        first, saved = progress.step, int(restored.get("step", -1))
+        return Run(config, world, task, engine, teaching, store, stop, whole, progress, first, saved, opened.pop_all())
 
 
 def order(config: Config, added: Sequence[Callback]) -> list[Callback]:
@@ -128,18 +99,10 @@ def order(config: Config, added: Sequence[Callback]) -> list[Callback]:
     the line of metrics before the evaluation leads to its own, the trajectory's weights carry both, and the checkpoint carries
     the states of all.
     """
-    names = Counter(callback.name for callback in added)
-    twice = [name for name, count in names.items() if count > 1]
-    if twice:
+    if twice := [name for name, count in Counter(callback.name for callback in added).items() if count > 1]:
         raise UserError(f"training.callbacks: two are called {twice[0]!r}; give one another name, the key of its state")
-    return [
-        Meter(config.telemetry),
-        *added,
-        Telemetry(config.telemetry, _registered(registry.trackers, config.telemetry.trackers, "telemetry.trackers")),
-        Evaluation(config.evaluation),
-        TrajectoryWriter(config.trajectory),
-        Checkpointer(config.checkpoint.every),
-    ]
+    trackers = _registered(registry.trackers, config.telemetry.trackers, "telemetry.trackers")
+    return [Meter(), *added, Telemetry(trackers), Evaluation(), TrajectoryWriter(), Checkpointer()]
 
 
 def _registered(entries: registry.Registry[Entry], names: Sequence[str], setting: str) -> list[Entry]:
@@ -150,18 +113,15 @@ def _registered(entries: registry.Registry[Entry], names: Sequence[str], setting
 
 
 def _restore_callbacks(callbacks: Sequence[Callback], states: dict[str, dict[str, Any]]) -> None:
-    missing = states.keys() - {callback.name for callback in callbacks}
-    if missing:
-        raise UserError(
-            f"training.callbacks: the run's checkpoint carries the state of {', '.join(sorted(missing))}; name it again, or "
-            f"start a run of another name"
-        )
+    if missing := states.keys() - {callback.name for callback in callbacks}:
+        what = f"the run's checkpoint carries the state of {', '.join(sorted(missing))}"
+        raise UserError(f"training.callbacks: {what}; name it again, or start a run of another name")
     for callback in callbacks:
         if callback.name in states:
             callback.load_state_dict(states[callback.name])
 
 
-def _check_folder(config: Config, store: CheckpointStore) -> bool:
+def _check_folder(config: Config) -> bool:
     """Whether the run's folder is to be resumed; UserError if it holds another run, or may not be resumed."""
     saved = config.folder / "config.yaml"
     if not saved.exists():
@@ -170,9 +130,7 @@ def _check_folder(config: Config, store: CheckpointStore) -> bool:
         raise UserError(f"{config.folder} holds a run already: set checkpoint.resume true to continue it, or choose another name")
     before, now = flatten(yaml.safe_load(saved.read_text())), flatten(config.model_dump(mode="json"))
     for key in sorted((before.keys() | now.keys()) - set(RETIRED_SETTINGS)):
-        if before.get(key) != now.get(key) and not key.startswith(FREE_SECTIONS):
-            raise UserError(
-                f"{key} was {before.get(key)!r} when {config.folder} began and is {now.get(key)!r} now; "
-                f"a resumed run keeps its settings: restore it, or choose another name"
-            )
+        if before.get(key) != now.get(key) and not key.startswith(FREE_SETTINGS):
+            what = f"{key} was {before.get(key)!r} when {config.folder} began and is {now.get(key)!r} now"
+            raise UserError(f"{what}; a resumed run keeps its settings: restore it, or choose another name")
     return True

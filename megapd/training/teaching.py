@@ -13,20 +13,21 @@ from megapd.batch import Batch
 from megapd.config import Config, TeacherConfig
 from megapd.errors import TeacherLost
 from megapd.schedule.changes import ChangeSource
-from megapd.schedule.plan import Change, LivePlan, Plan
+from megapd.schedule.plan import Change, Plan
 from megapd.schedule.record import ScheduleRecord
 from megapd.signals import Signal
 from megapd.tasks import Task
 from megapd.teacher.cache.cache import SignalCache
 from megapd.teacher.setup import open_stream
 from megapd.teacher.stream import Stream
-from megapd.training.changes import open_changes
+from megapd.training.changes import Changes, open_changes
 from megapd.trajectory import Checkpoint, Checkpoints, CheckpointTimeout
 from megapd.world import World
 
 log = logging.getLogger(__name__)
 
 Source = Literal["teacher", "cache", "labels"]
+Curriculum = tuple[Checkpoints, Plan]  # a teacher's trajectory, and what the run's own schedule resolved to over it
 
 
 class Taken(NamedTuple):
@@ -97,22 +98,13 @@ class NoTeacher:
 class Teaching(NoTeacher):
     """A teacher that its schedule takes through its checkpoints. plan: which teaches when; stream: their signals."""
 
-    def __init__(
-        self,
-        settings: TeacherConfig,
-        plan: LivePlan,
-        stream: Stream,
-        changes: ChangeSource | None,
-        record: ScheduleRecord,
-        world: World,
-    ) -> None:
-        super().__init__(changes)
-        self.plan, self.stream, self.ahead = plan, stream, settings.depth
+    def __init__(self, settings: TeacherConfig, changes: Changes, stream: Stream, record: ScheduleRecord, world: World) -> None:
+        super().__init__(changes.source)
+        assert changes.plan is not None
+        self.plan, self.stream, self.ahead = changes.plan, stream, settings.depth
         self._settings, self._record, self._world = settings, record, world
-        self._recorded: SignalCache | None = None
-        if settings.on_failure == "cache":
-            assert settings.cache is not None
-            self._recorded = SignalCache(settings.cache)
+        folder = settings.cache if settings.on_failure == "cache" else None
+        self._recorded = None if folder is None else SignalCache(folder)
 
     def take(self, change: Change | None) -> None:
         self.plan.take(self._world.gather(change)[0])
@@ -128,17 +120,15 @@ class Teaching(NoTeacher):
             return True
         deadline = time.monotonic() + seconds
         while True:
-            late = time.monotonic() > deadline
-            ready, stops, lates = self._world.sum(int(self.stream.ready(step)), int(stop()), int(late))
+            late = int(time.monotonic() > deadline)
+            ready, stops, late = self._world.sum(int(self.stream.ready(step)), int(stop()), late)
             if stops:
                 return False
             if ready == self._world.size:
                 return True
-            if lates:
-                raise CheckpointTimeout(
-                    f"schedule.timeout_seconds: no checkpoint of the teacher's step {self.plan.checkpoint_at(step)} after "
-                    f"{seconds:g} s; is the teacher running, and does it write this step?"
-                )
+            if late:
+                what = f"no checkpoint of the teacher's step {self.plan.checkpoint_at(step)} after {seconds:g} s"
+                raise CheckpointTimeout(f"schedule.timeout_seconds: {what}; is the teacher running, and does it write this step?")
             time.sleep(0.1)
 
     def rotation(self, step: int) -> Checkpoint | None:
@@ -160,24 +150,20 @@ class Teaching(NoTeacher):
         A decision of one rank alone would leave the others waiting for it in a collective of the student's. Fallbacks are counted
         in `state`, hence in metrics and checkpoints. Raises what the stream raised, on all ranks if on one.
         """
+        if self._settings.carrier == "colocated":  # ranks that share a teacher fail together, see Teacher.rotate
+            return Taken(self.stream.signals(step, batches), "teacher")
         failure: Exception | None = None
         signals: Iterable[Signal] = ()
         try:
             signals = self.stream.signals(step, batches)
         except Exception as error:  # raised below, when the other ranks know
             failure = error
-        if self._settings.carrier == "colocated":
-            if failure is not None:
-                raise failure  # ranks that share a teacher fail together, see Teacher.rotate
-            return Taken(signals, "teacher")
         wrong = failure if not isinstance(failure, TeacherLost) else None
         ranks_lost, ranks_wrong = self._world.sum(int(isinstance(failure, TeacherLost)), int(wrong is not None))
         if ranks_wrong:
             messages = self._messages(wrong)
             raise wrong or RuntimeError(f"step {step}: another rank failed: {messages}")
-        if ranks_lost:
-            return self._without(step, batches, ranks_lost, failure)
-        return Taken(signals, "teacher")
+        return self._without(step, batches, ranks_lost, failure) if ranks_lost else Taken(signals, "teacher")
 
     def metrics(self, step: int, divergence: float) -> dict[str, Any]:
         counts = () if self._settings.on_failure == "wait" else ("steps_from_cache", "steps_from_labels")
@@ -225,21 +211,15 @@ class Teaching(NoTeacher):
 
 
 def open_teaching(
-    config: Config,
-    task: Task,
-    world: World,
-    trajectory: Checkpoints | None,
-    plan: Plan | None,
-    step: int,
-    state: Mapping[str, int],
-    *,
-    resumed: bool,
-) -> Teaching | NoTeacher:
-    """What teaches the run from student step `step` on, its first teacher in place. A collective.
+    config: Config, task: Task, world: World, curriculum: Curriculum | None, state: Mapping[str, int], *, resumed: bool
+) -> NoTeacher:
+    """What teaches the run from its next step on, its first teacher in place. A collective.
 
-    plan: the schedule over the trajectory; both None: no teacher. state: of the checkpoint that the run resumes from, {}: none.
-    resumed: whether the run's folder holds a run. Raises UserError where the record and the schedule differ.
+    curriculum: None: no teacher. state: of the checkpoint that the run resumes from, {}: none. resumed: whether the run's folder
+    holds a run. Raises UserError where the record and the schedule differ.
     """
+    step = state.get("step", 0)
+    trajectory, plan = curriculum or (None, None)
     with ExitStack() as opened:
         changes = open_changes(config, plan, trajectory, world, step=step, known=state.get("decisions", 0))
         if changes.source is not None:
@@ -252,7 +232,7 @@ def open_teaching(
                 stream = open_stream(config, task, trajectory, changes.plan, world, step)
                 opened.callback(stream.close)
                 record.confirm(stream.teacher(step))
-                teaching = Teaching(config.teacher, changes.plan, stream, changes.source, record, world)
+                teaching = Teaching(config.teacher, changes, stream, record, world)
         teaching.state |= {key: value for key, value in state.items() if key in teaching.state}
         opened.pop_all()
     return teaching

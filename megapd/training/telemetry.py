@@ -21,28 +21,20 @@ PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "MI3
 class Meter(Callback):
     """Adds to the metrics of a step that telemetry writes: tokens a second since the last, seconds in the loop, the MFU."""
 
-    def __init__(self, settings: TelemetryConfig) -> None:
-        self._settings = settings
-
     def start(self, run: Run) -> None:
-        self._steps, self._step = run.steps, run.start
+        self._step = run.start
         self._tokens = run.config.training.global_batch * run.task.length
-        labelled_share = run.task.labelled_per_sample / run.task.length
-        self._flops = run.config.model.flops_per_token(
-            classes=run.task.classes, length=run.task.length, labelled_share=labelled_share
-        )
-        peak = _peak_tflops(self._settings, run.world.device)
+        share = run.task.labelled_per_sample / run.task.length
+        self._flops = run.config.model.flops_per_token(classes=run.task.classes, length=run.task.length, labelled_share=share)
+        peak = _peak_tflops(run.config.telemetry, run.world.device)
         self._peak_flops = None if peak is None else peak * 1e12 * run.world.size
         lines = recorded(run.config.folder / METRICS, run.start) if run.writes else []
         seconds_before = max((line["seconds"] for line in lines if "seconds" in line), default=0.0)
         self._time = time.perf_counter()
         self._began = self._time - seconds_before  # as if those before a resume had been now
 
-    def due(self, step: int) -> bool:
-        return due(step, self._settings.every, self._steps)
-
     def after_step(self, run: Run, result: StepResult) -> None:
-        if result.metrics is None or not self.due(result.step):
+        if result.metrics is None or not due(result.step, run.config.telemetry.every, run.steps):
             return
         now = time.perf_counter()
         rate = (result.step - self._step) * self._tokens / (now - self._time)
@@ -55,21 +47,20 @@ class Meter(Callback):
 class Telemetry(Callback):
     """Sends lines of metrics to what decides on the schedule, and on rank 0 to the trackers."""
 
-    def __init__(self, settings: TelemetryConfig, trackers: Sequence[Callable[[Run], Tracker]]) -> None:
+    def __init__(self, trackers: Sequence[Callable[[Run], Tracker]]) -> None:
         """trackers: that of metrics.jsonl aside, each made of the run on rank 0 when it starts."""
-        self._settings, self._makers = settings, trackers
+        self._makers, self._opened = trackers, ExitStack()
         self._trackers: list[Tracker] = []
-        self._opened = ExitStack()
 
     def start(self, run: Run) -> None:
-        self._steps = run.steps
+        self._every, self._steps = run.config.telemetry.every, run.steps
         if run.writes:
             for make in (MetricsFile, *self._makers):
                 self._trackers.append(make(run))
                 self._opened.callback(self._trackers[-1].close)
 
     def due(self, step: int) -> bool:
-        return due(step, self._settings.every, self._steps)
+        return due(step, self._every, self._steps)
 
     def after_step(self, run: Run, result: StepResult) -> None:
         if result.metrics is not None and self.due(result.step):
@@ -102,9 +93,7 @@ class Telemetry(Callback):
 
 def _peak_tflops(settings: TelemetryConfig, device: torch.device) -> float | None:
     """Peak of one device in TFLOP/s: telemetry.peak_tflops, else known by name, else None."""
-    if settings.peak_tflops is not None:
+    if settings.peak_tflops is not None or device.type != "cuda":
         return settings.peak_tflops
-    if device.type != "cuda":
-        return None
     name = torch.cuda.get_device_name(device)
     return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)

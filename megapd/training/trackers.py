@@ -73,13 +73,9 @@ class ProgressBar(Tracker):
     """A bar on a terminal, if telemetry.progress is set."""
 
     def __init__(self, run: Run) -> None:
+        hidden = None if run.config.telemetry.progress else True  # None: off a terminal
         self._bar = tqdm(
-            total=run.steps,
-            initial=run.start,
-            desc=run.config.name,
-            unit="step",
-            disable=None if run.config.telemetry.progress else True,  # None: only on a terminal
-            dynamic_ncols=True,
+            total=run.steps, initial=run.start, desc=run.config.name, unit="step", disable=hidden, dynamic_ncols=True
         )
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:

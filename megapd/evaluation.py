@@ -1,4 +1,4 @@
-"""Held-out loss and accuracy."""
+"""How good a model is on data that it does not learn from: held-out loss and accuracy."""
 
 from __future__ import annotations
 
