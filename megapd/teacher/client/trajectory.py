@@ -10,7 +10,7 @@ from pathlib import Path
 from megapd.config import TeacherConfig
 from megapd.errors import TeacherLost, UserError
 from megapd.teacher.client.replicas import Endpoints, Remote, Replicas
-from megapd.teacher.wire import decode_catalogue
+from megapd.teacher.wire.calls import decode_catalogue
 from megapd.trajectory import Checkpoint
 from megapd.trajectory.listing import Listing
 
@@ -37,21 +37,16 @@ class RemoteTrajectory(Listing):
             raise
 
     def refresh(self) -> tuple[int, ...]:
-        """Ask again which checkpoints there are; returns `steps`."""
         self._ask([])
         return self._steps
 
     def checkpoint(self, step: int) -> Checkpoint:
-        """Everything but weights and files; UserError if it is not there (the nearest are listed)."""
         if not self.written(step):
-            raise UserError(
-                f"{self._replicas.describe()}: no checkpoint of step {step}; {self._nearest(step)}: "
-                f"change the schedule, or train the teacher further"
-            )
+            found = f"{self._replicas.describe()}: no checkpoint of step {step}; {self._nearest(step)}"
+            raise UserError(f"{found}: change the schedule, or train the teacher further")
         return self._known[step]
 
     def written(self, step: int) -> bool:
-        """Whether the teacher has the checkpoint of `step` now."""
         if step not in self._known:
             self._ask([step])
         return step in self._known
