@@ -191,7 +191,7 @@ def test_an_answer_beyond_a_message_is_cut(still_there, client, monkeypatch):
 def test_pieces_are_the_stream(labelled):
     record = pa.record_batch({"a": pa.array(np.arange(labelled, dtype=np.float64)), "b": pa.array([0] * labelled, pa.int8())})
     whole = stream_bytes(record)
-    found = list(pieces(stream_parts(record.schema, [record]), len(whole)))
+    found = list(pieces(*stream_parts(record.schema, [record])))
     assert b"".join(piece.to_pybytes() for piece in found) == LENGTH.pack(len(whole)) + whole
     assert read_record(pa.py_buffer(whole)).equals(record)
 

@@ -84,7 +84,7 @@ def test_a_head_on_its_way_does_not_change_with_the_replica():
         dispatcher.submit(job)
         dispatcher.turn(0)
     for job in jobs:
-        schema, batches = job.head.result(0)
+        schema, batches = job.answer.result(0)
         assert (decode_head(schema, batches, job.teacher).weight == job.step).all()
 
 
@@ -351,4 +351,4 @@ def test_what_is_not_answered_in_time_is_refused_at_the_end():
     stop.set()
     dispatcher.run(stop, 0.1)
     with pytest.raises(Exception, match="ended before"):
-        job.head.result(0)
+        job.answer.result(0)

@@ -8,15 +8,12 @@ import threading
 
 from megapd.errors import UserError
 from megapd.teacher.client.replicas import Replicas, classify
-from megapd.teacher.wire import parse_json
+from megapd.teacher.wire.calls import parse_json
 from megapd.trajectory import Checkpoints
 
 log = logging.getLogger(__name__)
 
-
 AGAIN_SECONDS = 1.0  # between looks whether the replicas are done
-
-
 CALL_SECONDS = 10.0
 
 
@@ -86,10 +83,5 @@ class Announcer:
     def _tell(self, student_step: int, teacher_step: int, who: str, message: str) -> None:
         if (teacher_step, who, message) not in self._told:
             self._told.add((teacher_step, who, message))
-            log.error(
-                "teacher step %d, which is to teach from student step %d on, is not ready: %s: %s",
-                teacher_step,
-                student_step,
-                who,
-                message,
-            )
+            text = "teacher step %d, which is to teach from student step %d on, is not ready: %s: %s"
+            log.error(text, teacher_step, student_step, who, message)

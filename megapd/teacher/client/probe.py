@@ -8,10 +8,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04" + bytes(5)  # and SETTINGS without any (RFC 9113)
-
-
 SETTINGS = 4  # the kind of frame that a server begins with
-
 
 # certificate: of the teacher, which is not to be trusted, or TLS where there is none. silent: whoever is there closes the
 # connection without a word of HTTP/2, as gRPC does to a client's certificate that it refuses, TLS to plain text, or a server that

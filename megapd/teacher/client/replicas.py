@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Protocol, TypeVar
 
 import pyarrow as pa
@@ -20,25 +21,18 @@ from megapd.config import TeacherConfig
 from megapd.errors import SignalDamaged, SignalMismatch, TeacherLost
 from megapd.network import backoff, client_tls, read_secret
 from megapd.teacher.client.probe import Reach, reach
-from megapd.teacher.wire import MESSAGE_BYTES, RefusalKind, Refused, bearer, parse_json, read_token, refusal
+from megapd.teacher.wire.calls import parse_json
+from megapd.teacher.wire.messages import MESSAGE_BYTES
+from megapd.teacher.wire.refusals import RefusalKind, Refused, refusal
+from megapd.teacher.wire.secrets import read_bearer
 
 log = logging.getLogger(__name__)
 
-
 ROUNDS = 3  # times that every replica must say no before it is taken for final: one may have been restarted with old files
-
-
 SILENT_SECONDS = 10.0  # the same for connections that are closed without a word: no TLS at one end, or a server that starts
-
-
 BACKOFF = (0.1, 5.0)  # seconds before a replica is tried again: doubled each time, from, to; times 0.5 to 1.5 at random
-
-
 BUSY = (0.02, 0.5)  # the same where its queue is full
-
-
 PROBE_SECONDS = 5.0  # a replica that failed is asked for its health first, so that a dead one costs this and no more
-
 
 # gRPC's own pause before it connects again grows to two minutes; a teacher restarts in seconds.
 _OPTIONS = [
@@ -48,15 +42,14 @@ _OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES),  # a longer one is not read
 ]
 
-
 # Signals and heads travel as bytes. This lets Arrow refuse record batches, which it would decode, compressed buffers included.
 _NO_RECORDS = pa.ipc.IpcReadOptions(included_fields=[1 << 30])
-
-
 T = TypeVar("T")
-
-
 Failure = RefusalKind | Reach | Literal["damaged"]
+
+# Failures that are counted and logged, by counter; all but damaged are final once every replica repeats them.
+COUNTED: dict[Failure, str] = {"wrong_teacher": "wrong_teacher", "damaged": "damaged"}
+COUNTED |= dict.fromkeys(("token", "certificate", "silent", "invalid", "memory"), "refused")
 
 
 class Endpoints(Protocol):
@@ -83,9 +76,9 @@ class FixedEndpoints:
 class Remote:
     """One replica as a client sees it; thread-safe as far as Flight's client is, which is for all it does here."""
 
-    def __init__(self, address: str, client: flight.FlightClient, token: bytes | None) -> None:
+    def __init__(self, address: str, client: flight.FlightClient, bearer: bytes | None) -> None:
         self.address, self.client = address, client
-        self._headers = [] if token is None else [(b"authorization", bearer(token))]
+        self._headers = [] if bearer is None else [(b"authorization", bearer)]
         self.failures = 0  # in a row, of the replica as a whole
         self.retry_at = 0.0
         self.last = "no answer yet"
@@ -109,16 +102,16 @@ class _Verdict:
     """What a replica said to one question: how often in a row, and since when."""
 
     failure: Failure
-    message: str
+    message: str = ""
     count: int = 0
     since: float = field(default_factory=time.monotonic)
 
     @property
     def final(self) -> bool:
         """Whether this replica will not say anything else."""
-        if self.failure not in ("wrong_teacher", "token", "certificate", "silent", "invalid", "memory"):
+        if self.failure not in COUNTED or self.failure == "damaged" or self.count < ROUNDS:
             return False
-        return self.count >= ROUNDS and (self.failure != "silent" or time.monotonic() - self.since > SILENT_SECONDS)
+        return self.failure != "silent" or time.monotonic() - self.since > SILENT_SECONDS
 
 
 class Replicas:
@@ -128,18 +121,16 @@ class Replicas:
     """
 
     def __init__(self, config: TeacherConfig, endpoints: Endpoints) -> None:
-        """endpoints: closed with these. Raises UserError where the token or a certificate cannot be read; connects to nothing
-        yet."""
+        """endpoints: closed with these. Connects to nothing yet. UserError where the token or a certificate cannot be read."""
         self.counts: Counter[str] = Counter(requests=0, retries=0, damaged=0, refused=0, wrong_teacher=0)
         self.closed = threading.Event()
-        self._endpoints, self._call_seconds = endpoints, config.call_seconds
-        self._token = None if config.token is None else read_token(config.token)
+        self._endpoints, self._config = endpoints, config
+        self._bearer = read_bearer(config.token)
         files = {"tls_root_certs": "root_certificate", "cert_chain": "certificate", "private_key": "key"}
-        paths = {argument: (getattr(config, name), f"teacher.{name}") for argument, name in files.items()}
-        self._tls = {argument: read_secret(path, name) for argument, (path, name) in paths.items() if path is not None}
-        self._config = config
-        # Made where it is needed: 50 ms, for the authorities of the system.
-        self._context = self._client_tls() if self._tls else None
+        given = {argument: name for argument, name in files.items() if getattr(config, name) is not None}
+        self._tls = {argument: read_secret(getattr(config, name), f"teacher.{name}") for argument, name in given.items()}
+        if self._tls:
+            _ = self._context  # a certificate that cannot be used shows now
         self._known: dict[str, Remote] = {}
         self._turn = itertools.count()
         self._lock = threading.Lock()
@@ -152,7 +143,7 @@ class Replicas:
                 if address not in self._known:
                     tls = self._tls if _is_tls(address) else {}
                     client = flight.FlightClient(address, generic_options=_OPTIONS, **tls)
-                    self._known[address] = Remote(address, client, self._token)
+                    self._known[address] = Remote(address, client, self._bearer)
             for address in self._known.keys() - set(addresses):
                 del self._known[address]  # its client closes with the last call that uses it
             return [self._known[address] for address in addresses]
@@ -177,7 +168,7 @@ class Replicas:
                     raise CancelledError("the stream was closed")
                 continue
             try:
-                result = self._try(remote, do, min(self._call_seconds, left))
+                result = self._try(remote, do, min(self._config.call_seconds, left))
             except (Refused, SignalDamaged, SignalMismatch, flight.FlightError, pa.ArrowException, OSError) as error:
                 if self.closed.is_set():
                     raise CancelledError("the stream was closed") from error
@@ -200,7 +191,9 @@ class Replicas:
         self.closed.set()
         self._endpoints.close()
 
-    def _client_tls(self) -> ssl.SSLContext:
+    @cached_property
+    def _context(self) -> ssl.SSLContext:
+        """Made where it is needed: 50 ms, for the authorities of the system."""
         named = self._config.root_certificate, self._config.certificate, self._config.key
         return client_tls("teacher.root_certificate, teacher.certificate, teacher.key", *named, protocol="h2")
 
@@ -208,8 +201,6 @@ class Replicas:
         failure, message = classify(error)
         if failure != "away" or not isinstance(error, flight.FlightUnavailableError):
             return failure, message
-        if _is_tls(remote.address) and self._context is None:
-            self._context = self._client_tls()
         return reach(remote.address, self._context if _is_tls(remote.address) else None, min(seconds, PROBE_SECONDS))
 
     def _choose(self, later: dict[str, float], previous: str) -> tuple[Remote | None, float]:
@@ -218,14 +209,14 @@ class Replicas:
         if not remotes:
             return None, time.monotonic() + 0.2
         now, turn = time.monotonic(), next(self._turn)
+        ready_at = [max(remote.retry_at, later.get(remote.address, 0.0)) for remote in remotes]
 
-        def rank(item: tuple[int, Remote]) -> tuple[Any, ...]:
-            place, remote = item
-            ready_at = max(remote.retry_at, later.get(remote.address, 0.0))
-            return max(ready_at - now, 0.0), remote.failures > 0, remote.address == previous, (place - turn) % len(remotes)
+        def rank(place: int) -> tuple[Any, ...]:
+            remote, wait = remotes[place], max(ready_at[place] - now, 0.0)
+            return wait, remote.failures > 0, remote.address == previous, (place - turn) % len(remotes)
 
-        _, remote = min(enumerate(remotes), key=rank)
-        return remote, max(remote.retry_at, later.get(remote.address, 0.0))
+        best = min(range(len(remotes)), key=rank)
+        return remotes[best], ready_at[best]
 
     def _try(self, remote: Remote, do: Callable[[Remote, float], T], seconds: float) -> T:
         if remote.failures:
@@ -240,16 +231,14 @@ class Replicas:
     def _failed(self, remote: Remote, failure: Failure, message: str, verdicts: dict[str, _Verdict]) -> float:
         """Note a failure; returns when this question may go to the replica again."""
         self._count("retries")
-        counted = {"wrong_teacher": "wrong_teacher", "damaged": "damaged"}
-        refused = failure in ("token", "certificate", "silent", "invalid", "memory")
-        if refused or failure in counted:
-            self._count(counted.get(failure, "refused"))
+        if failure in COUNTED:
+            self._count(COUNTED[failure])
             log.warning("%s: %s", remote.address, message)
         known = verdicts.get(remote.address)
         if known is None or known.failure != failure:
-            known = verdicts[remote.address] = _Verdict(failure, message)
-        known.count, known.message = known.count + 1, message
-        remote.last = message
+            known = verdicts[remote.address] = _Verdict(failure)
+        known.count += 1
+        known.message = remote.last = message
         now = time.monotonic()
         if failure in ("away", "draining", "certificate", "silent"):  # of the replica, whatever is asked
             remote.failures += 1
@@ -258,17 +247,17 @@ class Replicas:
         return now + backoff(BUSY if failure == "busy" else BACKOFF, known.count)
 
     def _judge(self, what: str, verdicts: dict[str, _Verdict]) -> None:
-        addresses = [remote.address for remote in self.current()]
-        if not addresses or not all(address in verdicts and verdicts[address].final for address in addresses):
+        found = [verdicts.get(remote.address) for remote in self.current()]
+        final = [verdict for verdict in found if verdict is not None and verdict.final]
+        if not final or len(final) < len(found):
             return
-        found = [verdicts[address] for address in addresses]
-        wrong = [verdict.message for verdict in found if verdict.failure == "wrong_teacher"]
+        wrong = [verdict.message for verdict in final if verdict.failure == "wrong_teacher"]
         if wrong:
             raise SignalMismatch(f"{what}: {wrong[0]}")
         unreached = "teacher.certificate, teacher.root_certificate, teacher.token: no replica takes a connection: "
         token = "teacher.token: every replica refuses the bearer token: "
         hints: dict[Failure, str] = {"token": token, "certificate": unreached, "silent": unreached}
-        raise TeacherLost(f"{what}: {hints.get(found[0].failure, '')}{self.describe(verdicts)}")
+        raise TeacherLost(f"{what}: {hints.get(final[0].failure, '')}{self.describe(verdicts)}")
 
     def _count(self, name: str) -> None:
         with self._lock:

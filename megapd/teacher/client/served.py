@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.flight as flight
 import torch
-from torch import Tensor
 
 from megapd.batch import Batch
 from megapd.config import TeacherConfig
@@ -25,31 +23,15 @@ from megapd.schedule.plan import Plan
 from megapd.signals import Head, Signal, SignalSpec, decode, decode_head
 from megapd.teacher.client.announce import Announcer
 from megapd.teacher.client.replicas import Endpoints, Remote, Replicas
-from megapd.teacher.wire import (
-    HEAD,
-    SIGNAL,
-    Refused,
-    Slots,
-    answer_length,
-    encode_head_question,
-    encode_request,
-    fill,
-    read_stream,
-    refusal,
-    stream_bytes,
-    with_memory,
-)
+from megapd.teacher.wire.calls import encode_head_question
+from megapd.teacher.wire.messages import HEAD, SIGNAL, answer_length, fill, read_stream, stream_bytes
+from megapd.teacher.wire.refusals import Refused, refusal
+from megapd.teacher.wire.requests import encode_request, with_memory
+from megapd.teacher.wire.shared_memory import Slots
 from megapd.trajectory import Checkpoint, Checkpoints
 
-log = logging.getLogger(__name__)
-
-
 WORKERS = 8  # requests under way at once; a call takes little of the host while it waits
-
-
 WRITTEN_SECONDS = 0.2  # between looks for a checkpoint that is still to be written
-
-
 _NO_HEAD = Head(torch.empty(0, 0), None)  # while a record is checked
 
 
@@ -70,8 +52,7 @@ class _Asked:
             answer.cancel()
 
 
-@dataclass(frozen=True)
-class _Arrived:
+class _Arrived(NamedTuple):
     """A signal on the student's device. there: of an accelerator, after which it is."""
 
     signal: Signal
@@ -97,10 +78,7 @@ class ServedStream:
         shared_memory: bool,
         endpoints: Endpoints,
     ) -> None:
-        """trajectory: resolves the plan's teacher steps to digests. endpoints: closed with the stream.
-
-        UserError where token or certificates cannot be read.
-        """
+        """trajectory: resolves steps to digests. endpoints: closed with the stream. UserError as Replicas."""
         self.spec = spec
         self._plan, self._trajectory, self._device = plan, trajectory, device
         self._deadline_seconds = config.deadline_seconds
@@ -190,19 +168,18 @@ class ServedStream:
             except FutureTimeout as error:
                 if answer.done():
                     raise
-                raise TeacherLost(self._late(asked.step)) from error
+                late = f"no signal within teacher.deadline_seconds {self._deadline_seconds:g}"
+                raise TeacherLost(f"step {asked.step}: {late}; {self._replicas.describe()}") from error
             except TeacherLost as error:
                 raise TeacherLost(f"{error} (teacher.deadline_seconds {self._deadline_seconds:g})") from error
         for found in arrived:
             if found.there is not None:
                 current = torch.cuda.current_stream(self._device)
                 current.wait_event(found.there)
-                for tensor in _tensors(found.signal):
-                    tensor.record_stream(current)
+                for tensor in (found.signal.values, found.signal.logprobs, found.signal.log_rest):
+                    if tensor is not None:
+                        tensor.record_stream(current)
         return [found.signal for found in arrived]
-
-    def _late(self, step: int) -> str:
-        return f"step {step}: no signal within teacher.deadline_seconds {self._deadline_seconds:g}; {self._replicas.describe()}"
 
     def _fetch(self, asked: _Asked, batch: Batch) -> _Arrived:
         """One micro-batch's signal; on a worker."""
@@ -266,26 +243,21 @@ class ServedStream:
         try:
             descriptor = flight.FlightDescriptor.for_command(command)
             writer, reader = remote.client.do_exchange(descriptor, remote.options(seconds))
-            with self._cancellable(reader), writer:
-                writer.done_writing()
-                messages = _messages(reader)
-                length, first = answer_length(next(messages, pa.py_buffer(b"")))
-                yield length, itertools.chain([first], messages)
+            with self._lock:
+                self._calls.add(reader)  # for `close` to cancel, which may have looked before
+            try:
+                if self._replicas.closed.is_set():
+                    reader.cancel()
+                with writer:
+                    writer.done_writing()
+                    messages = _messages(reader)
+                    length, first = answer_length(next(messages, pa.py_buffer(b"")))
+                    yield length, itertools.chain([first], messages)
+            finally:
+                with self._lock:
+                    self._calls.discard(reader)
         except (flight.FlightError, pa.ArrowException) as error:
             raise (refusal(error) or error) from error
-
-    @contextlib.contextmanager
-    def _cancellable(self, call: Any) -> Iterator[None]:
-        """`close` ends the call."""
-        with self._lock:
-            self._calls.add(call)
-        if self._replicas.closed.is_set():  # `close` may have looked before
-            call.cancel()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._calls.discard(call)
 
     # -------------------------------------------------------------------------------------------------- heads, device
 
@@ -341,7 +313,3 @@ def _messages(reader: Any) -> Iterator[pa.Buffer]:
         except StopIteration:
             return
         yield chunk.app_metadata or pa.py_buffer(b"")
-
-
-def _tensors(signal: Signal) -> list[Tensor]:
-    return [tensor for tensor in (signal.values, signal.logprobs, signal.log_rest) if tensor is not None]

@@ -36,21 +36,16 @@ class RemoteTrajectory(Checkpoints):
             raise
 
     def refresh(self) -> tuple[int, ...]:
-        """Ask again which checkpoints there are; returns `steps`."""
         self._ask([])
         return self.steps
 
     def checkpoint(self, step: int) -> Checkpoint:
-        """Everything but weights and files; UserError if it is not there (the nearest are listed)."""
         if not self.written(step):
-            raise UserError(
-                f"{self._replicas.describe()}: no checkpoint of step {step}; {self._nearest(step)}: "
-                f"change the schedule, or train the teacher further"
-            )
+            found = f"{self._replicas.describe()}: no checkpoint of step {step}; {self._nearest(step)}"
+            raise UserError(f"{found}: change the schedule, or train the teacher further")
         return self._known[step]
 
     def written(self, step: int) -> bool:
-        """Whether the teacher has the checkpoint of `step` now."""
         if step not in self._known:
             self._ask([step])
         return step in self._known

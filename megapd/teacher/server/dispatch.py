@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,24 +18,16 @@ import torch
 from megapd.batch import Batch
 from megapd.signals import Head, Signal, SignalSpec, encode_head
 from megapd.teacher.server.metrics import Metrics
-from megapd.teacher.wire import Refused, Request
+from megapd.teacher.wire.refusals import Refused
+from megapd.teacher.wire.requests import Request
 from megapd.trajectory import Checkpoints
 
 log = logging.getLogger(__name__)
 
-
 IDLE_SECONDS = 10.0  # a replica that nothing is asked of hears from its engine thread this often
-
-
 POLL_SECONDS = 0.2  # the engine thread looks whether it should end this often
-
-
 PATIENCE_SECONDS = 2.0  # a request for another checkpoint waits this long, then the teacher rotates; and it rotates no more often
-
-
 HEADS = 2  # that stay encoded on the host: of the present teacher and the next
-
-
 RATE_HALF_LIFE = 20.0  # forward passes
 
 
@@ -77,7 +69,7 @@ EncodedHead = tuple[pa.Schema, list[pa.RecordBatch]]
 @dataclass(eq=False)
 class Job:
     """A request in the queue. request: None where the head is asked for. gone: whether nobody waits for the answer any more.
-    staged: when its checkpoint is ready to be rotated to; None: it is in memory."""
+    staged: when its checkpoint is ready to be rotated to; None: it is in memory. answer: an Answer, or the head's EncodedHead."""
 
     step: int
     teacher: str
@@ -85,8 +77,7 @@ class Job:
     gone: Callable[[], bool]
     staged: Future[Any] | None = None
     arrived: float = field(default_factory=time.monotonic)
-    answer: Future[Answer] = field(default_factory=Future)
-    head: Future[EncodedHead] = field(default_factory=Future)
+    answer: Future[Any] = field(default_factory=Future)
 
     @property
     def tokens(self) -> int:
@@ -105,9 +96,8 @@ class Job:
         return self.staged is None or self.staged.done()
 
     def fail(self, error: Exception) -> None:
-        for future in (self.answer, self.head):
-            if not future.done():
-                future.set_exception(error)
+        if not self.answer.done():
+            self.answer.set_exception(error)
 
 
 class Dispatcher:
@@ -146,7 +136,7 @@ class Dispatcher:
             self._waiting.append(job)
             self._note()
         if job.staged is not None:
-            job.staged.add_done_callback(lambda _: self._wake())
+            job.staged.add_done_callback(self._wake)
 
     def forget(self, job: Job) -> None:
         """Its client has gone."""
@@ -189,7 +179,7 @@ class Dispatcher:
 
     # -------------------------------------------------------------------------------------------------------- choice
 
-    def _wake(self) -> None:
+    def _wake(self, _: Future[Any]) -> None:
         with self._changed:
             self._changed.notify_all()
 
@@ -241,11 +231,11 @@ class Dispatcher:
     def _answer(self, jobs: list[Job]) -> None:
         """Errors are told to whoever asked. Only a broken accelerator, which fails whatever comes next, ends the server."""
         for group in (jobs, *([job] for job in jobs)):
-            left = [job for job in group if not (job.answer.done() or job.head.done())]
+            left = [job for job in group if not job.answer.done()]
             if not left:
                 continue
             try:
-                self._head(left) if left[0].request is None else self._forward(left)
+                self._forward(left) if left[0].request else self._head(left)
             except torch.AcceleratorError as error:
                 for job in jobs:
                     job.fail(Refused("draining", f"the teacher's device failed: {error}"))
@@ -277,9 +267,7 @@ class Dispatcher:
         answers = {request.id: Answer(part, self.replica.classes) for request, part in zip(unique, parts, strict=True)}
         for job, request in zip(jobs, requests, strict=True):
             job.answer.set_result(answers[request.id])
-        self._measure(batch, time.monotonic() - start)
-
-    def _measure(self, batch: Batch, seconds: float) -> None:
+        seconds = time.monotonic() - start
         self.metrics.tokens.inc(batch.tokens)
         self.metrics.batch.observe(batch.samples)
         self.metrics.seconds.labels("forward").observe(seconds)
@@ -299,7 +287,7 @@ class Dispatcher:
             while len(self._heads) > HEADS:
                 self._heads.pop(next(iter(self._heads)))
         for waiting in jobs:
-            waiting.head.set_result(self._heads[job.teacher])
+            waiting.answer.set_result(self._heads[job.teacher])
 
     def _rotated_to(self, teacher: str) -> None:
         if teacher != self._teacher:
@@ -310,9 +298,8 @@ class Dispatcher:
 
 def split(signal: Signal, batches: Sequence[Batch]) -> list[Signal]:
     """The parts of a signal of concatenated batches, views."""
-    ends = np.cumsum([0, *(batch.labelled for batch in batches)]).tolist()
-
-    def part(batch: Batch, rows: slice) -> Signal:
-        return replace(signal.map(lambda tensor: tensor[rows]), samples=batch.digest)
-
-    return [part(batch, slice(*bounds)) for batch, bounds in zip(batches, pairwise(ends), strict=True)]
+    parts, first = [], 0
+    for batch in batches:
+        rows = slice(first, first := first + batch.labelled)
+        parts.append(replace(signal.map(itemgetter(rows)), samples=batch.digest))
+    return parts

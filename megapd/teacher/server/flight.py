@@ -9,13 +9,13 @@ Everything else is refused. Nothing is unpickled, no call names a file, and no a
 from __future__ import annotations
 
 import contextlib
+import hmac
 import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Any, TypeVar
+from concurrent import futures
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.flight as flight
@@ -24,60 +24,36 @@ from megapd.errors import UserError
 from megapd.signals import encode
 from megapd.teacher.server.dispatch import Answer, Dispatcher, Job, Replica
 from megapd.teacher.server.metrics import Metrics
-from megapd.teacher.wire import (
-    HEAD,
-    KIND_BYTES,
-    SIGNAL,
-    Mappings,
-    Refused,
-    Request,
-    bearer,
-    check_request,
-    check_token,
-    decode_request,
-    encode_catalogue,
-    parse_head_question,
-    parse_json,
-    parse_teacher,
-    pieces,
-    stream_parts,
-    write,
-)
+from megapd.teacher.wire.calls import encode_catalogue, parse_head_question, parse_json, parse_teacher
+from megapd.teacher.wire.messages import HEAD, KIND_BYTES, SIGNAL, Parts, pieces, stream_parts
+from megapd.teacher.wire.refusals import Refused
+from megapd.teacher.wire.requests import Request, check_request, decode_request
+from megapd.teacher.wire.shared_memory import Mappings, write
 from megapd.trajectory import Checkpoint
 from megapd.trajectory.reader import nearest_steps
 
 log = logging.getLogger(__name__)
 
-
-T = TypeVar("T")
-
-
 GONE_SECONDS = 0.5  # a handler looks whether its client is still there this often
-
-
 SWEEP_SECONDS = 10.0  # between looks for clients' memory that nobody else has any more
-
-
 LONGEST_WAIT = 30.0  # seconds that `prepare` may wait for staging
 
 
 class _Token(flight.ServerMiddlewareFactory):  # type: ignore[misc] # pyarrow has no types
     """Refuses calls without the bearer token, before anything of them is read."""
 
-    def __init__(self, token: bytes | None, metrics: Metrics) -> None:
+    def __init__(self, expected: bytes, metrics: Metrics) -> None:
         super().__init__()
-        self._expected = None if token is None else bearer(token)
-        self._metrics = metrics
+        self._expected, self._metrics = expected, metrics
 
-    def start_call(self, info: Any, headers: dict[str, list[str]]) -> None:
-        if self._expected is None:
-            return
+    def start_call(self, info: Any, headers: dict[str, list[str | bytes]]) -> None:
         given = headers.get("authorization", [])
-        try:
-            check_token(_bytes(given[0]) if len(given) == 1 else b"", self._expected)
-        except Refused as error:
+        found = given[0] if len(given) == 1 else b""
+        found = found.encode("utf-8", "surrogateescape") if isinstance(found, str) else found
+        if not hmac.compare_digest(found, self._expected):  # takes the same time wherever they differ
             self._metrics.requests.labels("any", "token").inc()
-            raise error.as_flight() from None
+            text = "the bearer token is missing or another; student and teacher need one teacher.token"
+            raise Refused("token", text).as_flight()
 
 
 class TeacherFlight(flight.FlightServerBase):  # type: ignore[misc] # pyarrow has no types
@@ -92,7 +68,8 @@ class TeacherFlight(flight.FlightServerBase):  # type: ignore[misc] # pyarrow ha
         tls: tuple[bytes, bytes] | None = None,
         client_authority: bytes | None = None,
     ) -> None:
-        """location: grpc://HOST:PORT, grpc+tls:// with TLS. tls: PEM of certificate, key. client_authority: PEM, mutual TLS."""
+        """location: grpc://HOST:PORT, grpc+tls:// with TLS. token: the authorization header. tls: PEM of certificate, key.
+        client_authority: PEM, mutual TLS."""
         self._dispatcher, self._metrics = dispatcher, dispatcher.metrics
         self._replica: Replica = dispatcher.replica
         self._checkpoints: dict[int, Checkpoint] = {}
@@ -103,7 +80,7 @@ class TeacherFlight(flight.FlightServerBase):  # type: ignore[misc] # pyarrow ha
             tls_certificates=[tls] if tls else None,
             verify_client=client_authority is not None,
             root_certificates=client_authority,
-            middleware={"token": _Token(token, self._metrics)},
+            middleware=None if token is None else {"token": _Token(token, self._metrics)},
         )
 
     # --------------------------------------------------------------------------------------------------------- calls
@@ -113,16 +90,17 @@ class TeacherFlight(flight.FlightServerBase):  # type: ignore[misc] # pyarrow ha
         command = descriptor.command if is_command else b""
         kind, question = command[:KIND_BYTES], pa.py_buffer(command).slice(min(KIND_BYTES, len(command)))
         answers = {SIGNAL: self._signal, HEAD: self._head}
-        with _as_flight(), self._told(kind.decode().strip() if kind in answers else "unknown", context.is_cancelled):
+        with self._told(kind.decode().strip() if kind in answers else "unknown", context.is_cancelled):
             if kind not in answers:
-                text = (
-                    "descriptor: a command begins with signal or head; student and teacher may run different versions of megapd"
-                )
-                raise Refused("invalid", text)
-            for message in answers[kind](question, context.is_cancelled):
+                text = "descriptor: a command begins with signal or head"
+                raise Refused("invalid", f"{text}; student and teacher may run different versions of megapd")
+            parts, length = answers[kind](question, context.is_cancelled)
+            self._metrics.bytes.inc(length)
+            for message in pieces(parts, length):
                 writer.write_metadata(message)
 
-    def _signal(self, question: pa.Buffer, gone: Callable[[], bool]) -> Iterator[pa.Buffer]:
+    def _signal(self, question: pa.Buffer, gone: Callable[[], bool]) -> tuple[Parts, int]:
+        """(what is sent, the answer's bytes, sent or written into the client's memory)."""
         self._dispatcher.check_open()
         request = decode_request(question)
         checkpoint = self._checkpoint(request.step, request.teacher)
@@ -130,24 +108,14 @@ class TeacherFlight(flight.FlightServerBase):  # type: ignore[misc] # pyarrow ha
         # Opened before the forward pass, which would be in vain where the memory cannot be reached.
         memory = None if request.memory is None else self._mappings.open(request.memory)
         job = Job(request.step, request.teacher, request, gone)
-        record = self.respond(request, self._wait(job, job.answer))
+        record = self.respond(request, self._wait(job))
         self._sweep()
-        if memory is None:
-            parts = stream_parts(record.schema, [record])
-            length = sum(map(len, parts))
-        else:
-            parts, length = [], write(record, memory)
-        self._metrics.bytes.inc(length)
-        yield from pieces(parts, length)
+        return stream_parts(record.schema, [record]) if memory is None else ([], write(record, memory))
 
-    def _head(self, question: pa.Buffer, gone: Callable[[], bool]) -> Iterator[pa.Buffer]:
+    def _head(self, question: pa.Buffer, gone: Callable[[], bool]) -> tuple[Parts, int]:
         step, teacher = parse_head_question(question.to_pybytes())
         self._checkpoint(step, teacher)
-        job = Job(step, teacher, None, gone)
-        parts = stream_parts(*self._wait(job, job.head))
-        length = sum(map(len, parts))
-        self._metrics.bytes.inc(length)
-        yield from pieces(parts, length)
+        return stream_parts(*self._wait(Job(step, teacher, None, gone)))
 
     def do_action(self, context: Any, action: flight.Action) -> list[bytes]:
         answers: dict[str, Callable[[dict[str, Any]], bytes]] = {
@@ -156,28 +124,16 @@ class TeacherFlight(flight.FlightServerBase):  # type: ignore[misc] # pyarrow ha
             "health": self._health,
             "capacity": self._capacity,
         }
-        with _as_flight(), self._told(action.type if action.type in answers else "unknown", context.is_cancelled):
+        with self._told(action.type if action.type in answers else "unknown", context.is_cancelled):
             if action.type not in answers:
                 raise Refused("invalid", f"action: there are {', '.join(answers)}")
             return [answers[action.type](parse_json(action.body.to_pybytes()))]
 
-    def list_actions(self, context: Any) -> Any:
-        return self._no()
+    def _no(self, *_: Any) -> Any:
+        self._metrics.requests.labels("unknown", "invalid").inc()
+        raise Refused("invalid", "a teacher knows do_exchange and do_action alone").as_flight()
 
-    def list_flights(self, context: Any, criteria: bytes) -> Any:
-        return self._no()
-
-    def get_flight_info(self, context: Any, descriptor: flight.FlightDescriptor) -> Any:
-        return self._no()
-
-    def get_schema(self, context: Any, descriptor: flight.FlightDescriptor) -> Any:
-        return self._no()
-
-    def do_get(self, context: Any, ticket: flight.Ticket) -> Any:
-        return self._no()
-
-    def do_put(self, context: Any, descriptor: flight.FlightDescriptor, reader: Any, writer: Any) -> None:
-        self._no()
+    list_actions = list_flights = get_flight_info = get_schema = do_get = do_put = _no
 
     def respond(self, request: Request, answer: Answer) -> pa.RecordBatch:
         """The record batch that goes back. On the handler's thread, so that the engine's goes on with the next forward pass."""
@@ -205,16 +161,13 @@ class TeacherFlight(flight.FlightServerBase):  # type: ignore[misc] # pyarrow ha
         if isinstance(wait, bool) or not isinstance(wait, int | float) or not 0.0 <= wait <= LONGEST_WAIT:
             raise Refused("invalid", f"prepare: wait is a number of seconds, {LONGEST_WAIT:g} at most")
         self._checkpoint(step, teacher)
-        if teacher in self._replica.held:
-            return json.dumps({"ready": True}).encode()
-        staged = self._replica.prepare(step)
-        try:
-            staged.result(wait)
-        except FutureTimeout:
-            if staged.done():  # the replica's own time-out, not this wait's
-                raise
-            return json.dumps({"ready": False}).encode()
-        return json.dumps({"ready": True}).encode()
+        ready = teacher in self._replica.held
+        if not ready:
+            staged = self._replica.prepare(step)
+            ready = bool(futures.wait([staged], wait).done)
+            if ready:
+                staged.result()
+        return json.dumps({"ready": ready}).encode()
 
     def _health(self, _: dict[str, Any]) -> bytes:
         return json.dumps({"draining": self._dispatcher.draining}).encode()
@@ -247,57 +200,34 @@ class TeacherFlight(flight.FlightServerBase):  # type: ignore[misc] # pyarrow ha
             raise Refused("wrong_teacher", f"{text}; teacher.trajectory and the server's are different runs")
         return found
 
-    def _wait(self, job: Job, future: Future[T]) -> T:
+    def _wait(self, job: Job) -> Any:
         """What the engine thread makes of the job. Raises Refused where it cannot, or nobody waits for it any more."""
         self._dispatcher.submit(job)
-        while True:
-            try:
-                return future.result(GONE_SECONDS)
-            except FutureTimeout:
-                if future.done():  # the replica's own time-out, not this wait's
-                    raise
-                if job.gone():
-                    self._dispatcher.forget(job)
-                    raise Refused("failed", "nobody waits for the answer any more") from None
+        while not futures.wait([job.answer], GONE_SECONDS).done:
+            if job.gone():
+                self._dispatcher.forget(job)
+                raise Refused("failed", "nobody waits for the answer any more")
+        return job.answer.result()
 
     @contextlib.contextmanager
     def _told(self, call: str, gone: Callable[[], bool]) -> Iterator[None]:
-        """Counts a call's outcome, and turns what goes wrong into the refusal that tells the client so."""
-        outcome = "ok"
+        """Counts a call's outcome, and turns what goes wrong into the Flight error that tells the client so."""
+        outcome: str = "ok"
         try:
             yield
-        except Refused as error:
-            outcome = error.kind
-            raise
-        except UserError as error:
-            outcome = "failed"
-            log.error("%s: %s", call, error)
-            raise Refused("failed", str(error)) from None
         except Exception as error:
-            outcome = "failed"
-            if not gone():
+            refused = error if isinstance(error, Refused) else Refused("failed", f"the teacher failed: {error}")
+            if isinstance(error, UserError):
+                log.error("%s: %s", call, error)
+                refused = Refused("failed", str(error))
+            elif refused is not error and not gone():
                 log.exception("%s: a call failed", call)
-            raise Refused("failed", f"the teacher failed: {error}") from error
+            outcome = refused.kind
+            raise refused.as_flight() from error
         finally:
             self._metrics.requests.labels(call, "dropped" if gone() else outcome).inc()
-
-    def _no(self) -> Any:
-        self._metrics.requests.labels("unknown", "invalid").inc()
-        raise Refused("invalid", "a teacher knows do_exchange and do_action alone").as_flight()
 
     def _sweep(self) -> None:
         if time.monotonic() - self._swept > SWEEP_SECONDS:
             self._swept = time.monotonic()
             self._mappings.sweep()
-
-
-@contextlib.contextmanager
-def _as_flight() -> Iterator[None]:
-    try:
-        yield
-    except Refused as error:
-        raise error.as_flight() from None
-
-
-def _bytes(header: str | bytes) -> bytes:
-    return header if isinstance(header, bytes) else header.encode("utf-8", "surrogateescape")

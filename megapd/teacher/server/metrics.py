@@ -15,10 +15,7 @@ from megapd.errors import UserError
 
 log = logging.getLogger(__name__)
 
-
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-
-
 _SAMPLES = tuple(float(1 << power) for power in range(13))
 
 
@@ -29,10 +26,7 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         name = "megapd_teacher_"
         self.requests = Counter(
-            f"{name}requests",
-            "Calls by outcome: ok, dropped, or why not",
-            ["call", "outcome"],
-            registry=registry,
+            f"{name}requests", "Calls by outcome: ok, dropped, or why not", ["call", "outcome"], registry=registry
         )
         self.tokens = Counter(f"{name}tokens", "Tokens answered", registry=registry)
         self.bytes = Counter(f"{name}sent_bytes", "Bytes of answers, over the network or into shared memory", registry=registry)
@@ -40,13 +34,8 @@ class Metrics:
         self.batch = Histogram(
             f"{name}batch_samples", "Samples answered by one forward pass", registry=registry, buckets=_SAMPLES
         )
-        self.seconds = Histogram(
-            f"{name}seconds",
-            "Of a request in the queue, of a forward pass",
-            ["phase"],
-            registry=registry,
-            buckets=_SECONDS,
-        )
+        text = "Of a request in the queue, of a forward pass"
+        self.seconds = Histogram(f"{name}seconds", text, ["phase"], registry=registry, buckets=_SECONDS)
         self.queue = Gauge(f"{name}queue", "Requests that wait", registry=registry)
         self.resident = Gauge(f"{name}resident", "Checkpoints in memory", registry=registry)
         self.draining = Gauge(f"{name}draining", "1 once the server is about to end", registry=registry)
@@ -83,9 +72,8 @@ class MetricsServer:
         try:
             self._server = make_server(host, port, app, server_class=_Server, handler_class=_Quiet)
         except OSError as error:
-            raise UserError(
-                f"teacher.server.metrics_port: cannot listen on {host}:{port}, {error.strerror}; choose another"
-            ) from error
+            text = f"cannot listen on {host}:{port}, {error.strerror}; choose another"
+            raise UserError(f"teacher.server.metrics_port: {text}") from error
         self.port: int = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="teacher-metrics", daemon=True)
         self._thread.start()

@@ -20,7 +20,7 @@ from megapd.scheduler.client.lease import ReplicaLease, advertised
 from megapd.teacher.server.dispatch import Dispatcher, Replica
 from megapd.teacher.server.flight import TeacherFlight
 from megapd.teacher.server.metrics import Metrics, MetricsServer
-from megapd.teacher.wire import read_token
+from megapd.teacher.wire.secrets import read_bearer
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +42,10 @@ def serve(
     if config.teacher is None:
         raise UserError("teacher: the configuration has no such section; name teacher.trajectory, whose checkpoints are served")
     options = config.teacher.server
-    token = None if config.teacher.token is None else read_token(config.teacher.token)
+    token = read_bearer(config.teacher.token)
     if token is None and not is_loopback(options.host):
-        raise UserError(
-            f"teacher.token: teacher.server.host {options.host} is reached from other machines, so a token is needed; "
-            f"name a file that holds one, or listen on 127.0.0.1"
-        )
+        needed = f"teacher.server.host {options.host} is reached from other machines, so a token is needed"
+        raise UserError(f"teacher.token: {needed}; name a file that holds one, or listen on 127.0.0.1")
     stop = threading.Event() if stop is None else stop
     metrics = Metrics()
     dispatcher = Dispatcher(replica, metrics, limit=options.queue, token_budget=options.token_budget)
@@ -108,10 +106,8 @@ def _listen(options: TeacherServerConfig, dispatcher: Dispatcher, token: bytes |
         location = f"{scheme}://{host}:{options.port}"
         return cls(location, dispatcher, token=token, tls=tls, client_authority=client_authority)
     except (OSError, pa.ArrowException, flight.FlightError) as error:
-        raise UserError(
-            f"teacher.server: cannot listen on {options.host}:{options.port}: {' '.join(str(error).split())}; "
-            f"choose another host or port, and check certificate and key"
-        ) from error
+        failed = f"cannot listen on {options.host}:{options.port}: {' '.join(str(error).split())}"
+        raise UserError(f"teacher.server: {failed}; choose another host or port, and check certificate and key") from error
 
 
 def _check_free(host: str, port: int) -> None:

@@ -12,18 +12,9 @@ from megapd.teacher.wire.refusals import Refused
 from megapd.trajectory import Checkpoint
 
 CATALOGUE_FORMAT = "megapd-catalogue/1"
-
-
-MAX_JSON_BYTES = 64 << 10  # of a ticket, an action's body or a value of the metadata
-
-
+MAX_JSON_BYTES = 64 << 10  # of a question, an action's body or a value of the metadata
 _STEP = re.compile(r"0|[1-9][0-9]{0,14}")
-
-
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-# ------------------------------------------------------------------------------------------------------- JSON of calls
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
@@ -49,7 +40,7 @@ def parse_teacher(step: object, teacher: object) -> tuple[int, str]:
 
 
 def encode_head_question(step: int, teacher: str) -> bytes:
-    """What the answer to is megapd.signals.encode_head, as an Arrow stream."""
+    """Asks for a checkpoint's output layer: the answer is an Arrow stream of megapd.signals.encode_head."""
     return json.dumps({"head": step, "teacher": teacher}).encode()
 
 

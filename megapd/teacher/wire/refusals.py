@@ -8,10 +8,7 @@ from typing import Literal, get_args
 import pyarrow.flight as flight
 
 MAX_ANSWER_BYTES = 16 << 30  # of one request; dense logits of 64k positions over 128k classes in bf16
-
-
 MAX_MESSAGE = 1000  # characters of an error: it travels in gRPC's trailing metadata, 8 KiB with all else
-
 
 RefusalKind = Literal[
     "wrong_teacher",  # the step is there, with other weights
@@ -28,7 +25,7 @@ RefusalKind = Literal[
 
 
 class Refused(Exception):
-    """A teacher's refusal, with a kind that the client acts on. needed: bytes of shared memory, for kind small."""
+    """A teacher's no. needed: bytes of shared memory, for kind small."""
 
     def __init__(self, kind: RefusalKind, message: str, needed: int = 0) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""What a student asks a served teacher, in Arrow and JSON, and how a teacher says no. Labels never travel.
+"""What a student asks a served teacher about a batch. Labels never travel.
 
 A request is an Arrow stream (messages.py) of one record batch of one row a sample:
 
@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,33 +35,13 @@ from megapd.trajectory import Checkpoint
 
 FORMAT = "megapd-request/1"
 
-
 # What one request may hold. A micro-batch of 1,024 samples of 2,048 tokens is 2M tokens, 4 MiB as uint16.
 MAX_SAMPLES = 1 << 16
-
-
 MAX_TOKENS = 1 << 24
-
-
 MAX_BYTES = 256 << 20
-
-
 QUESTION_BYTES = MAX_BYTES + (1 << 20)  # with its schema
-
-
-_TYPES: tuple[np.dtype[Any], ...] = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.uint32))
-
-
-_ARROW_TYPES = tuple(pa.from_numpy_dtype(dtype) for dtype in _TYPES)
-
-
-_LIMITS = tuple(((1 << 8 * dtype.itemsize) - 1, dtype, kind) for dtype, kind in zip(_TYPES, _ARROW_TYPES, strict=True))
-
-
-_REQUEST = re.compile(r"[0-9a-f]{32}")
-
-
-# ------------------------------------------------------------------------------------------------------------ requests
+_LIMITS = tuple((int(np.iinfo(dtype).max), dtype, pa.from_numpy_dtype(dtype)) for dtype in (np.uint8, np.uint16, np.uint32))
+_ARROW_TYPES = tuple(kind for *_, kind in _LIMITS)
 
 
 @dataclass(frozen=True)
@@ -130,8 +108,7 @@ def _request_schema(length: int, matrices: tuple[pa.DataType, ...], positions: p
 
 def with_memory(record: pa.RecordBatch, memory: Memory) -> pa.RecordBatch:
     """The same question, answered into shared memory."""
-    place = json.dumps({"pid": memory.pid, "fd": memory.fd, "name": memory.name, "bytes": memory.bytes})
-    return record.replace_schema_metadata({**record.schema.metadata, b"memory": place.encode()})
+    return record.replace_schema_metadata({**record.schema.metadata, b"memory": json.dumps(asdict(memory)).encode()})
 
 
 def decode_request(data: pa.Buffer) -> Request:
@@ -215,9 +192,8 @@ def _small(values: NDArray[np.int64]) -> pa.Array:
     found = next((both for limit, *both in _LIMITS if largest <= limit), None)
     if found is None:
         smallest = int(values.min())
-        if smallest < 0:
-            raise ValueError(f"ids: {smallest} is negative; token ids and segments count from 0")
-        raise ValueError(f"ids: {largest} does not fit into 32 bits")
+        negative = f"ids: {smallest} is negative; token ids and segments count from 0"
+        raise ValueError(negative if smallest < 0 else f"ids: {largest} does not fit into 32 bits")
     dtype, kind = found
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values.astype(dtype))], 0)
 

@@ -16,7 +16,8 @@ import secrets
 import stat
 import threading
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
+from collections.abc import Callable
 
 import pyarrow as pa
 
@@ -26,27 +27,15 @@ from megapd.teacher.wire.refusals import Refused
 from megapd.teacher.wire.requests import Memory
 
 PREFIX = "megapd-"
-
-
 FIRST_BYTES = 64 << 20  # of a slot; pages that nothing is written to take no memory
-
-
 GRANULE = 1 << 20  # sizes are multiples of it
-
-
 ROOM = 1.25  # times the answer that did not fit: those of other micro-batches may be a little larger
-
-
 MAPPINGS = 256  # that a server keeps, a descriptor each; a rank of a student has depth * micro-batches
-
 
 _ELSEWHERE = (
     "teacher.carrier: shared_memory needs student and teacher on one host, in one pid namespace, run by one user; "
     "use served instead"
 )
-
-
-# -------------------------------------------------------------------------------------------------------------- client
 
 
 class Slot:
@@ -61,7 +50,7 @@ class Slot:
             self.name = f"{PREFIX}{secrets.token_hex(8)}"
             self.fd = os.memfd_create(self.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-        self._close = weakref.finalize(self, os.close, self.fd) if shared else lambda: None
+        self.close: Callable[[], object] = weakref.finalize(self, os.close, self.fd) if shared else lambda: None
         self._map(size)
 
     def grow(self, needed: int) -> None:
@@ -92,15 +81,9 @@ class Slot:
         """The first `length` bytes, without a copy; `owner` lives as long as anything that was made of them."""
         return pa.foreign_buffer(self._buffer.address, length, base=owner)
 
-    def close(self) -> None:
-        self._close()
-
 
 class _Lease:
     """Lives as long as the arrays and tensors on a slot's memory."""
-
-    def __init__(self, slot: Slot) -> None:
-        self.slot = slot
 
 
 class Slots:
@@ -129,12 +112,12 @@ class Slots:
         else:
             self._free.append(slot)
 
-    def read(self, slot: Slot, length: object) -> pa.RecordBatch:
+    def read(self, slot: Slot, length: int) -> pa.RecordBatch:
         """The answer in a slot, a view; the slot is free again when nothing refers to it. Raises SignalDamaged."""
-        if type(length) is not int or not 0 < length <= slot.size:
+        if length > slot.size:
             raise SignalDamaged(f"an answer of {length} bytes in {slot.size} bytes of shared memory")
         self._largest = max(self._largest, slot.size)
-        lease = _Lease(slot)
+        lease = _Lease()
         weakref.finalize(lease, self.give, slot).atexit = False
         return read_record(slot.view(length, lease))
 
@@ -145,15 +128,12 @@ class Slots:
             self._free.popleft().close()
 
 
-# -------------------------------------------------------------------------------------------------------------- server
-
-
 class Mappings:
     """Clients' memory as the server maps it, the least recently used forgotten first. Thread-safe."""
 
     def __init__(self, limit: int = MAPPINGS) -> None:
         self._limit = limit
-        self._known: OrderedDict[str, tuple[Memory, tuple[int, int], pa.Buffer]] = OrderedDict()
+        self._known: dict[str, tuple[Memory, tuple[int, int], pa.Buffer]] = {}  # the one used last at the end
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -162,28 +142,18 @@ class Mappings:
     def open(self, memory: Memory) -> pa.Buffer:
         """The client's memory, mutable; Refused, kind memory, if it cannot be reached or is not what it says."""
         with self._lock:
-            known = self._known.get(memory.name)
-        if known is not None and known[0] == memory and known[1] == _identity(memory):
-            with self._lock:
-                if memory.name in self._known:
-                    self._known.move_to_end(memory.name)
+            known = self._known.pop(memory.name, None)
+            if known is None or known[0] != memory or known[1] != _identity(memory):
+                known = (memory, *_map(memory))
+            self._known[memory.name] = known
+            if len(self._known) > self._limit:
+                del self._known[next(iter(self._known))]
             return known[2]
-        identity, buffer = _map(memory)
-        with self._lock:
-            self._known[memory.name] = (memory, identity, buffer)
-            self._known.move_to_end(memory.name)
-            while len(self._known) > self._limit:
-                self._known.popitem(last=False)
-        return buffer
 
     def sweep(self) -> None:
         """Forget the memory of clients that are gone: a mapping alone would keep it."""
         with self._lock:
-            known = list(self._known.values())
-        gone = [memory.name for memory, identity, _ in known if _identity(memory) != identity]
-        with self._lock:
-            for name in gone:
-                self._known.pop(name, None)
+            self._known = {name: known for name, known in self._known.items() if _identity(known[0]) == known[1]}
 
 
 def write(record: pa.RecordBatch, buffer: pa.Buffer) -> int:
@@ -208,9 +178,9 @@ def _link(memory: Memory) -> str:
 def _identity(memory: Memory) -> tuple[int, int] | None:
     try:
         found = os.stat(_link(memory))
+        return found.st_dev, found.st_ino
     except OSError:
         return None
-    return found.st_dev, found.st_ino
 
 
 def _map(memory: Memory) -> tuple[tuple[int, int], pa.Buffer]:
