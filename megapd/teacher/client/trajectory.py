@@ -10,7 +10,7 @@ from pathlib import Path
 from megapd.config import TeacherConfig
 from megapd.errors import TeacherLost, UserError
 from megapd.teacher.client.replicas import Endpoints, Remote, Replicas
-from megapd.teacher.wire import decode_catalogue
+from megapd.teacher.wire.calls import decode_catalogue
 from megapd.trajectory import Checkpoint, Checkpoints
 
 ANSWER_SECONDS = 15.0  # longest wait for a replica: some tries at each

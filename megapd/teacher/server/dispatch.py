@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import pyarrow as pa
 import torch
 
