@@ -115,9 +115,9 @@ def test_a_restart_gives_a_whole_lease(store, leases, clock):
     again = LeaseTable(store, 10.0, clock)
     assert {lease.id: lease.state for lease in again.held()} == {"a": "live", "b": "draining"}
     pass_time(again, clock, 9.0)
-    assert len(again) == 2
+    assert len(again.held()) == 2
     pass_time(again, clock, 2.5)
-    assert len(again) == 0
+    assert len(again.held()) == 0
 
 
 def test_a_service_that_stood_still_drops_nobody_for_it(leases, clock):
