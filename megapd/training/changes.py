@@ -57,13 +57,13 @@ def open_changes(
     def open_record() -> tuple[Sequence[Change], Mapping[int, str]]:
         # On rank 0 alone: it writes there too, and no other rank may see some of that.
         nonlocal source
-        registered: Mapping[int, str] = {}
         log = ChangeLog(config.folder / FILE)
-        if config.scheduler.url is not None:
-            source, registered = _join_service(config, grown, trajectory, log, world.size, ahead, step, known)
-        elif grown is not None:
-            source = _resume_alone(config, grown, trajectory, log, step, known)
-        return log.changes, registered
+        if config.scheduler.url is None:
+            source = _resume_alone(config, grown, trajectory, log, step, known) if grown is not None else None
+            return log.changes, {}
+        source = service = _join_service(config, grown, trajectory, log, world.size, ahead, known)
+        service.start(step, config.folder / "metrics.jsonl")
+        return log.changes, service.registered
 
     changes, registered = world.on_first(open_record)
     if grown is not None:
@@ -73,16 +73,9 @@ def open_changes(
 
 
 def _join_service(
-    config: Config,
-    plan: LivePlan | None,
-    trajectory: Checkpoints | None,
-    log: ChangeLog,
-    ranks: int,
-    ahead: int,
-    step: int,
-    known: int,
-) -> tuple[ServiceSource, Mapping[int, str]]:
-    """(the service's changes, the digests that are registered); what it told by now is in the log and the plan."""
+    config: Config, plan: LivePlan | None, trajectory: Checkpoints | None, log: ChangeLog, ranks: int, ahead: int, known: int
+) -> ServiceSource:
+    """The service's changes, not started yet."""
     if has_reports(config.folder):
         raise UserError(
             f"scheduler.url: {config.folder} holds reports that this run decided on by itself, which the scheduler lacks; leave "
@@ -107,9 +100,7 @@ def _join_service(
     name = settings.trajectory if plan is not None else None
     run = Registration(config.name, config.training.steps, name, settings.group, facts, config.schedule)
     api = Api(settings, timeout_seconds=CALL_SECONDS)
-    source = ServiceSource(api, run, plan, log, resolve, weights, ahead=ahead)
-    source.start(step, config.folder / "metrics.jsonl")
-    return source, source.registered
+    return ServiceSource(api, run, plan, log, resolve, weights, ahead=ahead)
 
 
 def _resume_alone(
