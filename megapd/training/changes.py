@@ -57,19 +57,13 @@ def open_changes(
     def open_record() -> tuple[Sequence[Change], Mapping[int, str]]:
         # On rank 0 alone: it writes there too, and no other rank may see some of that.
         nonlocal source
-        registered: Mapping[int, str] = {}
         log = ChangeLog(config.folder / FILE)
-        if config.scheduler.url is not None:
-            if has_reports(config.folder):
-                why = f"{config.folder} holds reports that this run decided on by itself, which the scheduler lacks"
-                raise UserError(f"scheduler.url: {why}; leave scheduler.url out, or start a run of another name")
-            _take_known(grown, log, known)
-            source = service = _service_source(config, grown, trajectory, log, world.size, ahead)
-            service.start(step, config.folder / "metrics.jsonl")
-            registered = service.registered
-        elif grown is not None:
-            source = _resume_alone(config, grown, trajectory, log, step, known)
-        return log.changes, registered
+        if config.scheduler.url is None:
+            source = _resume_alone(config, grown, trajectory, log, step, known) if grown is not None else None
+            return log.changes, {}
+        source = service = _join_service(config, grown, trajectory, log, world.size, ahead, known)
+        service.start(step, config.folder / "metrics.jsonl")
+        return log.changes, service.registered
 
     changes, registered = world.on_first(open_record)
     if grown is not None:
@@ -78,10 +72,16 @@ def open_changes(
     return Changes(grown, source, registered)
 
 
-def _service_source(
-    config: Config, plan: LivePlan | None, trajectory: Checkpoints | None, log: ChangeLog, ranks: int, ahead: int
+def _join_service(
+    config: Config, plan: LivePlan | None, trajectory: Checkpoints | None, log: ChangeLog, ranks: int, ahead: int, known: int
 ) -> ServiceSource:
-    """The service's changes, which go to the log and the plan once it is started."""
+    """The service's changes, not started yet."""
+    if has_reports(config.folder):
+        raise UserError(
+            f"scheduler.url: {config.folder} holds reports that this run decided on by itself, which the scheduler lacks; leave "
+            f"scheduler.url out, or start a run of another name"
+        )
+    _take_known(plan, log, known)
 
     def resolve(schedule: ScheduleConfig) -> Plan:
         assert trajectory is not None
@@ -99,7 +99,8 @@ def _service_source(
     facts = {"task": config.task.kind, "model": config.model.kind, "ranks": ranks}
     name = settings.trajectory if plan is not None else None
     run = Registration(config.name, config.training.steps, name, settings.group, facts, config.schedule)
-    return ServiceSource(Api(settings, timeout_seconds=CALL_SECONDS), run, plan, log, resolve, weights, ahead=ahead)
+    api = Api(settings, timeout_seconds=CALL_SECONDS)
+    return ServiceSource(api, run, plan, log, resolve, weights, ahead=ahead)
 
 
 def _resume_alone(

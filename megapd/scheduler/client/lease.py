@@ -96,9 +96,6 @@ class ReplicaLease:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.leave()
-
     def drain(self) -> None:
         """Have students sent elsewhere. Returns when the service has it, at the latest after SAY_SECONDS; then the thread goes on
         trying."""
@@ -107,7 +104,7 @@ class ReplicaLease:
         if not self._drained.wait(SAY_SECONDS):
             log.warning("the scheduler was not told that %s drains", self.endpoint)
 
-    def leave(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """Give the lease back and end the thread; after SAY_SECONDS the lease is left to run out."""
         self._leaving.set()
         self._wake.set()
