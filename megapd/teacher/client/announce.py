@@ -46,14 +46,14 @@ class Announcer:
         self._changed.set()
 
     def _run(self) -> None:
+        ready: set[str] = set()
         while not self._replicas.closed.is_set():
-            self._changed.wait()
-            self._changed.clear()
-            ready: set[str] = set()
-            while not self._changed.is_set() and not self._replicas.closed.is_set():
-                assert self._wanted is not None
-                self._tell_all(*self._wanted, ready)
-                self._changed.wait(AGAIN_SECONDS)
+            if self._changed.is_set():
+                self._changed.clear()
+                ready.clear()
+            assert self._wanted is not None
+            self._tell_all(*self._wanted, ready)
+            self._changed.wait(AGAIN_SECONDS)
 
     def _tell_all(self, student_step: int, teacher_step: int, ready: set[str]) -> None:
         """One round about the replicas that are not in `ready`, which gains those that are."""

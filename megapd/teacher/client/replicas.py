@@ -221,8 +221,7 @@ class Replicas:
     def _try(self, remote: Remote, do: Callable[[Remote, float], T], seconds: float) -> T:
         if remote.failures:
             remote.retry_at = time.monotonic() + PROBE_SECONDS  # meanwhile nobody else tries it
-            health = parse_json(remote.action("health", b"", min(PROBE_SECONDS, seconds)))
-            if health.get("draining"):
+            if parse_json(remote.action("health", b"", min(PROBE_SECONDS, seconds))).get("draining"):
                 raise Refused("draining", "it is about to end")
             remote.failures, remote.retry_at = 0, 0.0
         self._count("requests")

@@ -250,7 +250,7 @@ class ServedStream:
                     reader.cancel()
                 with writer:
                     writer.done_writing()
-                    messages = _messages(reader)
+                    messages = (chunk.app_metadata or pa.py_buffer(b"") for chunk in reader)
                     length, first = answer_length(next(messages, pa.py_buffer(b"")))
                     yield length, itertools.chain([first], messages)
             finally:
@@ -304,12 +304,3 @@ class ServedStream:
         following = self._plan.next_after(step)
         if following is not None:
             self._announcer.announce(*following)
-
-
-def _messages(reader: Any) -> Iterator[pa.Buffer]:
-    while True:
-        try:
-            chunk = reader.read_chunk()
-        except StopIteration:
-            return
-        yield chunk.app_metadata or pa.py_buffer(b"")

@@ -196,14 +196,12 @@ class Dispatcher:
             chosen = self._together(self._first(ready, time.monotonic()), ready)
             self._waiting = [job for job in self._waiting if job not in chosen]
             self._note()
-        now, wanted = time.monotonic(), []
+        now = time.monotonic()
         for job in chosen:
             self.metrics.seconds.labels("queue").observe(now - job.arrived)
             if job.gone():
                 job.fail(Refused("failed", "nobody waits for the answer any more"))
-            else:
-                wanted.append(job)  # where staging failed, the replica tells why, and forgets that it did
-        return wanted
+        return [job for job in chosen if not job.answer.done()]  # where staging failed, the replica tells why, and forgets it
 
     def _first(self, ready: list[Job], now: float) -> Job:
         """The oldest for the present checkpoint, else for one in memory, else of all; but whoever waits longer than the patience
@@ -242,11 +240,11 @@ class Dispatcher:
             except Exception as error:
                 if len(left) > 1:  # one of them may be at fault: each alone
                     log.warning("%d requests failed together, each is tried alone: %s", len(left), error)
-                    continue
-                if not isinstance(error, Refused):
+                elif isinstance(error, Refused):
+                    left[0].fail(error)
+                else:
                     log.exception("teacher step %d: a request failed", left[0].step)
-                refused = error if isinstance(error, Refused) else Refused("failed", f"the teacher failed: {error}")
-                left[0].fail(refused)
+                    left[0].fail(Refused("failed", f"the teacher failed: {error}"))
 
     def _forward(self, jobs: list[Job]) -> None:
         requests = [job.request for job in jobs if job.request is not None]

@@ -145,12 +145,11 @@ class TeacherFlight(flight.FlightServerBase):  # type: ignore[misc] # pyarrow ha
         """The steps there are, and the description of those in `steps`; without it, of all."""
         trajectory = self._replica.trajectory
         wanted = body.get("steps")
-        if wanted is None:
-            steps = wanted = trajectory.refresh()
-        elif not isinstance(wanted, list) or not all(type(step) is int and 0 <= step < 1 << 50 for step in wanted):
+        whole = isinstance(wanted, list) and all(type(step) is int and 0 <= step < 1 << 50 for step in wanted)
+        if wanted is not None and not whole:
             raise Refused("invalid", "trajectory: steps is a list of whole numbers")
-        else:
-            steps = trajectory.steps if wanted else trajectory.refresh()
+        steps = trajectory.steps if wanted else trajectory.refresh()
+        wanted = steps if wanted is None else wanted
         there = [step for step in sorted(set(wanted)) if step in self._checkpoints or trajectory.written(step)]
         return encode_catalogue(sorted({*steps, *there}), [self._known(step) for step in there])
 
@@ -173,16 +172,8 @@ class TeacherFlight(flight.FlightServerBase):  # type: ignore[misc] # pyarrow ha
         return json.dumps({"draining": self._dispatcher.draining}).encode()
 
     def _capacity(self, _: dict[str, Any]) -> bytes:
-        figures = {
-            "queued": self._dispatcher.queued,
-            "limit": self._dispatcher.limit,
-            "tokens_per_second": self._dispatcher.tokens_per_second,
-            "resident": list(self._replica.held),
-            "draining": self._dispatcher.draining,
-        }
-        return json.dumps(figures).encode()
-
-    # ------------------------------------------------------------------------------------------------------- helpers
+        figures = {name: getattr(self._dispatcher, name) for name in ("queued", "limit", "tokens_per_second", "draining")}
+        return json.dumps({**figures, "resident": list(self._replica.held)}).encode()
 
     def _known(self, step: int) -> Checkpoint:
         if step not in self._checkpoints:

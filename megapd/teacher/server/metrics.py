@@ -23,22 +23,17 @@ class Metrics:
     """One registry a server, so that several can live in a process. Names begin with megapd_teacher_."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        name = "megapd_teacher_"
-        self.requests = Counter(
-            f"{name}requests", "Calls by outcome: ok, dropped, or why not", ["call", "outcome"], registry=registry
-        )
-        self.tokens = Counter(f"{name}tokens", "Tokens answered", registry=registry)
-        self.bytes = Counter(f"{name}sent_bytes", "Bytes of answers, over the network or into shared memory", registry=registry)
-        self.rotations = Counter(f"{name}rotations", "Times that another checkpoint was taken up", registry=registry)
-        self.batch = Histogram(
-            f"{name}batch_samples", "Samples answered by one forward pass", registry=registry, buckets=_SAMPLES
-        )
-        text = "Of a request in the queue, of a forward pass"
-        self.seconds = Histogram(f"{name}seconds", text, ["phase"], registry=registry, buckets=_SECONDS)
-        self.queue = Gauge(f"{name}queue", "Requests that wait", registry=registry)
-        self.resident = Gauge(f"{name}resident", "Checkpoints in memory", registry=registry)
-        self.draining = Gauge(f"{name}draining", "1 once the server is about to end", registry=registry)
+        self.registry = CollectorRegistry()
+        own: dict[str, Any] = {"namespace": "megapd_teacher", "registry": self.registry}
+        self.requests = Counter("requests", "Calls by outcome: ok, dropped, or why not", ["call", "outcome"], **own)
+        self.tokens = Counter("tokens", "Tokens answered", **own)
+        self.bytes = Counter("sent_bytes", "Bytes of answers, over the network or into shared memory", **own)
+        self.rotations = Counter("rotations", "Times that another checkpoint was taken up", **own)
+        self.batch = Histogram("batch_samples", "Samples answered by one forward pass", buckets=_SAMPLES, **own)
+        self.seconds = Histogram("seconds", "Of a request in the queue, of a forward pass", ["phase"], buckets=_SECONDS, **own)
+        self.queue = Gauge("queue", "Requests that wait", **own)
+        self.resident = Gauge("resident", "Checkpoints in memory", **own)
+        self.draining = Gauge("draining", "1 once the server is about to end", **own)
 
 
 class _Server(ThreadingMixIn, WSGIServer):

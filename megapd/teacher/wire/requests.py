@@ -86,13 +86,8 @@ def encode_request(step: int, teacher: str, spec: SignalSpec, batch: Batch) -> p
         *(pa.Array.from_buffers(kind, samples, [None], 0, children=[part]) for kind, part in zip(lists, matrices, strict=True)),
         pa.Array.from_buffers(places, samples, [None, pa.py_buffer(ends)], 0, children=[positions]),
     ]
-    metadata = {
-        "format": FORMAT,
-        "request": request_id(teacher, spec, batch),
-        "step": str(step),
-        "teacher": teacher,
-        "parameters": spec.parameters,
-    }
+    about = {"format": FORMAT, "request": request_id(teacher, spec, batch), "step": str(step), "teacher": teacher}
+    metadata = {**about, "parameters": spec.parameters}
     return pa.RecordBatch.from_arrays(columns, schema=schema.with_metadata(metadata))
 
 
@@ -112,10 +107,8 @@ def with_memory(record: pa.RecordBatch, memory: Memory) -> pa.RecordBatch:
 
 
 def decode_request(data: pa.Buffer) -> Request:
-    """The question in the Arrow stream of a record batch as `encode_request` makes it, whoever sent it.
-
-    Refused, kind invalid, for anything else. Nothing is decoded of more than QUESTION_BYTES, nor of compressed buffers.
-    """
+    """The question in an Arrow stream of what `encode_request` makes, whoever sent it; Refused, kind invalid, for anything else.
+    Nothing is decoded of more than QUESTION_BYTES, nor of compressed buffers."""
     if data.size > QUESTION_BYTES:
         raise Refused("invalid", f"request: {data.size} bytes, {QUESTION_BYTES} at most; lower the micro-batch")
     try:

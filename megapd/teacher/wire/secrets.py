@@ -12,10 +12,8 @@ MIN_TOKEN_CHARACTERS = 16
 
 
 def read_bearer(path: Path | None) -> bytes | None:
-    """The authorization header's value, of the token in a file, without the white space around it; None without a file.
-
-    UserError if the file is missing, or the token too short to be a secret.
-    """
+    """The authorization header's value, of the token in a file; None without one. UserError if it cannot be read, or is too short
+    to be a secret."""
     if path is None:
         return None
     token = read_secret(path, "teacher.token").strip()

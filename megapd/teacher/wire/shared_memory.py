@@ -32,10 +32,8 @@ GRANULE = 1 << 20  # sizes are multiples of it
 ROOM = 1.25  # times the answer that did not fit: those of other micro-batches may be a little larger
 MAPPINGS = 256  # that a server keeps, a descriptor each; a rank of a student has depth * micro-batches
 
-_ELSEWHERE = (
-    "teacher.carrier: shared_memory needs student and teacher on one host, in one pid namespace, run by one user; "
-    "use served instead"
-)
+_NEEDED = "shared_memory needs student and teacher on one host, in one pid namespace, run by one user"
+_ELSEWHERE = f"teacher.carrier: {_NEEDED}; use served instead"
 
 
 class Slot:
@@ -157,12 +155,9 @@ class Mappings:
 
 
 def write(record: pa.RecordBatch, buffer: pa.Buffer) -> int:
-    """Write the record batch into the client's memory as an IPC stream, without a copy in between; returns its bytes.
-
-    Refused, kind small, with the bytes needed, if it does not fit.
-    """
-    end = 8  # the mark of a stream's end
-    needed = record.schema.serialize().size + pa.ipc.get_record_batch_size(record) + end
+    """Write an IPC stream into the client's memory, without a copy in between; returns its bytes. Refused, kind small, with the
+    bytes needed, if it does not fit."""
+    needed = record.schema.serialize().size + pa.ipc.get_record_batch_size(record) + 8  # the mark of a stream's end
     if needed > buffer.size:
         raise Refused("small", f"the answer takes {needed} bytes of shared memory, {buffer.size} are there", needed)
     sink = pa.FixedSizeBufferWriter(buffer)
