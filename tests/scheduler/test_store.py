@@ -33,7 +33,7 @@ def server():
         yield url
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
 def store(request, tmp_path):
     url = f"sqlite:///{tmp_path}/s.db"
     if request.param == "postgresql":
