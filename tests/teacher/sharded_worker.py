@@ -30,10 +30,10 @@ SPECS = [
 def gap(a: Signal, b: Signal) -> float:
     """Largest difference of anything the two hold; class ids that differ count 1 each, as a share."""
     assert (a.spec, a.teacher, a.samples) == (b.spec, b.teacher, b.samples)
-    if a.kind in ("sampled", "argmax"):
+    if a.spec.kind in ("sampled", "argmax"):
         return float((a.values != b.values).double().mean())
     pairs = [(a.values, b.values), (a.logprobs, b.logprobs), (a.log_rest, b.log_rest)]
-    if a.kind == "hidden":
+    if a.spec.kind == "hidden":
         assert a.head is not None
         assert b.head is not None
         pairs += [(a.head.weight, b.head.weight), (a.head.bias, b.head.bias)]
