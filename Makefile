@@ -23,7 +23,7 @@ test: $(VENV)/ready
 test-full: $(VENV)/ready
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-# What starts no process, no browser and no Triton interpreter.
+# What starts no process, no service, no browser and no Triton interpreter.
 test-fast: $(VENV)/ready
 	$(BIN)/python -m pytest -m "not full and not slow" -n 2 --dist loadfile
 

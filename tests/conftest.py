@@ -22,7 +22,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_configure(config):
-    if "not slow" in config.option.markexpr:
+    starts_workers = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
+    if "not slow" in config.option.markexpr and not starts_workers:
         sys.addaudithook(_refuse_processes)
 
 

@@ -21,6 +21,8 @@ from megapd.scheduler.client.registration import Registration
 from tests.scheduler import services
 from tests.scheduler.test_client import ADAPTIVE, AHEAD, EQUAL, STEPS, THERE
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):

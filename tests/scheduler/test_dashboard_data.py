@@ -12,6 +12,8 @@ from megapd.scheduler.dashboard import page as assets
 from tests.scheduler import services
 from tests.scheduler.test_dashboard import EQUAL, good, post, put, report, run, trajectory
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def client(tmp_path):

@@ -25,6 +25,8 @@ from megapd.scheduler.store import trajectories as catalogue
 from tests.scheduler import services
 from tests.trajectory.checkpoints import weights, write
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def store(tmp_path):

@@ -27,6 +27,8 @@ from tests.scheduler import services
 from tests.scheduler.services import serving
 from tests.teacher.serving import make_authority
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "a" * 64
 
 
@@ -381,7 +383,6 @@ def test_a_second_service_of_a_store_is_refused(tmp_path):
         serve(settings, threading.Event())
 
 
-@pytest.mark.slow
 def test_sigterm_ends_it_with_code_0_and_silent_replicas_are_dropped(tmp_path):
     process = services.Process(f"sqlite:///{tmp_path}/s.db", lease_seconds=0.5)
     try:

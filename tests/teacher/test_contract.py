@@ -27,7 +27,7 @@ from tests.teacher.serving import (
     stream_of,
 )
 
-pytestmark = pytest.mark.usefixtures("_soon")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("_soon")]
 
 CARRIERS = ("colocated", "served", "shared_memory", "recording", "cached")
 REMOTE = ("served", "shared_memory")

@@ -32,7 +32,7 @@ from tests.teacher.serving import (
     wait_for,
 )
 
-pytestmark = pytest.mark.usefixtures("_soon")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("_soon")]
 
 
 # ------------------------------------------------------------------------------------------------------------ failures

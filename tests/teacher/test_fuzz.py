@@ -16,6 +16,8 @@ from megapd.teacher.wire.refusals import Refused, refusal
 from megapd.teacher.wire.requests import decode_request, encode_request
 from tests.teacher.serving import DENSE, DIGESTS, asked, exchange, make_batch, options, same
 
+pytestmark = pytest.mark.slow
+
 TEACHER = DIGESTS[20]
 GOOD = encode_request(20, TEACHER, DENSE, make_batch(0))
 ERRORS = (flight.FlightError, pa.ArrowException)

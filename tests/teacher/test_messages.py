@@ -57,7 +57,7 @@ from tests.teacher.serving import (
     wait_for,
 )
 
-pytestmark = pytest.mark.usefixtures("_soon")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("_soon")]
 
 QUESTION = encode_request(20, DIGESTS[20], DENSE, make_batch(0))
 GIBIBYTE = 1 << 30

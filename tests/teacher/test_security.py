@@ -25,7 +25,7 @@ from tests.teacher.serving import (
     stream_of,
 )
 
-pytestmark = pytest.mark.usefixtures("_soon")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("_soon")]
 
 
 # -------------------------------------------------------------------------------------------- tokens, certificates, hosts
