@@ -25,7 +25,7 @@ test-full: $(VENV)/ready
 
 # What starts no process, no service, no browser and no Triton interpreter.
 test-fast: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not full and not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not full and not slow" -n 2 --dist worksteal
 
 # Registers, shared memory and spills of the Triton kernels, compiled for GPUs that need not be there.
 kernels-report: $(VENV)/ready
