@@ -33,6 +33,10 @@ class Meter(Callback):
         self._time = time.perf_counter()
         self._began = self._time - seconds_before  # as if those before a resume had been now
 
+    def before_step(self, run: Run, step: int) -> None:
+        if step == run.start:
+            self._time = time.perf_counter()  # the rate is the loop's: what else started, such as a tracker, took its time
+
     def after_step(self, run: Run, result: StepResult) -> None:
         if result.metrics is None or not due(result.step, run.config.telemetry.every, run.steps):
             return

@@ -1,6 +1,7 @@
 """What is hooked to a run: when it is called, what it may know, change and keep, and how it fails."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -148,3 +149,21 @@ def test_metrics_go_to_the_trackers_that_are_named_and_to_their_file(tmp_path, m
     megapd.train(settings(tmp_path, "--telemetry.trackers=[]", "--telemetry.wandb=offline"))
     assert (tmp_path / "run" / "metrics.jsonl").exists()
     assert not (tmp_path / "run" / "wandb").exists()
+
+
+def test_the_rate_leaves_out_what_else_starts(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("megapd.training.telemetry.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    class Slow(megapd.Callback):
+        def start(self, run):
+            now[0] += 1000.0
+
+        def before_step(self, run, step):
+            now[0] += 1.0
+
+    megapd.train(settings(tmp_path, "--training.steps=3"), [Slow()])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates, seconds = zip(*[(line["tok_per_sec"], line["seconds"]) for line in lines if line["kind"] == "train"], strict=True)
+    assert len(set(rates)) == 1
+    assert seconds == (1001.0, 1002.0, 1003.0)
