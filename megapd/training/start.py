@@ -125,6 +125,8 @@ def _check_folder(config: Config) -> bool:
     """Whether the run's folder is to be resumed; UserError if it holds another run, or may not be resumed."""
     saved = config.folder / "config.yaml"
     if not saved.exists():
+        if any((config.folder / "checkpoints").glob("step_*")):  # config.yaml is there before the first of them
+            raise UserError(f"{saved} is missing, but there are checkpoints beside it: restore it, or choose another name")
         return False
     if not config.checkpoint.resume:
         raise UserError(f"{config.folder} holds a run already: set checkpoint.resume true to continue it, or choose another name")

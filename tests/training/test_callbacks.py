@@ -167,3 +167,13 @@ def test_the_rate_leaves_out_what_else_starts(tmp_path, monkeypatch):
     rates, seconds = zip(*[(line["tok_per_sec"], line["seconds"]) for line in lines if line["kind"] == "train"], strict=True)
     assert len(set(rates)) == 1
     assert seconds == (1001.0, 1002.0, 1003.0)
+
+
+def test_checkpoints_without_their_settings_are_not_begun_over(tmp_path):
+    megapd.train(settings(tmp_path, "--training.steps=2"))
+    folder = tmp_path / "run"
+    (folder / "config.yaml").unlink()
+    before = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"config\.yaml is missing, but there are checkpoints"):
+        megapd.train(settings(tmp_path, "--training.steps=2"))
+    assert (folder / "metrics.jsonl").read_bytes() == before
