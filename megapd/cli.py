@@ -64,43 +64,48 @@ def command(path: str) -> Callable[..., int]:
     return function
 
 
+def _run(path: str, *arguments: Any, **options: Any) -> int:
+    """`command`, imported when its arguments are there: a mistake in the settings is told at once."""
+    return command(path)(*arguments, **options)
+
+
 def _train(overrides: list[str], config: Path | None, dry_run: bool) -> int:
-    return command("dry_run.show_dry_run" if dry_run else "train.train_command")(_load(overrides, config))
+    return _run("dry_run.show_dry_run" if dry_run else "train.train_command", _load(overrides, config))
 
 
 def _teacher(overrides: list[str], config: Path | None) -> int:
     own = [] if config is None else [str(config)]
-    return command("teacher.serve_teacher")(_load(overrides, config), ["teacher", *own, *overrides])
+    return _run("teacher.serve_teacher", _load(overrides, config), ["teacher", *own, *overrides])
 
 
 def _evaluate(overrides: list[str], folder: Path) -> int:
-    return command("evaluate.evaluate_run")(_load(overrides, folder / "config.yaml"), folder)
+    return _run("evaluate.evaluate_run", _load(overrides, folder / "config.yaml"), folder)
 
 
 def _verify(overrides: list[str], folder: Path, accept: bool) -> int:
     if not folder.exists():
-        return command("trajectory.verify_checkpoints")(_load(overrides), str(folder), accept=accept)
+        return _run("trajectory.verify_checkpoints", _load(overrides), str(folder), accept=accept)
     if accept:
         raise UserError(f"--accept: {folder} is a folder; give the name of a registered trajectory")
     if overrides:
         raise UserError(f"{overrides[0]!r}: a folder's verification takes no settings; a registered trajectory's does")
-    return command("checkpoints.verify_folder")(folder)
+    return _run("checkpoints.verify_folder", folder)
 
 
 def _suggest(overrides: list[str], **options: Any) -> int:
-    return command("checkpoints.suggest_transition")(overrides, **options)
+    return _run("checkpoints.suggest_transition", overrides, **options)
 
 
 def _scheduler(overrides: list[str], words: list[str], name: str | None) -> int:
     match words:
         case ["token", role]:
-            return command("scheduler.create_token")(_load(overrides), role, name)
+            return _run("scheduler.create_token", _load(overrides), role, name)
         case ["tokens"]:
-            return command("scheduler.list_tokens")(_load(overrides))
+            return _run("scheduler.list_tokens", _load(overrides))
         case ["revoke", revoked]:
-            return command("scheduler.revoke_token")(_load(overrides), revoked)
+            return _run("scheduler.revoke_token", _load(overrides), revoked)
         case [] | [_]:
-            return command("scheduler.serve_scheduler")(_load(overrides, Path(words[0]) if words else None))
+            return _run("scheduler.serve_scheduler", _load(overrides, Path(words[0]) if words else None))
     raise UserError(f"{' '.join(words)}: give a configuration's file, or token ROLE, tokens, revoke NAME")
 
 
@@ -113,7 +118,7 @@ def _set_schedule(overrides: list[str], run: str, **options: Any) -> int:
     document = parse_overrides(own).get("schedule")
     if not isinstance(document, dict):
         raise UserError("schedule: give the new one as settings, --schedule.policy=one_shot --schedule.checkpoint=1200")
-    return command("schedule.set_schedule")(config, run, document, **options)
+    return _run("schedule.set_schedule", config, run, document, **options)
 
 
 def _load(overrides: list[str], file: Path | None = None) -> Config:

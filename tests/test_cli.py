@@ -59,6 +59,12 @@ def test_every_verb_fits_its_function():
         inspect.signature(function).bind(*given, **dict.fromkeys(options))
 
 
+@pytest.mark.parametrize("verb", [["train"], ["train", "--dry-run"], ["teacher"], ["record"], ["evaluate", "."], ["scheduler"]])
+def test_a_mistake_is_told_before_what_runs_is_imported(monkeypatch, verb):
+    monkeypatch.setattr(cli, "command", lambda path: pytest.fail(f"{path} was imported"))
+    assert main([*verb, "--nothing=1"]) == 2
+
+
 def test_no_trajectory(tmp_path, capsys):
     refused(capsys, tmp_path, runs.student(tmp_path, "s", tmp_path / "nowhere"), "teacher.trajectory", "nowhere")
 
