@@ -86,6 +86,7 @@ class Callback:
     name: str
 
     def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         cls.name = cls.__dict__.get("name", cls.__name__)
 
     def start(self, run: Run) -> None:

@@ -1,6 +1,7 @@
 """What is hooked to a run: when it is called, what it may know, change and keep, and how it fails."""
 
 import json
+import typing
 from types import SimpleNamespace
 
 import pytest
@@ -177,3 +178,11 @@ def test_checkpoints_without_their_settings_are_not_begun_over(tmp_path):
     with pytest.raises(UserError, match=r"config\.yaml is missing, but there are checkpoints"):
         megapd.train(settings(tmp_path, "--training.steps=2"))
     assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_it_may_have_other_bases():
+    class Generic(megapd.Callback, typing.Generic[typing.TypeVar("T")]): ...
+
+    class Whole(Generic[int]): ...
+
+    assert [Generic.name, Whole.name] == ["Generic", "Whole"]
