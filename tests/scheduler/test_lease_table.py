@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+from concurrent.futures import Future
 
 import pytest
 
@@ -190,3 +192,24 @@ def test_the_gone_are_forgotten_in_time(store, leases):
     assert leases.prune(0.0).result(10) == 0
     assert leases.prune(1e12).result(10) == 1
     assert len(leases.held()) == 1
+
+
+def test_a_waiter_that_is_cancelled_leaves_the_write(store, leases, caplog):
+    """As a service that ends while it drops a replica: the write goes on, and nothing is left to complain of."""
+    leases.register("a", "g", "grpc://a:1", {}).result(10)
+    gone = threading.Event()
+    store.submit(lambda _: gone.wait(10))
+    write = leases.leave("a")
+    assert not write.cancel()
+    gone.set()
+    write.result(10)
+    assert leases.held() == []
+    assert not caplog.records
+
+
+def test_what_follows_a_write_and_fails_is_told(leases):
+    written: Future[int] = Future()
+    found = leases._then(written, lambda _: 1 // 0)
+    written.set_result(0)
+    with pytest.raises(ZeroDivisionError):
+        found.result(10)

@@ -29,8 +29,10 @@ from megapd.teacher.wire.messages import (
     LENGTH,
     MESSAGE_BYTES,
     SIGNAL,
+    _field,
     pieces,
     read_record,
+    read_stream,
     stream_bytes,
     stream_parts,
 )
@@ -396,3 +398,22 @@ def test_damaged_bytes_are_no_request():
     for data in (b"", b"x", stream_bytes(QUESTION)[:-200], json.dumps({}).encode()):
         with pytest.raises(Refused, match="not an Arrow stream"):
             decode_request(pa.py_buffer(data))
+
+
+@pytest.mark.parametrize("kind", [0, 9])
+def test_a_message_of_no_kind_where_the_schema_belongs_is_no_stream(kind):
+    """Arrow verifies nothing below a kind that it does not know, and pyarrow's read_schema follows what stands there."""
+    stream = bytearray(stream_bytes(QUESTION))
+    flatbuffer = memoryview(stream)[8:]  # after the mark and the length
+
+    def points_to(place):
+        return place + struct.unpack_from("<I", flatbuffer, place)[0]
+
+    message = points_to(0)
+    flatbuffer[_field(flatbuffer, message, 1)] = kind
+    columns = _field(flatbuffer, points_to(_field(flatbuffer, message, 2)), 1)
+    struct.pack_into("<I", flatbuffer, columns, 0x7FFFFF00)
+    with pytest.raises(SignalDamaged, match="it begins with a message of type unknown"):
+        read_stream(pa.py_buffer(bytes(stream)))
+    with pytest.raises(Refused, match="not an Arrow stream"):
+        decode_request(pa.py_buffer(bytes(stream)))

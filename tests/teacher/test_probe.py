@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import ssl
 import threading
 
 import pyarrow as pa
@@ -84,3 +85,10 @@ def test_who_closes_without_a_word_is_silent_and_who_says_nothing_is_away():
         thread.join()
         assert reach(address, None, 0.1)[0] == "away"  # in the queue of a server that hangs
         stack.enter_context(listener.accept()[0])
+
+
+@pytest.mark.parametrize("address", ["grpc://a..b:1", "grpc://host", "grpc://127.0.0.1:99999", "grpc+unix:///tmp/x"])
+def test_an_address_that_no_socket_takes_is_away(address):
+    """A lease may name one, and the client that asks it goes on with the other replicas."""
+    assert reach(address, None, 1)[0] == "away"
+    assert reach(address, ssl.create_default_context(), 1)[0] == "away"

@@ -129,13 +129,13 @@ class LeaseTable:
     def _then(future: Future[Any], do: Callable[[Any], Any]) -> Future[Any]:
         """A future of what `do` returns, called as soon as the write is done and before anybody hears of it."""
         result: Future[Any] = Future()
+        result.set_running_or_notify_cancel()  # the write goes on though a caller that waited for it is cancelled
 
         def done(finished: Future[Any]) -> None:
-            error = finished.exception()
-            if error is not None:
-                result.set_exception(error)
-            else:
+            try:
                 result.set_result(do(finished.result()))
+            except BaseException as error:  # the write's, or that of `do`: whoever waits hears of it
+                result.set_exception(error)
 
         future.add_done_callback(done)
         return result

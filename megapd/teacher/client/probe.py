@@ -17,11 +17,14 @@ Reach = Literal["certificate", "silent", "away"]
 
 
 def reach(address: str, context: ssl.SSLContext | None, seconds: float) -> tuple[Reach, str]:
-    """(how far a connection to grpc://HOST:PORT comes, the message for people). context: of grpc+tls://."""
-    place = urlsplit(address)
-    assert place.hostname is not None
-    assert place.port is not None
+    """(how far a connection to grpc://HOST:PORT comes, the message for people). context: of grpc+tls://.
+
+    A lease may name what no socket takes, a host like a..b: one replica's odd address must not end the student.
+    """
     try:
+        place = urlsplit(address)
+        if place.hostname is None or place.port is None:
+            raise ValueError("no HOST:PORT")
         with socket.create_connection((place.hostname, place.port), seconds) as connection:
             if context is None:
                 connection.sendall(PREFACE)
@@ -37,6 +40,8 @@ def reach(address: str, context: ssl.SSLContext | None, seconds: float) -> tuple
         return "certificate", f"the TLS handshake failed: {error}"
     except OSError as error:
         return "away", f"it cannot be reached: {error.strerror or error}"
+    except ValueError as error:  # UnicodeError is one, of a host that is no name
+        return "away", f"it cannot be reached: {error}"
     if len(head) > 3 and head[3] == SETTINGS:
         return "away", "the connection was lost"
     return "silent", "it closes connections without a word: it wants another certificate, or one of both ends is without TLS"

@@ -112,7 +112,10 @@ def read_stream(buffer: pa.Buffer) -> tuple[pa.Schema, list[pa.RecordBatch]]:
     """Schema and record batches, views; SignalDamaged if it is no Arrow stream, or has compressed buffers or a dictionary."""
     try:
         messages = pa.ipc.MessageReader.open_stream(buffer)
-        schema = pa.ipc.read_schema(messages.read_next_message())
+        opening = messages.read_next_message()
+        if opening.type != "schema":  # in one of no known kind nothing was verified: read_schema would follow it
+            raise SignalDamaged(f"not an Arrow stream: it begins with a message of type {opening.type}")
+        schema = pa.ipc.read_schema(opening)
         records = []
         for message in messages:
             if message.type != "record batch" or _compressed(message.metadata):
