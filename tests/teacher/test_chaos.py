@@ -255,7 +255,7 @@ def test_what_the_cache_lacks_ends_the_run(proxied, stage, undisturbed):
 
 
 def test_without_signals_the_run_ends_at_the_deadline(proxied, stage, undisturbed):
-    job = stage.student("waits", [proxied.endpoint], "--teacher.deadline_seconds=3", pauses=(10,))
+    job = stage.student("waits", [proxied.endpoint], "--teacher.deadline_seconds=8", pauses=(10,))
     job.at(10)
     proxied.cut()
     job.go(10)
@@ -266,7 +266,7 @@ def test_without_signals_the_run_ends_at_the_deadline(proxied, stage, undisturbe
     assert 10 <= lost <= 13
     assert f"step {lost}:" in line
     assert proxied.endpoint in line
-    assert "teacher.deadline_seconds 3" in line
+    assert "teacher.deadline_seconds 8" in line
     expected = [record for record in undisturbed if record["kind"] == "train"]
     assert trained(job.folder) == expected[:lost]
 
