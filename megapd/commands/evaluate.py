@@ -55,7 +55,7 @@ def _newest(config: Config, folder: Path, world: World) -> Iterator[tuple[int, d
     store = CheckpointStore(folder / "checkpoints", world, config.checkpoint.keep, task.data_digest)
     if not store.steps():
         raise UserError(f"{folder} has neither a trajectory nor a checkpoint to evaluate")
-    engine = student_engine(config, task)
+    engine = student_engine(config, build_student(config, task), world)
     state = store.restore(engine)
     assert state is not None
     micro = config.evaluation.micro_batch or engine.tiling.micro_batch

@@ -24,6 +24,7 @@ from megapd.training.engine import Engine, start_world
 from megapd.training.run import Callback, Progress, Run, StopRequest
 from megapd.training.teaching import open_teaching
 from megapd.training.telemetry import Meter, Telemetry
+from megapd.world import World
 from megapd_kernels import LossOptions
 
 Entry = TypeVar("Entry")
@@ -47,10 +48,8 @@ def build_student(config: Config, task: Task) -> Learner:
     )
 
 
-def student_engine(config: Config, task: Task) -> Engine:
-    """The student under ZeRO on the ranks that there are; a collective."""
-    learner = build_student(config, task)
-    world = start_world()
+def student_engine(config: Config, learner: Learner, world: World) -> Engine:
+    """The student under ZeRO on the ranks of `world`; a collective."""
     if config.training.precision == "fp16" and world.device.type == "cpu":
         raise UserError("training.precision: fp16 needs a GPU; on a CPU choose bf16 or fp32")
     return Engine(learner, config.training, config.optimizer, world, compiled=bool(getattr(config.model, "compile", False)))
@@ -69,9 +68,10 @@ def start(config: Config, callbacks: Sequence[Callback] = ()) -> Run:
     named = [make() for make in _registered(registry.callbacks, config.training.callbacks, "training.callbacks")]
     whole = order(config, [*named, *callbacks])
     with ExitStack() as opened:
-        engine = student_engine(config, task)
+        learner = build_student(config, task)
+        world = start_world()
+        engine = student_engine(config, learner, world)
         opened.callback(engine.destroy)
-        world = engine.world
         store = CheckpointStore(config.folder / "checkpoints", world, config.checkpoint.keep, task.data_digest)
         resumed = _check_folder(config)
         world.barrier()  # no rank may look at the folder after rank 0 has begun to write it

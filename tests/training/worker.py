@@ -53,7 +53,7 @@ def cases() -> dict[str, list[str]]:
 
 def train(config: Config, world: World) -> dict[str, Any]:
     task = build_task(config)
-    engine = student_engine(config, task)
+    engine = student_engine(config, build_student(config, task), world)
     losses, norms, first_update = [], [], 0.0
     before = {name: tensor.double().clone() for name, tensor in engine.weights()}
     for step in range(STEPS):
@@ -75,7 +75,7 @@ def train(config: Config, world: World) -> dict[str, Any]:
 def skip_nonfinite(config: Config, world: World) -> dict[str, Any]:
     """One rank's loss is not finite: no rank may step, and the next step must be as if it had not been."""
     task = build_task(config)
-    engine = student_engine(config, task)
+    engine = student_engine(config, build_student(config, task), world)
     (rows,) = engine.tiling.rows(world.rank)
     batch = task.batch(0, rows)
 
