@@ -69,8 +69,10 @@ def _run(path: str, *arguments: Any, **options: Any) -> int:
     return command(path)(*arguments, **options)
 
 
-def _train(overrides: list[str], config: Path | None, dry_run: bool) -> int:
-    return _run("dry_run.show_dry_run" if dry_run else "train.train_command", _load(overrides, config))
+def _train(overrides: list[str], config: Path | None, dry_run: bool, **options: Any) -> int:
+    if dry_run:
+        return _run("dry_run.show_dry_run", _load(overrides, config))
+    return _run("train.train_command", _load(overrides, config), **options)
 
 
 def _teacher(overrides: list[str], config: Path | None) -> int:
@@ -145,6 +147,10 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True)
     sub = _verb(verbs, "train", _train, "train a teacher or a student", config=True)
     sub.add_argument("--dry-run", action="store_true", help="print what would run, and train nothing")
+    text = "a setting, or a section, that may differ from what the run has on record"
+    sub.add_argument("--allow-change", action="append", default=[], metavar="SETTING", help=text)
+    text = "though another machine's process holds the run's folder, if it gave no sign for a minute"
+    sub.add_argument("--take-over", action="store_true", help=text)
     _verb(verbs, "teacher", _teacher, "serve a teacher's signals to students in other processes", config=True)
     _verb(verbs, "record", "record.record_signals", "fill teacher.cache with the signals of a whole schedule", config=True)
     _verb(verbs, "prepare", "prepare.prepare_corpus", "build the corpus: tokenizer, packed blocks, held-out split", config=True)

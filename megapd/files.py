@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from megapd.errors import UserError
+
 TEMPORARY_INFIX = ".tmp-"
 
 
@@ -48,6 +50,13 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def check_run(path: Path, named: object, run: str) -> None:
+    """UserError if `path`, a file of the run `run`, names another run; one that names none was written by an older megapd."""
+    if named is not None and named != run:
+        what = f"{path}: belongs to run {named}, not to {run}, in whose folder it lies"
+        raise UserError(f"{what}; restore the run's own, or start a run of another name")
 
 
 def fsync_path(path: Path) -> None:

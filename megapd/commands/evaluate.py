@@ -17,6 +17,7 @@ from megapd.signals import DTYPES
 from megapd.tasks import build_task
 from megapd.tiling import tile
 from megapd.training import CheckpointStore, build_student, start_world, student_engine
+from megapd.training.folder import check_config, held, read_record
 from megapd.trajectory import Trajectory
 from megapd.world import World
 
@@ -24,15 +25,16 @@ from megapd.world import World
 def evaluate_run(config: Config, folder: Path) -> int:
     """Evaluate every checkpoint of the run's trajectory, or without one its newest resumable checkpoint.
 
-    Rank 0 prints a line each and writes evaluation.json into the folder.
+    Rank 0 prints a line each and writes evaluation.json into the folder, unless a process trains the run.
     """
+    check_config(folder)
     world, results = start_world(), []
     trajectory = Trajectory(folder / "trajectory", must_exist=False)
     for step, values in _trajectory(config, trajectory, world) if trajectory.steps else _newest(config, folder, world):
         results.append({"step": step, **values})
         if world.rank == 0:
             print(f"step {step:>9,}   loss {values['loss']:.6g}   accuracy {values['accuracy']:.6g}", flush=True)
-    if world.rank == 0:
+    if world.rank == 0 and not held(folder):
         write_atomic(folder / "evaluation.json", json.dumps(results, indent=1))
     return 0
 
@@ -52,7 +54,9 @@ def _trajectory(config: Config, trajectory: Trajectory, world: World) -> Iterato
 
 def _newest(config: Config, folder: Path, world: World) -> Iterator[tuple[int, dict[str, float]]]:
     task = build_task(config)
-    store = CheckpointStore(folder / "checkpoints", world, config.checkpoint.keep, task.data_digest)
+    record = read_record(folder)
+    run, adopted = ("", True) if record is None else (record.id, record.adopted)
+    store = CheckpointStore(folder / "checkpoints", world, config.checkpoint.keep, task.data_digest, run, adopted=adopted)
     if not store.steps():
         raise UserError(f"{folder} has neither a trajectory nor a checkpoint to evaluate")
     engine = student_engine(config, build_student(config, task), world)

@@ -23,6 +23,6 @@ class Announcement(Callback):
             console.print(f"resuming {folder} at step {run.start}", highlight=False)
 
 
-def train_command(config: Config) -> int:
-    train(config, [Announcement()])
+def train_command(config: Config, allow_change: list[str], take_over: bool) -> int:
+    train(config, [Announcement()], allow_change=allow_change, take_over=take_over)
     return 0

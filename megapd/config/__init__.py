@@ -31,6 +31,7 @@ from megapd.config.tree import OptimizerConfig as OptimizerConfig
 from megapd.config.tree import TelemetryConfig as TelemetryConfig
 from megapd.config.tree import TrainingConfig as TrainingConfig
 from megapd.config.tree import TrajectoryWriterConfig as TrajectoryWriterConfig
+from megapd.config.tree import complete as complete
 from megapd.config.tree import dump as dump
 from megapd.config.tree import flatten as flatten
 from megapd.config.tree import load as load

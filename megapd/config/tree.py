@@ -9,7 +9,9 @@ the run's folder and with every checkpoint of its trajectory.
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -173,6 +175,21 @@ class Config(BaseSettings):
         return init_settings, env_settings, InitSettingsSource(settings_cls, _from_file)
 
 
+class _Saved(Config):
+    """A tree alone: no environment variable lays anything over it."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
 _from_file: dict[str, Any] = {}  # set by `load` alone, for the one construction it makes
 
 
@@ -193,6 +210,28 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
         raise UserError(f"{ENV_PREFIX}*: {' '.join(str(error).split())}; set one key as {ENV_PREFIX}SECTION__KEY") from error
     finally:
         _from_file = {}
+
+
+def complete(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A saved tree with the settings that it lacks at today's defaults, and the names of those that there are no more.
+
+    Raises UserError where what is left is no configuration of today.
+    """
+    saved = copy.deepcopy(dict(tree))
+    gone: list[str] = []
+    while True:
+        try:
+            return _Saved(**saved).model_dump(mode="json"), gone
+        except ValidationError as error:
+            unknown = [found["loc"] for found in error.errors() if found["type"] == "extra_forbidden"]
+            if not unknown:
+                raise UserError(f"settings on record: {_one_line(error, None)}") from error
+            for *sections, leaf in unknown:
+                branch: Any = saved
+                for section in sections:
+                    branch = branch[section]
+                del branch[leaf]
+                gone.append(".".join(map(str, (*sections, leaf))))
 
 
 def dump(config: Config) -> str:

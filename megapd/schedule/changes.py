@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import deque
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 
 from megapd.config import AdaptiveConfig
 from megapd.errors import UserError
-from megapd.files import write_atomic
+from megapd.files import check_run, write_atomic
 from megapd.schedule.adaptive import decide, reported_kind
 from megapd.schedule.plan import Change, Decision, Report, Version
 from megapd.schedule.reports import REPORTS_FILE, ReportLog, subject
@@ -25,9 +26,9 @@ FILE = "changes.json"  # in the run's folder
 class ChangeLog:
     """The changes of a run in its folder: rewritten whole with each, which comes before any rank uses it."""
 
-    def __init__(self, path: Path) -> None:
-        """Reads what is there. UserError if the file is damaged."""
-        self._path = path
+    def __init__(self, path: Path, run: str) -> None:
+        """Reads what is there. run: the id of the run. UserError if the file is damaged, or another run's."""
+        self._path, self._run = path, run
         self.changes: tuple[Change, ...] = ()
         if path.exists():
             try:
@@ -35,8 +36,15 @@ class ChangeLog:
                 if tree["format"] not in (FORMAT, FORMER_FORMAT):
                     raise ValueError(f"its format is {tree['format']!r}, this megapd reads {FORMAT!r}")
                 self.changes = _in_order(map(_parse, tree["changes"]))
+                named = tree.get("run")
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path}: damaged ({error}); restore it from a copy, or start a run of another name") from error
+            check_run(path, named, run)
+
+    def digest(self, count: int) -> str:
+        """Of the first `count` changes, which are on record: sha256, hexadecimal."""
+        assert count <= len(self.changes)
+        return hashlib.sha256(json.dumps([_entry(change) for change in self.changes[:count]]).encode()).hexdigest()
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -45,9 +53,13 @@ class ChangeLog:
     def append(self, *changes: Change) -> None:
         """Returns when they are on the disk, all or none. ValueError if a decision is not the next."""
         after = _in_order([*self.changes, *changes])
-        entries = [{"kind": type(entry).__name__.lower(), **asdict(entry)} for entry in after]
-        write_atomic(self._path, json.dumps({"format": FORMAT, "changes": entries}, indent=1))
+        tree = {"format": FORMAT, "run": self._run, "changes": [_entry(change) for change in after]}
+        write_atomic(self._path, json.dumps(tree, indent=1))
         self.changes = after
+
+
+def _entry(change: Change) -> dict[str, Any]:
+    return {"kind": type(change).__name__.lower(), **asdict(change)}
 
 
 def _in_order(changes: Iterable[Change]) -> tuple[Change, ...]:
@@ -85,12 +97,13 @@ class ChangeSource(Protocol):
     report  a line of metrics, kind train or eval, after `step` student steps
     next    before each student step, all before it reported: the change to take in now, None if there is none; on record before
             it is returned
-    sync    before a checkpoint of the run is written: what was reported lasts as the checkpoint does
+    sync    before a checkpoint of the run is written: what was reported lasts as the checkpoint does; how many reports of its own
+            the source rests on, and their digest
     """
 
     def report(self, kind: str, step: int, values: Mapping[str, Any]) -> None: ...
     def next(self, step: int) -> Change | None: ...
-    def sync(self) -> None: ...
+    def sync(self) -> tuple[int, str]: ...
     def close(self) -> None: ...
 
 
@@ -125,17 +138,22 @@ class EmbeddedSource:
     def next(self, step: int) -> Decision | None:
         return self._made.popleft() if self._made else None
 
-    def sync(self) -> None:
+    def sync(self) -> tuple[int, str]:
         self._reports.sync()
+        return len(self._reports.reports), self._reports.digest(len(self._reports.reports))
 
     def close(self) -> None:
         self._reports.close()
 
 
-def open_embedded(folder: Path, settings: AdaptiveConfig, candidates: Sequence[int], changes: ChangeLog) -> EmbeddedSource:
-    """The decisions of the run in `folder`, which is locked until the source is closed. What a run begun before kept in
+def open_embedded(
+    folder: Path, run: str, settings: AdaptiveConfig, candidates: Sequence[int], changes: ChangeLog, rests: tuple[int, str]
+) -> EmbeddedSource:
+    """run: the id of the run. rests: how many reports the run's checkpoint rests on, and their digest.
+
+    The decisions of the run in `folder`, which is locked until the source is closed. What a run begun before kept in
     decisions.jsonl is put on record. Raises UserError; see ReportLog."""
-    reports = ReportLog(folder / REPORTS_FILE, subject(settings, candidates))
+    reports = ReportLog(folder / REPORTS_FILE, run, subject(settings, candidates))
 
     def keep(decisions: Sequence[Decision]) -> None:
         if not changes.changes:  # else a crash came after this and before the former file went
@@ -143,6 +161,7 @@ def open_embedded(folder: Path, settings: AdaptiveConfig, candidates: Sequence[i
 
     try:
         reports.take_former(keep)
+        reports.check(*rests)
     except BaseException:
         reports.close()
         raise

@@ -7,12 +7,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from megapd.errors import UserError
-from megapd.files import write_atomic
+from megapd.files import check_run, write_atomic
 from megapd.schedule.plan import Plan
 from megapd.trajectory import Checkpoint
 
+FILE = "schedule.json"  # in the run's folder
 log = logging.getLogger(__name__)
 
 
@@ -23,16 +25,16 @@ class ScheduleRecord:
     """
 
     def __init__(
-        self, path: Path, plan: Plan, *, resumed: bool, writes: bool, registered: Mapping[int, str] | None = None
+        self, path: Path, plan: Plan, *, run: str, resumed: bool, writes: bool, registered: Mapping[int, str] | None = None
     ) -> None:
-        """registered: teacher step -> digest that the scheduler has of it, as far as it has one. Raises UserError if a resumed
-        run's schedule no longer resolves to what was recorded."""
-        self._path, self._writes, self._registered = path, writes, registered or {}
+        """run: its id. registered: teacher step -> digest that the scheduler has of it, as far as it has one. Raises
+        UserError if a resumed run's schedule no longer resolves to what was recorded."""
+        self._path, self._run, self._writes, self._registered = path, run, writes, registered or {}
         self._digests: dict[int, str] = {}
         rotations = [list(rotation) for rotation in plan.fixed()]
         if resumed and path.exists():
-            recorded = json.loads(path.read_text())
-            self._digests = {int(step): digest for step, digest in recorded["digests"].items()}
+            recorded = _read(path, run)
+            self._digests = recorded["digests"]
             if recorded["rotations"] != rotations:
                 pairs = zip_longest(rotations, recorded["rotations"])
                 now, before = next((_shown(a), _shown(b)) for a, b in pairs if a != b)
@@ -64,7 +66,20 @@ class ScheduleRecord:
                 "%s: the same weights as at the teacher's step %d; is the trajectory what it says?", checkpoint.path, twins[0]
             )
         if self._writes:
-            write_atomic(self._path, json.dumps({"rotations": self._rotations, "digests": self._digests}, indent=1))
+            tree = {"run": self._run, "rotations": self._rotations, "digests": self._digests}
+            write_atomic(self._path, json.dumps(tree, indent=1))
+
+
+def _read(path: Path, run: str) -> dict[str, Any]:
+    """UserError for a damaged record, or another run's."""
+    try:
+        tree = json.loads(path.read_text())
+        digests = {int(step): str(digest) for step, digest in tree["digests"].items()}
+        found = {"rotations": [[int(n) for n in rotation] for rotation in tree["rotations"]], "digests": digests}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({error}); restore it from a copy, or start a run of another name") from error
+    check_run(path, tree.get("run"), run)
+    return found
 
 
 def _shown(rotation: Sequence[int] | None) -> str:

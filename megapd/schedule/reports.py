@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ from typing import Any
 
 from megapd.config import AdaptiveConfig
 from megapd.errors import UserError
-from megapd.files import fsync_path
+from megapd.files import check_run, fsync_path
 from megapd.schedule.plan import Decision, Report
 
 log = logging.getLogger(__name__)
@@ -32,16 +33,16 @@ class ReportLog:
     are dropped.
     """
 
-    def __init__(self, path: Path, subject: Mapping[str, Any]) -> None:
-        """subject: what the decisions depend on (candidates, settings), JSON.
+    def __init__(self, path: Path, run: str, subject: Mapping[str, Any]) -> None:
+        """run: the id of the run. subject: what the decisions depend on (candidates, settings), JSON.
 
-        Raises UserError if the file is damaged, another process writes it, or it is about another subject.
+        Raises UserError if the file is damaged, another process writes it, or it is another run's or about another subject.
         """
-        self._path, self._subject = path, subject
+        self._path, self._run, self._subject = path, run, subject
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = _open_locked(path)
         try:
-            self.reports, _, whole = _read(path, FORMAT, subject)
+            self.reports, _, whole = _read(path, FORMAT, run, subject)
             self._cut(whole)
             self.sync()
             fsync_path(path.parent)
@@ -61,6 +62,16 @@ class ReportLog:
         """Returns once every report is durable."""
         os.fsync(self._file)
 
+    def digest(self, count: int) -> str:
+        """Of the first `count` reports, which are on record: sha256, hexadecimal."""
+        return hashlib.sha256(json.dumps([asdict(report) for report in self.reports[:count]]).encode()).hexdigest()
+
+    def check(self, count: int, digest: str) -> None:
+        """UserError unless the first `count` reports are those that a checkpoint of the run rests on; count 0: none."""
+        if count and (len(self.reports) < count or self.digest(count) != digest):
+            what = f"{self._path}: its first {count} reports, on which this run's checkpoint rests, are gone or others"
+            raise UserError(f"{what}; restore it from a copy, or start a run of another name")
+
     def close(self) -> None:
         if self._file >= 0:
             os.close(self._file)  # and with it the lock
@@ -76,7 +87,7 @@ class ReportLog:
             return
         lock = _open_locked(former)
         try:
-            reports, decisions, _ = _read(former, FORMER_FORMAT, self._subject)
+            reports, decisions, _ = _read(former, FORMER_FORMAT, self._run, self._subject)
             self.reports = ()
             self._cut(0)
             for report in reports:
@@ -92,7 +103,7 @@ class ReportLog:
         os.ftruncate(self._file, size)
         self._size = size
         if size == 0:
-            self._write({"kind": "subject", "format": FORMAT, **self._subject})
+            self._write({"kind": "subject", "format": FORMAT, "run": self._run, **self._subject})
 
     def _write(self, record: Mapping[str, Any]) -> None:
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
@@ -129,7 +140,7 @@ def _open_locked(path: Path) -> int:
 # ---------------------------------------------------------------------------------------------------------------- reading
 
 
-def _read(path: Path, form: str, subject: Mapping[str, Any]) -> tuple[tuple[Report, ...], tuple[Decision, ...], int]:
+def _read(path: Path, form: str, run: str, subject: Mapping[str, Any]) -> tuple[tuple[Report, ...], tuple[Decision, ...], int]:
     """Reports, decisions, and the bytes of whole lines. UserError if a damaged line is followed by others, or the file is about
     another subject."""
     content = path.read_bytes()
@@ -144,6 +155,7 @@ def _read(path: Path, form: str, subject: Mapping[str, Any]) -> tuple[tuple[Repo
             if (number == 1) != (kind == "subject"):
                 raise ValueError(f"a {kind} in its place")
             if kind == "subject":
+                check_run(path, record.pop("run", None), run)
                 _check_subject(path, form, record, json.loads(json.dumps(subject)))
             elif kind == "report":
                 reports.append(Report(**record))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from megapd.config import Config
@@ -10,6 +11,18 @@ from megapd.evaluation import held_out
 from megapd.tasks import Task
 from megapd.training.run import Callback, Run, StepResult, due
 from megapd.trajectory.writer import write_checkpoint
+
+
+class Guard(Callback):
+    """Puts what the run does on its record, and stops it where another process has taken its folder over."""
+
+    def before_step(self, run: Run, step: int) -> None:
+        run.folder.check()
+        if step == run.start:
+            run.folder.begin(step)
+
+    def saved(self, run: Run, step: int, folder: Path) -> None:
+        run.folder.saved(step)
 
 
 class Evaluation(Callback):
@@ -40,6 +53,7 @@ class TrajectoryWriter(Callback):
                 vocabulary=run.task.vocabulary_digest,
                 metrics=dict(run.latest),
                 shard_bytes=settings.shard_bytes,
+                run=run.folder.run,
             )
         else:
             for _ in run.engine.weights():
@@ -62,7 +76,7 @@ class Checkpointer(Callback):
         state = {**asdict(run.progress), **run.teaching.state}
         if carried := {callback.name: kept for callback in run.callbacks if (kept := callback.state_dict())}:
             state["callbacks"] = carried
-        run.teaching.sync()
+        state["journal"] = run.world.on_first(run.teaching.sync)
         folder = run.store.save(run.engine, run.step, state)
         run.saved = run.step
         for callback in run.callbacks:

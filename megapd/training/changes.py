@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megapd.config import Config, ScheduleConfig
 from megapd.errors import UserError
@@ -28,21 +29,39 @@ class Changes:
     plan        with all changes on record, the same on every rank; None where nothing teaches
     source      on rank 0, what metrics are reported to and changes come from: the service, or an adaptive schedule's own rule
     registered  teacher step -> digest that the scheduler has of it, as far as it has one
+    log         on rank 0, the changes on record
     """
 
     plan: LivePlan | None
     source: ChangeSource | None
     registered: Mapping[int, str]
+    log: ChangeLog | None
+
+    def sync(self) -> dict[str, Any]:
+        """On rank 0: what was reported lasts from here on; `Journal`, for a checkpoint of the run."""
+        reports = (0, "") if self.source is None else self.source.sync()
+        known = 0 if self.plan is None else self.plan.known
+        return {"changes": (known, "" if self.log is None else self.log.digest(known)), "reports": reports}
 
 
 def open_changes(
-    config: Config, plan: Plan | None, trajectory: Checkpoints | None, world: World, *, step: int, known: int
+    config: Config,
+    plan: Plan | None,
+    trajectory: Checkpoints | None,
+    world: World,
+    *,
+    run: str,
+    step: int,
+    known: int,
+    rests: Mapping[str, tuple[int, str]],
 ) -> Changes:
     """What is on record of a run, and what the service tells now. A collective; raises UserError on all ranks together.
 
     plan    what the run's own schedule resolved to over `trajectory`; both None where nothing teaches
+    run     its id
     step    student steps done before
     known   changes that the run's checkpoint knew
+    rests   what it rests on, see Changes.sync; {} for one of an older megapd, or none
     """
     ahead, grown = 0, None
     if plan is not None:
@@ -53,15 +72,18 @@ def open_changes(
             check_lead(config.schedule.grows, ahead)
         grown = LivePlan(resolved(1, 0, config.schedule, plan), config.training.steps)
     source: ChangeSource | None = None
+    log: ChangeLog | None = None
 
     def open_record() -> tuple[Sequence[Change], Mapping[int, str]]:
         # On rank 0 alone: it writes there too, and no other rank may see some of that.
-        nonlocal source
-        log = ChangeLog(config.folder / FILE)
+        nonlocal source, log
+        log = ChangeLog(config.folder / FILE, run)
+        base = known, rests.get("changes", (known, ""))[1]
         if config.scheduler.url is None:
-            source = _resume_alone(config, grown, trajectory, log, step, known) if grown is not None else None
+            if grown is not None:
+                source = _resume_alone(config, grown, trajectory, log, run, step, base, rests.get("reports", (0, "")))
             return log.changes, {}
-        source = service = _join_service(config, grown, trajectory, log, world.size, ahead, known)
+        source = service = _join_service(config, grown, trajectory, log, world.size, ahead, base)
         service.start(step, config.folder / "metrics.jsonl")
         return log.changes, service.registered
 
@@ -69,11 +91,17 @@ def open_changes(
     if grown is not None:
         for change in changes[grown.known :]:
             grown.take(change)
-    return Changes(grown, source, registered)
+    return Changes(grown, source, registered, log)
 
 
 def _join_service(
-    config: Config, plan: LivePlan | None, trajectory: Checkpoints | None, log: ChangeLog, ranks: int, ahead: int, known: int
+    config: Config,
+    plan: LivePlan | None,
+    trajectory: Checkpoints | None,
+    log: ChangeLog,
+    ranks: int,
+    ahead: int,
+    base: tuple[int, str],
 ) -> ServiceSource:
     """The service's changes, not started yet."""
     if has_reports(config.folder):
@@ -81,7 +109,7 @@ def _join_service(
             f"scheduler.url: {config.folder} holds reports that this run decided on by itself, which the scheduler lacks; leave "
             f"scheduler.url out, or start a run of another name"
         )
-    _take_known(plan, log, known)
+    _take_recorded(plan, log, *base)
 
     def resolve(schedule: ScheduleConfig) -> Plan:
         assert trajectory is not None
@@ -104,18 +132,25 @@ def _join_service(
 
 
 def _resume_alone(
-    config: Config, plan: LivePlan, trajectory: Checkpoints | None, log: ChangeLog, step: int, known: int
+    config: Config,
+    plan: LivePlan,
+    trajectory: Checkpoints | None,
+    log: ChangeLog,
+    run: str,
+    step: int,
+    base: tuple[int, str],
+    reports: tuple[int, str],
 ) -> ChangeSource | None:
     """What changes the plan where no service does: an adaptive schedule's own decisions, or nothing any more."""
     grows = None if config.schedule is None else config.schedule.grows
     source = None
     # Decisions without reports are the service's.
     own = has_reports(config.folder) and all(isinstance(change, Decision) for change in log.changes)
-    if grows and (own or not log.changes):
+    if grows and (own or reports[0] or not log.changes):
         assert trajectory is not None
-        source = open_embedded(config.folder, grows, candidates(grows, trajectory.steps), log)
+        source = open_embedded(config.folder, run, grows, candidates(grows, trajectory.steps), log, reports)
     try:
-        _take_known(plan, log, known)
+        _take_recorded(plan, log, *base)
     except BaseException:
         if source is not None:
             source.close()
@@ -127,10 +162,11 @@ def _resume_alone(
     return source
 
 
-def _take_known(plan: LivePlan | None, log: ChangeLog, known: int) -> None:
-    if len(log.changes) < known:
-        what = f"this run's checkpoint knew {known} changes, but {len(log.changes)} are on record"
-        raise UserError(f"schedule: {what}; restore {FILE} in the run's folder, or start a run of another name")
+def _take_recorded(plan: LivePlan | None, log: ChangeLog, known: int, digest: str) -> None:
+    """digest: of the `known` first, "" for a checkpoint that has none."""
+    if len(log.changes) < known or (digest and log.digest(known) != digest):
+        what = f"the first {known} changes in {FILE}, which this run's checkpoint knew, are gone or others"
+        raise UserError(f"schedule: {what}; restore it from a copy, or start a run of another name")
     if plan is not None:
         for change in log.changes:
             plan.take(change)

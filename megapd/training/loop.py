@@ -16,11 +16,11 @@ from torch import Tensor
 from megapd.config import Config
 from megapd.errors import Diverged
 from megapd.training.feed import BatchFeed
+from megapd.training.folder import METRICS, numbers, recorded
 from megapd.training.learning_rate import learning_rate
 from megapd.training.run import Callback, Run, StepResult
 from megapd.training.start import start
 from megapd.training.teaching import Source
-from megapd.training.trackers import METRICS, numbers, recorded
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +41,16 @@ class TrainingResult:
     metrics: dict[str, float]
 
 
-def train(config: Config, callbacks: Sequence[Callback] = ()) -> TrainingResult:
+def train(
+    config: Config, callbacks: Sequence[Callback] = (), *, allow_change: Sequence[str] = (), take_over: bool = False
+) -> TrainingResult:
     """Train the run of `config`, or go on where its folder stopped: on the ranks that the launcher started, or on this one alone.
 
-    callbacks: beside those that training.callbacks names. Raises UserError for a mistake in the settings or files, before
-    anything is written; Diverged, TeacherLost, CheckpointTimeout; and what a callback raises.
+    callbacks: beside those that training.callbacks names. allow_change: settings, or sections, that may differ from what the run
+    has on record. take_over: a folder whose process on another machine gave no sign for a minute. Raises UserError for a mistake
+    in the settings or files, before anything is written; Diverged, TeacherLost, CheckpointTimeout; and what a callback raises.
     """
-    with closing(start(config, callbacks)) as run:
+    with closing(start(config, callbacks, allow_change=allow_change, take_over=take_over)) as run:
         finished = train_run(run)
     latest = run.latest
     if not latest:  # the run was complete already

@@ -11,8 +11,9 @@ from typing import Any
 
 from megapd.config import Config
 from megapd.tasks import Task
-from megapd.training.checkpoint import CheckpointStore
 from megapd.training.engine import Engine
+from megapd.training.folder import RunFolder
+from megapd.training.state import CheckpointStore
 from megapd.training.teaching import NoTeacher, Source, Teaching
 from megapd.trajectory import Checkpoint
 from megapd.world import World
@@ -141,6 +142,7 @@ class Progress:
 class Run:
     """Everything the loop needs.
 
+    folder     its place on the disk, locked by it
     callbacks  in the order in which they are called
     start      student steps done before: 0, or where the run resumes
     saved      student steps of the newest checkpoint, -1: none
@@ -153,6 +155,7 @@ class Run:
     task: Task
     engine: Engine
     teaching: Teaching | NoTeacher
+    folder: RunFolder
     store: CheckpointStore
     stop: StopRequest
     callbacks: list[Callback]

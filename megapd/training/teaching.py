@@ -12,15 +12,15 @@ from typing import Any, Literal, NamedTuple
 from megapd.batch import Batch
 from megapd.config import Config, TeacherConfig
 from megapd.errors import TeacherLost
-from megapd.schedule.changes import ChangeSource
 from megapd.schedule.plan import Change, Plan
-from megapd.schedule.record import ScheduleRecord
+from megapd.schedule.record import FILE, ScheduleRecord
 from megapd.signals import Signal
 from megapd.tasks import Task
 from megapd.teacher.cache.cache import SignalCache
 from megapd.teacher.setup import open_stream
 from megapd.teacher.stream import Stream
 from megapd.training.changes import Changes, open_changes
+from megapd.training.folder import RunFolder
 from megapd.trajectory import Checkpoint, Checkpoints, CheckpointTimeout
 from megapd.world import World
 
@@ -46,9 +46,9 @@ class NoTeacher:
 
     ahead = 0
 
-    def __init__(self, changes: ChangeSource | None) -> None:
-        """changes: on rank 0, what metrics are reported to; of a run that nothing teaches the scheduler, where there is one."""
-        self._changes = changes
+    def __init__(self, changes: Changes) -> None:
+        """changes: its source, on rank 0, is what metrics are reported to, also of a run that nothing teaches."""
+        self._journal, self._changes = changes, changes.source
         self.state: dict[str, int] = {"steps_from_cache": 0, "steps_from_labels": 0, "decisions": 0}
 
     def next_change(self, step: int) -> Change | None:
@@ -85,10 +85,10 @@ class NoTeacher:
         if self._changes is not None:
             self._changes.report(kind, step, values)
 
-    def sync(self) -> None:
-        """Before a checkpoint of the run is written: what was reported lasts as the checkpoint does."""
-        if self._changes is not None:
-            self._changes.sync()
+    def sync(self) -> dict[str, Any]:
+        """Before a checkpoint of the run is written, on rank 0: what was reported lasts as the checkpoint does, which carries
+        what this returns."""
+        return self._journal.sync()
 
     def close(self) -> None:
         if self._changes is not None:
@@ -99,7 +99,7 @@ class Teaching(NoTeacher):
     """A teacher that its schedule takes through its checkpoints. plan: which teaches when; stream: their signals."""
 
     def __init__(self, settings: TeacherConfig, changes: Changes, stream: Stream, record: ScheduleRecord, world: World) -> None:
-        super().__init__(changes.source)
+        super().__init__(changes)
         assert changes.plan is not None
         self.plan, self.stream, self.ahead = changes.plan, stream, settings.depth
         self._settings, self._record, self._world = settings, record, world
@@ -211,23 +211,26 @@ class Teaching(NoTeacher):
 
 
 def open_teaching(
-    config: Config, task: Task, world: World, curriculum: Curriculum | None, state: Mapping[str, int], *, resumed: bool
+    config: Config, task: Task, world: World, curriculum: Curriculum | None, state: Mapping[str, Any], folder: RunFolder
 ) -> NoTeacher:
     """What teaches the run from its next step on, its first teacher in place. A collective.
 
-    curriculum: None: no teacher. state: of the checkpoint that the run resumes from, {}: none. resumed: whether the run's folder
-    holds a run. Raises UserError where the record and the schedule differ.
+    curriculum: None: no teacher. state: of the checkpoint that the run resumes from, {}: none. Raises UserError where the record
+    and the schedule differ.
     """
     step = state.get("step", 0)
     trajectory, plan = curriculum or (None, None)
     with ExitStack() as opened:
-        changes = open_changes(config, plan, trajectory, world, step=step, known=state.get("decisions", 0))
+        known, rests = state.get("decisions", 0), state.get("journal", {})
+        changes = open_changes(config, plan, trajectory, world, run=folder.run, step=step, known=known, rests=rests)
         if changes.source is not None:
             opened.callback(changes.source.close)
-        teaching = NoTeacher(changes.source)
+        teaching = NoTeacher(changes)
         if config.teacher is not None and changes.plan is not None and trajectory is not None:
-            path, writes = config.folder / "schedule.json", world.rank == 0
-            record = ScheduleRecord(path, changes.plan, resumed=resumed, writes=writes, registered=changes.registered)
+            path, resumed, writes = config.folder / FILE, folder.resumed, world.rank == 0
+            record = ScheduleRecord(
+                path, changes.plan, run=folder.run, resumed=resumed, writes=writes, registered=changes.registered
+            )
             if step < config.training.steps:
                 stream = open_stream(config, task, trajectory, changes.plan, world, step)
                 opened.callback(stream.close)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from megapd.config import TelemetryConfig
+from megapd.training.folder import METRICS, MetricsFile, numbers, recorded
 from megapd.training.run import Callback, Run, StepResult, due
-from megapd.training.trackers import METRICS, MetricsFile, Tracker, numbers, recorded
+from megapd.training.trackers import Tracker
 from megapd.trajectory import Checkpoint
 
 # Dense bf16 peaks in TFLOP/s, from the vendors' data sheets.
@@ -54,12 +55,15 @@ class Telemetry(Callback):
     def __init__(self, trackers: Sequence[Callable[[Run], Tracker]]) -> None:
         """trackers: that of metrics.jsonl aside, each made of the run on rank 0 when it starts."""
         self._makers, self._opened = trackers, ExitStack()
+        self._file: MetricsFile | None = None
         self._trackers: list[Tracker] = []
 
     def start(self, run: Run) -> None:
         self._every, self._steps = run.config.telemetry.every, run.steps
         if run.writes:
-            for make in (MetricsFile, *self._makers):
+            self._file = MetricsFile(run.config.folder, run.folder.run, run.start, run.folder.lines_every)
+            self._opened.callback(self._file.close)
+            for make in self._makers:
                 self._trackers.append(make(run))
                 self._opened.callback(self._trackers[-1].close)
 
@@ -82,8 +86,8 @@ class Telemetry(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: but no checkpoint is ahead of its lines of metrics, from which a resumed run goes on."""
-        for tracker in self._trackers:
-            tracker.sync()
+        for log in self._logs():
+            log.sync()
         return {}
 
     def close(self) -> None:
@@ -91,8 +95,11 @@ class Telemetry(Callback):
 
     def _write(self, run: Run, kind: str, step: int, values: Mapping[str, Any]) -> None:
         run.latest |= numbers(kind, values)
-        for tracker in self._trackers:
-            tracker.write(kind, step, values)
+        for log in self._logs():
+            log.write(kind, step, values)
+
+    def _logs(self) -> list[MetricsFile | Tracker]:
+        return [*([] if self._file is None else [self._file]), *self._trackers]
 
 
 def _peak_tflops(settings: TelemetryConfig, device: torch.device) -> float | None:

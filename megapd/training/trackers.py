@@ -7,15 +7,10 @@ class Mine(Tracker):
 
 from __future__ import annotations
 
-import itertools
-import json
-import logging
-import math
 import netrc
 import os
 import secrets
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,11 +19,8 @@ from tqdm import tqdm
 from megapd.files import write_atomic
 from megapd.models import parameter_count
 from megapd.registry import trackers
+from megapd.training.folder import numbers
 from megapd.training.run import Run
-
-log = logging.getLogger(__name__)
-
-METRICS = "metrics.jsonl"  # in the run's folder
 
 
 class Tracker:
@@ -44,28 +36,6 @@ class Tracker:
         """A checkpoint will be written: what was told lasts as long as it does."""
 
     def close(self) -> None: ...
-
-
-class MetricsFile(Tracker):
-    """metrics.jsonl: one JSON object a line, `kind` and `step` first. Numbers that are not finite become null."""
-
-    def __init__(self, run: Run) -> None:
-        """Keeps the lines up to the step that the run resumes at: a killed run wrote further than its checkpoint."""
-        path = run.config.folder / METRICS
-        write_atomic(path, "".join(json.dumps(record) + "\n" for record in recorded(path, run.start)))
-        self._file = path.open("a")
-
-    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps({"kind": kind, "step": step, **clean}) + "\n")
-        self._file.flush()
-
-    def sync(self) -> None:
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self.sync()
-        self._file.close()
 
 
 @trackers.register("progress")
@@ -133,33 +103,6 @@ class Wandb(Tracker):
     def close(self) -> None:
         if self._page is not None:
             self._page.finish()
-
-
-def numbers(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
-    """What is a number in a line of metrics, as kind/name."""
-    return {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
-
-
-def recorded(path: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that belong to the first `step` student steps, up to the first damaged one."""
-    if not path.exists():
-        return []
-    *lines, partial = path.read_text(errors="replace").split("\n")
-    whole = list(itertools.takewhile(bool, map(_record, lines)))
-    if partial or len(whole) < len(lines):
-        # After a power cut, what followed the last checkpoint's fsync may be missing or garbled. It will be written again.
-        log.warning("%s: dropping what follows its line %d, which is damaged", path, len(whole))
-    # A rotation is written when its step begins, the others when their step is done.
-    return [record for record in whole if record["step"] < step + (record["kind"] != "rotation")]
-
-
-def _record(line: str) -> dict[str, Any]:
-    """The line's record, {} if it is none."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) and {"kind", "step"} <= record.keys() else {}
 
 
 def _logged_in(base_url: str) -> bool:

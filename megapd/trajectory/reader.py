@@ -101,6 +101,17 @@ def weights_digest(files: Mapping[str, File]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def named_runs(folder: Path) -> list[tuple[Path, str | None]]:
+    """Of each checkpoint in `folder`: its meta.json, and the run that this says wrote it; None where it does not say."""
+    found: list[tuple[Path, str | None]] = []
+    for path in sorted(folder.glob(f"step_*/{META}")):
+        try:
+            found.append((path, json.loads(path.read_bytes()).get("run")))
+        except (ValueError, AttributeError):  # damaged: whoever reads the checkpoint says so
+            found.append((path, None))
+    return found
+
+
 def read_meta(path: Path) -> Checkpoint:
     """The checkpoint in folder `path`; UserError if its meta.json is missing, damaged or of another format."""
     meta = path / META

@@ -30,6 +30,7 @@ def write_checkpoint(
     vocabulary: str,
     metrics: dict[str, Any],
     shard_bytes: int,
+    run: str = "",
 ) -> Checkpoint:
     """Write folder/step_N from `tensors`, (name, tensor) pairs of any dtype, device and strides under unique names.
 
@@ -39,7 +40,7 @@ def write_checkpoint(
 
     The folder appears when all is written and flushed. If `tensors` raises, nothing is left. A checkpoint that is there already
     is kept if it is whole and of the same weights and vocabulary (a resumed run writes the same again), else replaced. `config`
-    and `metrics` must be JSON trees; numbers that are not finite become null.
+    and `metrics` must be JSON trees; numbers that are not finite become null. run: the id of the run that writes it.
     """
     assert step >= 0
     assert shard_bytes > 0
@@ -53,6 +54,7 @@ def write_checkpoint(
         meta = {
             "format": FORMAT,
             "step": step,
+            **({"run": run} if run else {}),
             "config": _finite(config),
             "vocabulary": vocabulary,
             "metrics": _finite(metrics),

@@ -19,7 +19,10 @@ def adaptive(**changes: Any) -> AdaptiveConfig:
 
 
 def main(folder: Path) -> None:
-    reports, changes = ReportLog(folder / "reports.jsonl", subject(adaptive(), CANDIDATES)), ChangeLog(folder / "changes.json")
+    reports, changes = (
+        ReportLog(folder / "reports.jsonl", "r", subject(adaptive(), CANDIDATES)),
+        ChangeLog(folder / "changes.json", "r"),
+    )
     begin = len(changes.decisions)
     for n in range(begin, begin + 1000):
         reports.append(Report(10 * n + 10, 0.5))

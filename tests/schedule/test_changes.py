@@ -36,18 +36,18 @@ def test_changes_are_on_record_as_they_were(tmp_path):
         decision(0, 40),
         dataclasses.replace(Version(1, 0, "explicit", ((0, 10), (20, 20), (60, 30))), version=3, start=60, timeout=9.5),
     ]
-    record = ChangeLog(path)
+    record = ChangeLog(path, "r")
     assert record.changes == ()
     for change in changes:
         record.append(change)
-    assert ChangeLog(path).changes == tuple(changes)
-    assert ChangeLog(path).decisions == (decision(0, 40),)
+    assert ChangeLog(path, "r").changes == tuple(changes)
+    assert ChangeLog(path, "r").decisions == (decision(0, 40),)
     path.write_text(path.read_text().replace("megapd-changes/2", "megapd-changes/9"))
     with pytest.raises(UserError, match="damaged"):
-        ChangeLog(path)
+        ChangeLog(path, "r")
     path.write_text(json.dumps({"format": "megapd-changes/1", "changes": [{"kind": "other"}]}))
     with pytest.raises(UserError, match="kind 'other'"):
-        ChangeLog(path)
+        ChangeLog(path, "r")
 
 
 def test_the_former_format_is_read(tmp_path):
@@ -56,11 +56,11 @@ def test_the_former_format_is_read(tmp_path):
         {"kind": "version", "version": 3, "start": 50, "policy": "adaptive", "rotations": [[0, 10]], "timeout": None},
     ]
     (tmp_path / "changes.json").write_text(json.dumps({"format": "megapd-changes/1", "changes": entries}))
-    log = ChangeLog(tmp_path / "changes.json")
+    log = ChangeLog(tmp_path / "changes.json", "r")
     wanted = (Version(2, 30, "follow", ((0, 10), (20, 20)), 5.0), Version(3, 50, "adaptive", ((0, 10),), grows=True))
     assert log.changes == wanted
     log.append(decision(0, 60))
-    assert ChangeLog(tmp_path / "changes.json").changes == (*wanted, decision(0, 60))
+    assert ChangeLog(tmp_path / "changes.json", "r").changes == (*wanted, decision(0, 60))
 
 
 def test_a_decision_that_went_missing_is_damage(tmp_path):
@@ -68,11 +68,11 @@ def test_a_decision_that_went_missing_is_damage(tmp_path):
     changes = [{"kind": "decision", **asdict(decision(1, 34))}]
     path.write_text(json.dumps({"format": "megapd-changes/2", "changes": changes}))
     with pytest.raises(UserError, match=r"damaged \(decision 1 does not follow the 0 on record\)"):
-        ChangeLog(path)
+        ChangeLog(path, "r")
 
 
 def test_a_number_is_given_once(tmp_path):
-    log = ChangeLog(tmp_path / "changes.json")
+    log = ChangeLog(tmp_path / "changes.json", "r")
     log.append(decision(0, 24))
     for refused, message in (
         (decision(0, 99, 300), "decision 0 does not follow the 1 on record"),  # the first holds
@@ -81,11 +81,11 @@ def test_a_number_is_given_once(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             log.append(refused)
-        assert log.changes == ChangeLog(tmp_path / "changes.json").changes == (decision(0, 24),)
+        assert log.changes == ChangeLog(tmp_path / "changes.json", "r").changes == (decision(0, 24),)
 
 
 def test_a_change_that_the_disk_refuses_is_not_on_record(tmp_path, monkeypatch):
-    log = ChangeLog(tmp_path / "changes.json")
+    log = ChangeLog(tmp_path / "changes.json", "r")
     log.append(decision(0, 24))
 
     def full(*_):
@@ -95,16 +95,16 @@ def test_a_change_that_the_disk_refuses_is_not_on_record(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         log.append(decision(1, 34))
     monkeypatch.undo()
-    assert log.changes == ChangeLog(tmp_path / "changes.json").changes == (decision(0, 24),)
+    assert log.changes == ChangeLog(tmp_path / "changes.json", "r").changes == (decision(0, 24),)
     log.append(decision(1, 44))
-    assert ChangeLog(tmp_path / "changes.json").decisions == (decision(0, 24), decision(1, 44))
+    assert ChangeLog(tmp_path / "changes.json", "r").decisions == (decision(0, 24), decision(1, 44))
 
 
 # ----------------------------------------------------------------------------------------------------------- the reports
 
 
 def open_log(path, **changes) -> ReportLog:
-    return ReportLog(path, subject(adaptive(**changes), CANDIDATES))
+    return ReportLog(path, "r", subject(adaptive(**changes), CANDIDATES))
 
 
 def reports_of(path) -> tuple[Report, ...]:
@@ -178,7 +178,7 @@ def test_another_subject_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"schedule: settings was .*'gain': 0\.01.* and is .*'gain': 0\.5.* now"):
         open_log(path, gain=0.5)
     with pytest.raises(UserError, match=r"schedule: candidates was \[100, 200, 300\] .* and is \[100, 200, 400\] now"):
-        ReportLog(path, subject(adaptive(), (100, 200, 400)))
+        ReportLog(path, "r", subject(adaptive(), (100, 200, 400)))
     path.write_text(path.read_text().replace("megapd-reports/1", "megapd-reports/9"))
     with pytest.raises(UserError, match="its format is 'megapd-reports/9'"):
         open_log(path)
@@ -224,7 +224,7 @@ def test_kill_9_loses_no_acknowledged_decision(tmp_path):
                     break
             rest = [int(line) for line in process.stdout if line.endswith("\n")]
         acknowledged = max([acknowledged, *rest])
-        decisions = ChangeLog(tmp_path / "changes.json").decisions
+        decisions = ChangeLog(tmp_path / "changes.json", "r").decisions
         known = len(decisions)
         assert acknowledged < known <= acknowledged + 2
         assert [d.sequence for d in decisions] == list(range(known))
@@ -242,8 +242,8 @@ def course(seed=0, count=60):
 
 def run_of(folder, values, begin, end, setting, every=10):
     """Report steps begin.. to ..end of a run; (all decisions on record then, those made now)."""
-    changes = ChangeLog(folder / "changes.json")
-    source = open_embedded(folder, setting, CANDIDATES, changes)
+    changes = ChangeLog(folder / "changes.json", "r")
+    source = open_embedded(folder, "r", setting, CANDIDATES, changes, (0, ""))
     made = []
     for step in range(begin + every, end + 1, every):
         source.report("eval", step, {"accuracy": values[step // every - 1]})
@@ -275,7 +275,7 @@ def test_a_run_killed_anywhere_resumes_into_the_same_decisions(tmp_path, seed):
         for known in {sum(d.step < last for d in whole), sum(d.step <= last for d in whole)}:
             (folder / "changes.json").unlink(missing_ok=True)
             if known:
-                ChangeLog(folder / "changes.json").append(*whole[:known])
+                ChangeLog(folder / "changes.json", "r").append(*whole[:known])
             (folder / "reports.jsonl").write_bytes(content[:killed])
             resume = max(0, last - 30)  # the run's newest checkpoint lay behind
             # Other rank counts report slightly different numbers for what is on record: they change nothing.
@@ -285,7 +285,7 @@ def test_a_run_killed_anywhere_resumes_into_the_same_decisions(tmp_path, seed):
 
 
 def test_a_source_takes_numbers_of_its_own_kind_alone(tmp_path):
-    source = open_embedded(tmp_path, adaptive(max_dwell=1), CANDIDATES, ChangeLog(tmp_path / "changes.json"))
+    source = open_embedded(tmp_path, "r", adaptive(max_dwell=1), CANDIDATES, ChangeLog(tmp_path / "changes.json", "r"), (0, ""))
     for metrics in ({}, {"accuracy": None}, {"accuracy": float("nan")}, {"divergence": 0.5}):
         source.report("eval", 10, metrics)
     source.report("train", 10, {"accuracy": 1.0})
@@ -323,7 +323,7 @@ def test_a_run_begun_before_goes_on_as_it_would_have(tmp_path, stage):
         content = (tmp_path / "whole" / "reports.jsonl").read_bytes()
         (folder / "reports.jsonl").write_bytes(content[: len(content) // 3])
     if stage == "changes":
-        ChangeLog(folder / "changes.json").append(*(d for d in whole if d.step <= 300))
+        ChangeLog(folder / "changes.json", "r").append(*(d for d in whole if d.step <= 300))
     assert run_of(folder, [value + 1e-6 for value in values[:30]] + values[30:], 200, 600, setting)[0] == whole
     assert files(folder) == files(tmp_path / "whole")  # and the old file is gone
 
@@ -333,9 +333,9 @@ def test_damage_in_what_a_run_begun_before_left_is_told(tmp_path):
     former(tmp_path, lines)
     for _ in range(2):
         with pytest.raises(UserError, match=r"decisions\.jsonl: line 3 is damaged .* others follow"):
-            open_embedded(tmp_path, adaptive(min_dwell=20), CANDIDATES, ChangeLog(tmp_path / "changes.json"))
+            open_embedded(tmp_path, "r", adaptive(min_dwell=20), CANDIDATES, ChangeLog(tmp_path / "changes.json", "r"), (0, ""))
     with pytest.raises(UserError, match=r"schedule: settings was .*'min_dwell': 20"):
-        open_embedded(tmp_path, adaptive(min_dwell=30), CANDIDATES, ChangeLog(tmp_path / "changes.json"))
+        open_embedded(tmp_path, "r", adaptive(min_dwell=30), CANDIDATES, ChangeLog(tmp_path / "changes.json", "r"), (0, ""))
     assert sorted(files(tmp_path)) == ["decisions.jsonl", "reports.jsonl"]
 
 

@@ -50,7 +50,7 @@ class Run:
 
         self.folder = folder / name
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.changes = ChangeLog(self.folder / "changes.json")
+        self.changes = ChangeLog(self.folder / "changes.json", "r")
         self.plan = None
         if schedule is not None:
             self.plan = LivePlan(resolved(1, 0, schedule, resolve(schedule)), STEPS, self.changes.changes)
@@ -122,7 +122,7 @@ def test_a_new_version_begins_at_its_step_or_as_soon_as_it_can(service, tmp_path
         assert second.start == max(41, at + AHEAD + 1)
         assert [run.plan.version_at(step).version for step in (second.start - 1, second.start, 600)] == [1, 3, 3]
         waiting(lambda: http.get("/v1/runs/student/schedule").json()["applied"] == second.start)
-    assert ChangeLog(run.folder / "changes.json").changes == (first, second)
+    assert ChangeLog(run.folder / "changes.json", "r").changes == (first, second)
     # A resumed run has them from its folder, with the service gone.
     service.kill()
     with closing(tmp_path, service.url, step=200) as again:

@@ -62,7 +62,7 @@ class Run:
     def __init__(self, folder, line, schedule=EQUAL, *, step=0):
         self.folder, self.line, self.step = folder / "student", line, step
         self.folder.mkdir(exist_ok=True)
-        self.changes = ChangeLog(self.folder / "changes.json")
+        self.changes = ChangeLog(self.folder / "changes.json", "r")
 
         def resolve(wanted):
             return build_plan(wanted, available=THERE, steps=STEPS)
@@ -129,7 +129,7 @@ def test_a_beginning_that_a_crash_kept_from_the_service_is_told_again(http, tmp_
     with running(tmp_path, Line(http)):
         put(http, 1, 41)
     # The run took it up at 53, wrote that down, and was killed before it said so.
-    ChangeLog(tmp_path / "student" / "changes.json").append(Version(2, 53, "one_shot", ((0, 70),)))
+    ChangeLog(tmp_path / "student" / "changes.json", "r").append(Version(2, 53, "one_shot", ((0, 70),)))
     with running(tmp_path, Line(http), step=50) as run:
         waiting(lambda: versions(http) == [(1, 0), (2, 53)])
         assert run.started == []
@@ -140,7 +140,7 @@ def test_a_change_is_on_record_before_the_service_hears_so(http, tmp_path):
 
     def before(method, path, body):
         if path.endswith("/applied"):
-            known.append([change.start for change in ChangeLog(tmp_path / "student" / "changes.json").changes])
+            known.append([change.start for change in ChangeLog(tmp_path / "student" / "changes.json", "r").changes])
 
     line = Line(http)
     line.before = before
@@ -169,7 +169,7 @@ def test_a_late_report_does_not_hide_those_that_were_not_told(http, tmp_path):
 
 def test_a_service_that_lost_what_taught_the_run_is_refused_at_its_start(http, tmp_path):
     (tmp_path / "student").mkdir()
-    ChangeLog(tmp_path / "student" / "changes.json").append(Version(2, 53, "one_shot", ((0, 70),)))
+    ChangeLog(tmp_path / "student" / "changes.json", "r").append(Version(2, 53, "one_shot", ((0, 70),)))
     with pytest.raises(
         UserError, match=r"version 2 .*from student step 53 on, but the scheduler has none; restore scheduler.data"
     ):

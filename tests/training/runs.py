@@ -49,9 +49,9 @@ def student(folder: Path, name: str, trajectory: Path, *overrides: str) -> list[
 
 
 def metrics(run: Path) -> list[dict]:
-    """The run's records without what depends on the clock."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
+    """The run's records without its name and what depends on the clock."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines if line["kind"] != "run"]
 
 
 def run(arguments: list[str], ranks: int = 2) -> str:

@@ -83,10 +83,10 @@ def test_a_run_that_decides_by_itself_cannot_have_the_scheduler_decide(trajector
 def test_a_second_process_of_the_run_is_refused(trajectory, tmp_path, capsys):
     given = arguments(tmp_path, "student", trajectory)
     (tmp_path / "student").mkdir()
-    with (tmp_path / "student" / "reports.jsonl").open("w") as file:
+    with (tmp_path / "student" / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert main(given) == 2
-    assert "another process is training this run" in capsys.readouterr().err
+    assert "another process trains this run" in capsys.readouterr().err
 
 
 @pytest.mark.full

@@ -175,7 +175,7 @@ def test_checkpoints_without_their_settings_are_not_begun_over(tmp_path):
     folder = tmp_path / "run"
     (folder / "config.yaml").unlink()
     before = (folder / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match=r"config\.yaml is missing, but there are checkpoints"):
+    with pytest.raises(UserError, match=r"config\.yaml is missing; run\.json beside it"):
         megapd.train(settings(tmp_path, "--training.steps=2"))
     assert (folder / "metrics.jsonl").read_bytes() == before
 

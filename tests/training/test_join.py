@@ -68,7 +68,7 @@ def test_a_rank_that_is_late_does_not_find_what_rank_0_wrote_meanwhile(config, m
     first = World(0)
     plans = []
     for world in (first, World(1, first.given)):
-        opened = open_changes(config, PLAN, None, world, step=40, known=0)
+        opened = open_changes(config, PLAN, None, world, run="r", step=40, known=0, rests={})
         plans.append(opened.plan.rotations())
         assert opened.registered == {10: "abc"}
         assert (opened.source is None) == (world.rank > 0)
@@ -77,7 +77,7 @@ def test_a_rank_that_is_late_does_not_find_what_rank_0_wrote_meanwhile(config, m
 
 def resumed(config, world, *, step=60, known):
     """The plan of a run that names no scheduler any more."""
-    opened = open_changes(config, PLAN, None, world, step=step, known=known)
+    opened = open_changes(config, PLAN, None, world, run="r", step=step, known=known, rests={})
     assert opened.source is None
     return opened.plan
 
@@ -88,9 +88,9 @@ def test_what_the_scheduler_changed_lasts_without_its_url(config):
     assert (plan.rotations(), plan.known) == (PLAN.rotations(), 0)
     first = World(0)
     for world in (first, World(1, first.given)):  # all ranks say so together
-        with pytest.raises(UserError, match=r"knew 1 changes, but 0 are on record; restore changes\.json"):
+        with pytest.raises(UserError, match=r"first 1 changes in changes\.json, .* are gone"):
             resumed(config, world, known=1)
-    log = ChangeLog(config.folder / FILE)
+    log = ChangeLog(config.folder / FILE, "r")
     log.append(PINNED)
     first = World(0)
     for world in (first, World(1, first.given)):
@@ -103,7 +103,7 @@ def test_what_the_scheduler_changed_lasts_without_its_url(config):
 
 
 def test_a_teacher_is_held_to_the_registered_one_when_it_begins(tmp_path):
-    record = ScheduleRecord(tmp_path / "schedule.json", PLAN, resumed=False, writes=True, registered={10: "abc"})
+    record = ScheduleRecord(tmp_path / "schedule.json", PLAN, run="r", resumed=False, writes=True, registered={10: "abc"})
     checkpoint = Checkpoint(step=10, path=tmp_path, digest="def", files={}, vocabulary="", config={}, metrics={})
     with pytest.raises(UserError, match=r"its digest is def, but abc is registered for that step as scheduler\.trajectory"):
         record.confirm(checkpoint)

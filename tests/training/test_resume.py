@@ -197,7 +197,8 @@ def test_a_write_that_dies_leaves_the_last_checkpoint(trajectory, tmp_path):
     ("change", "named"),
     [
         ("--optimizer.lr=0.02", "optimizer.lr"),
-        ("--training.steps=40", "training.steps"),
+        ("--training.steps=20", "training.steps"),
+        ("--model.width=16", "model.width"),
         ("--seed=1", "seed"),
         ("--schedule.refresh=10", "schedule.refresh"),
         ("--checkpoint.resume=false", "checkpoint.resume"),

@@ -97,8 +97,9 @@ class ServiceSource:
             answered.wait(DECIDE_SECONDS)
         return None if self._listener is None else self._listener.take(step + self._ahead + 1)
 
-    def sync(self) -> None:
-        """Nothing: metrics.jsonl holds what a resumed run tells again."""
+    def sync(self) -> tuple[int, str]:
+        """No report of its own: metrics.jsonl holds what a resumed run tells again."""
+        return 0, ""
 
     def close(self) -> None:
         self._sender.step = max(self._sender.step, self._reported)

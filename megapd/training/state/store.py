@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megapd.errors import UserError
-from megapd.files import fsync_path, sha256_file, write_atomic
+from megapd.files import check_run, fsync_path, sha256_file, write_atomic
 from megapd.training.engine import Engine
 from megapd.world import World
 
@@ -27,9 +27,11 @@ log = logging.getLogger(__name__)
 class CheckpointStore:
     """The checkpoints of one run's folder. Every method is collective: all ranks call it together."""
 
-    def __init__(self, folder: Path, world: World, keep: int, data: str) -> None:
-        """keep: how many whole ones stay. data: digest of what the task reads, which a resumed run must find again."""
+    def __init__(self, folder: Path, world: World, keep: int, data: str, run: str, *, adopted: bool = False) -> None:
+        """keep: how many whole ones stay. data: digest of what the task reads, which a resumed run must find again. run: the id
+        that each names. adopted: those of an older megapd, which name none, are the run's too."""
         self.folder, self.world, self.keep, self.data = folder, world, keep, data
+        self.run, self.adopted = run, adopted
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, oldest first."""
@@ -48,7 +50,7 @@ class CheckpointStore:
         seen = self.world.gather([p.relative_to(writing).as_posix() for p in writing.rglob("*") if p.is_file()])
         entries = self._over_files(writing, sorted(set().union(*seen)), sync=True)
         if self.world.rank == 0:
-            manifest = {"step": step, "layout": self._layout(engine), "files": entries}
+            manifest = {"step": step, "run": self.run, "layout": self._layout(engine), "files": entries}
             write_atomic(writing / MANIFEST, json.dumps(manifest, indent=1))
             for folder in [writing, *(p for p in writing.rglob("*") if p.is_dir())]:
                 fsync_path(folder)
@@ -77,6 +79,8 @@ class CheckpointStore:
                     log.warning("checkpoint %s is damaged (%s); falling back to the one before", self.folder / tag, problem)
                 continue
             manifest = json.loads((self.folder / tag / MANIFEST).read_text())
+            if not (self.adopted and "run" not in manifest):
+                check_run(self.folder / tag, manifest.get("run", "of no name"), self.run)
             now = self._layout(engine)
             for key, value in manifest["layout"].items():
                 if now.get(key) != value:

@@ -1,0 +1,21 @@
+"""A run's folder: who it is, who may write to it, and whether all of it is there."""
+
+from megapd.training.folder.lock import held
+from megapd.training.folder.metrics import METRICS, MetricsFile, numbers, recorded
+from megapd.training.folder.open import RunFolder, agree, check_config, open_folder, write_config
+from megapd.training.folder.record import RunRecord, read_record
+
+__all__ = [
+    "METRICS",
+    "MetricsFile",
+    "RunFolder",
+    "RunRecord",
+    "agree",
+    "check_config",
+    "held",
+    "numbers",
+    "open_folder",
+    "read_record",
+    "recorded",
+    "write_config",
+]
