@@ -11,13 +11,14 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import json
 import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from megapd.errors import UserError
 
@@ -57,6 +58,27 @@ def check_run(path: Path, named: object, run: str) -> None:
     if named is not None and named != run:
         what = f"{path}: belongs to run {named}, not to {run}, in whose folder it lies"
         raise UserError(f"{what}; restore the run's own, or start a run of another name")
+
+
+def sealed(tree: Mapping[str, Any]) -> str:
+    """JSON of `tree` and, as its last entry, the digest of all others: what changes later is found by `unsealed`."""
+    return json.dumps({**tree, "digest": _seal(tree)}, indent=1) + "\n"
+
+
+def unsealed(content: str) -> dict[str, Any]:
+    """The tree that `sealed` wrote, without its digest, or one that an older megapd wrote without. ValueError if it changed."""
+    tree = json.loads(content)
+    if not isinstance(tree, dict):
+        raise ValueError("no JSON object")
+    digest = tree.pop("digest", None)
+    if digest is not None and digest != _seal(tree):
+        raise ValueError("its digest is that of another content")
+    return tree
+
+
+def _seal(tree: Mapping[str, Any]) -> str:
+    as_read = json.loads(json.dumps(tree))  # whose keys are text, and are sorted as such
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 def fsync_path(path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from megapd.config import AdaptiveConfig
 from megapd.errors import UserError
-from megapd.files import check_run, write_atomic
+from megapd.files import check_run, sealed, unsealed, write_atomic
 from megapd.schedule.adaptive import decide, reported_kind
 from megapd.schedule.plan import Change, Decision, Report, Version
 from megapd.schedule.reports import REPORTS_FILE, ReportLog, subject
@@ -32,7 +32,7 @@ class ChangeLog:
         self.changes: tuple[Change, ...] = ()
         if path.exists():
             try:
-                tree = json.loads(path.read_text())
+                tree = unsealed(path.read_text())
                 if tree["format"] not in (FORMAT, FORMER_FORMAT):
                     raise ValueError(f"its format is {tree['format']!r}, this megapd reads {FORMAT!r}")
                 self.changes = _in_order(map(_parse, tree["changes"]))
@@ -54,7 +54,7 @@ class ChangeLog:
         """Returns when they are on the disk, all or none. ValueError if a decision is not the next."""
         after = _in_order([*self.changes, *changes])
         tree = {"format": FORMAT, "run": self._run, "changes": [_entry(change) for change in after]}
-        write_atomic(self._path, json.dumps(tree, indent=1))
+        write_atomic(self._path, sealed(tree))
         self.changes = after
 
 

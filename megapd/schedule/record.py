@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megapd.errors import UserError
-from megapd.files import check_run, write_atomic
+from megapd.files import check_run, sealed, unsealed, write_atomic
 from megapd.schedule.plan import Plan
 from megapd.trajectory import Checkpoint
 
@@ -35,14 +34,16 @@ class ScheduleRecord:
         if resumed and path.exists():
             recorded = _read(path, run)
             self._digests = recorded["digests"]
-            if recorded["rotations"] != rotations:
-                pairs = zip_longest(rotations, recorded["rotations"])
+            # More training.steps may bring rotations, but none before the end of the run as it was.
+            known = [rotation for rotation in rotations if rotation[0] < recorded.get("steps", plan.steps)]
+            if recorded["rotations"] != known:
+                pairs = zip_longest(known, recorded["rotations"])
                 now, before = next((_shown(a), _shown(b)) for a, b in pairs if a != b)
                 raise UserError(
                     f"schedule: it resolves to {now} now, but this run began with {before} ({path}); the trajectory has changed: "
                     f"restore it, or name its checkpoints with schedule.policy explicit"
                 )
-        self._rotations = rotations
+        self._rotations, self._steps = rotations, plan.steps
 
     def confirm(self, checkpoint: Checkpoint) -> None:
         """Record the digest of a checkpoint that is about to teach; UserError if another one was recorded or registered for its
@@ -66,16 +67,17 @@ class ScheduleRecord:
                 "%s: the same weights as at the teacher's step %d; is the trajectory what it says?", checkpoint.path, twins[0]
             )
         if self._writes:
-            tree = {"run": self._run, "rotations": self._rotations, "digests": self._digests}
-            write_atomic(self._path, json.dumps(tree, indent=1))
+            tree = {"run": self._run, "steps": self._steps, "rotations": self._rotations, "digests": self._digests}
+            write_atomic(self._path, sealed(tree))
 
 
 def _read(path: Path, run: str) -> dict[str, Any]:
     """UserError for a damaged record, or another run's."""
     try:
-        tree = json.loads(path.read_text())
+        tree = unsealed(path.read_text())
         digests = {int(step): str(digest) for step, digest in tree["digests"].items()}
         found = {"rotations": [[int(n) for n in rotation] for rotation in tree["rotations"]], "digests": digests}
+        found |= {"steps": int(tree["steps"])} if "steps" in tree else {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error}); restore it from a copy, or start a run of another name") from error
     check_run(path, tree.get("run"), run)

@@ -29,6 +29,7 @@ FORMER_FILE = "decisions.jsonl"  # where runs kept reports and decisions togethe
 class ReportLog:
     """An append-only JSONL file: the first line says what the decisions are about, the others are {"kind": "report", ...}.
 
+    A report carries a check of itself, which those of an older megapd lack.
     A report reaches the disk with `sync`. Lines at the end that are damaged, as a crash leaves them, were never acknowledged and
     are dropped.
     """
@@ -54,7 +55,7 @@ class ReportLog:
         """False, and nothing changes, if the record holds one of that step or a later one."""
         if self.reports and report.step <= self.reports[-1].step:
             return False
-        self._write({"kind": "report", **asdict(report)})
+        self._write({"kind": "report", **asdict(report), "check": _check(report)})
         self.reports += (report,)
         return True
 
@@ -158,7 +159,10 @@ def _read(path: Path, form: str, run: str, subject: Mapping[str, Any]) -> tuple[
                 check_run(path, record.pop("run", None), run)
                 _check_subject(path, form, record, json.loads(json.dumps(subject)))
             elif kind == "report":
+                check = record.pop("check", None)
                 reports.append(Report(**record))
+                if check not in (None, _check(reports[-1])):
+                    raise ValueError("its check is that of another content")
             elif kind == "decision" and form == FORMER_FORMAT:
                 decisions.append(Decision(**record))
             else:
@@ -188,6 +192,10 @@ def _check_subject(path: Path, form: str, record: dict[str, Any], now: Mapping[s
                 f"schedule: {key} was {record.get(key)} when this run's decisions began ({path}) and is "
                 f"{now.get(key)} now; restore the trajectory or the setting, or start a run of another name"
             )
+
+
+def _check(report: Report) -> str:
+    return hashlib.sha256(json.dumps(asdict(report)).encode()).hexdigest()[:16]
 
 
 def _is_json(line: bytes) -> bool:

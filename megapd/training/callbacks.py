@@ -69,7 +69,7 @@ class Checkpointer(Callback):
             self._save(run)
 
     def end(self, run: Run, *, finished: bool) -> None:
-        if run.step > run.saved:
+        if run.step > max(run.saved, 0):  # a run that made no step binds nobody to its settings
             self._save(run)
 
     def _save(self, run: Run) -> None:

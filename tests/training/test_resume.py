@@ -1,7 +1,7 @@
 """Exact resume: killed, stopped, damaged."""
 
-import json
 import random
+import shutil
 import signal
 import threading
 
@@ -10,6 +10,7 @@ import yaml
 
 from megapd.cli import main
 from megapd.config import load
+from megapd.files import sealed, unsealed
 from megapd.training import Callback, train
 from tests.training import runs
 
@@ -215,12 +216,9 @@ def test_a_changed_setting_is_refused_on_resume(trajectory, tmp_path, capsys, ch
 def test_a_run_that_began_with_settings_of_before_is_resumed(trajectory, tmp_path):
     """By the same arguments, and by its own config.yaml."""
     arguments = runs.student(tmp_path, "s", trajectory, "--schedule.refresh=50", "--checkpoint.every=10")
-    (tmp_path / "s").mkdir()
-    (tmp_path / "s" / "stop").touch()
-    assert main(arguments) == 0  # stops before its first step
-    (tmp_path / "s" / "stop").unlink(missing_ok=True)
+    assert main([*arguments, "--training.steps=10"]) == 0
     saved = tmp_path / "s" / "config.yaml"
-    for again in (["train", str(saved), "--training.prefetch=1"], arguments):
+    for again in (["train", str(saved), "--training.prefetch=1", "--training.steps=20"], arguments):
         tree = yaml.safe_load(saved.read_text())
         tree["teacher"]["data_port"] = True
         tree["teacher"]["server"]["data_port"] = 0
@@ -240,16 +238,17 @@ def test_other_rank_count_is_refused(long_student):
 def test_the_recorded_schedule_is_kept(trajectory, tmp_path, capsys):
     """A checkpoint that changed under a run, digest and all, must not teach the rest of it."""
     copy = tmp_path / "trajectory"
-    import shutil
-
     shutil.copytree(trajectory, copy)
-    arguments = runs.student(tmp_path, "s", copy, "--schedule.refresh=50", "--training.steps=60")
-    (tmp_path / "s").mkdir()
-    (tmp_path / "s" / "stop").touch()
-    assert main(arguments) == 0  # stops before its first step
-    record = json.loads((tmp_path / "s" / "schedule.json").read_text())
+    arguments = runs.student(tmp_path, "s", copy, "--schedule.refresh=50", "--training.steps=40")
+    assert main(arguments) == 0
+    path = tmp_path / "s" / "schedule.json"
+    record = unsealed(path.read_text())
+    assert record["rotations"] == [[0, 50]]
+    assert main([*arguments, "--training.steps=60"]) == 0
+    record = unsealed(path.read_text())
     assert record["rotations"] == [[0, 50], [50, 100]]
-    (tmp_path / "s" / "schedule.json").write_text(json.dumps({**record, "digests": {"50": "0" * 64}}))
+    path.write_text(sealed({**record, "digests": {"50": record["digests"]["50"], "100": "0" * 64}}))
+    arguments.append("--training.steps=70")
     assert main(arguments) == 2
     message = capsys.readouterr().err
     assert "0" * 64 in message

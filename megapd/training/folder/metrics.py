@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -20,11 +21,12 @@ log = logging.getLogger(__name__)
 class MetricsFile:
     """The run's own log. Numbers that are not finite become null."""
 
-    def __init__(self, folder: Path, run: str, step: int, every: int) -> None:
+    def __init__(self, folder: Path, run: str, step: int, every: int, digest: str = "") -> None:
         """Keeps the lines up to the step that the run resumes at: a killed run wrote further than its checkpoint.
 
-        step: where it resumes. every: steps between lines of kind train, at the most. A damaged file is kept beside, and lines
-        that it lacks are told. Raises UserError for another run's.
+        step: where it resumes. every: steps between lines of kind train, at the most. digest: of the lines that the checkpoint
+        left behind, "": unknown. A damaged file is kept beside; lines that it lacks, or has otherwise, are told. Raises UserError
+        for another run's.
         """
         path = folder / METRICS
         content = path.read_bytes() if path.exists() else b""
@@ -39,13 +41,24 @@ class MetricsFile:
         else:
             self.kept.insert(0, {"kind": "run", "step": 0, "id": run})
         _tell_gap(path, self.kept, step, every)
-        write_atomic(path, "".join(json.dumps(record) + "\n" for record in self.kept))
-        self._file = path.open("a")
+        whole = "".join(json.dumps(record) + "\n" for record in self.kept).encode()
+        self._hash = hashlib.sha256(whole)
+        if digest and digest != self.digest and not damaged:
+            log.warning("%s: its lines up to step %d are not those that the run wrote; they are kept as they are", path, step)
+        write_atomic(path, whole)
+        self._file = path.open("ab")
+
+    @property
+    def digest(self) -> str:
+        """Of all lines: sha256, hexadecimal."""
+        return self._hash.hexdigest()
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps({"kind": kind, "step": step, **clean}) + "\n")
+        line = json.dumps({"kind": kind, "step": step, **clean}).encode() + b"\n"
+        self._file.write(line)
         self._file.flush()
+        self._hash.update(line)
 
     def sync(self) -> None:
         os.fsync(self._file.fileno())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megapd.errors import UserError
-from megapd.files import write_atomic
+from megapd.files import sealed, unsealed, write_atomic
 
 FORMAT = "megapd-run/1"
 FILE = "run.json"  # in the run's folder
@@ -47,7 +46,7 @@ class RunRecord:
 
     def write(self) -> None:
         tree = {"format": FORMAT, **{key: value for key, value in vars(self).items() if key != "path"}}
-        write_atomic(self.path, json.dumps(tree, indent=1) + "\n")
+        write_atomic(self.path, sealed(tree))
 
 
 def new_record(folder: Path, digests: Mapping[str, str], settings: Mapping[str, Any], **values: Any) -> RunRecord:
@@ -60,7 +59,7 @@ def read_record(folder: Path) -> RunRecord | None:
     if not path.exists():
         return None
     try:
-        tree = json.loads(path.read_text())
+        tree = unsealed(path.read_text())
         if tree.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
         record = RunRecord(path, **tree)

@@ -17,11 +17,12 @@ log = logging.getLogger(__name__)
 _TEACHER = "trajectory sharding resident carrier cache endpoints token root_certificate certificate key insecure depth"
 _TEACHER += " call_seconds deadline_seconds on_failure server."
 _FREE = "checkpoint. telemetry. scheduler. runs_dir corpus. task.corpus evaluation.micro_batch"
-_FREE += " training.prefetch training.callbacks"
+_FREE += " training.prefetch training.callbacks schedule.timeout_seconds"
 FREE_SETTINGS = (*_FREE.split(), *(f"teacher.{key}" for key in _TEACHER.split()))
 
-# What makes another run with another value, whatever is allowed: the checkpoint's weights, or their task, would not fit.
-FIXED_SETTINGS = ("name", "task.", "model.")
+# What makes another run with another value, whatever is allowed: the checkpoint's weights, their task, or what is on record of
+# its teachers would not fit. A schedule changes by its versions, see `megapd schedule`.
+FIXED_SETTINGS = ("name", "task.", "model.", "schedule.")
 
 # What may differ from machine to machine of one run: where things lie. Their content is compared by digests.
 LOCAL_SETTINGS = ("runs_dir", "corpus.", "task.corpus", "teacher.trajectory", "teacher.cache", "teacher.root_certificate")
