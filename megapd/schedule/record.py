@@ -76,8 +76,10 @@ def _read(path: Path, run: str) -> dict[str, Any]:
     try:
         tree = unsealed(path.read_text())
         digests = {int(step): str(digest) for step, digest in tree["digests"].items()}
-        found = {"rotations": [[int(n) for n in rotation] for rotation in tree["rotations"]], "digests": digests}
-        found |= {"steps": int(tree["steps"])} if "steps" in tree else {}
+        rotations = [[int(n) for n in rotation] for rotation in tree["rotations"]]
+        found: dict[str, Any] = {"rotations": rotations, "digests": digests}
+        if "steps" in tree:
+            found["steps"] = int(tree["steps"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error}); restore it from a copy, or start a run of another name") from error
     check_run(path, tree.get("run"), run)

@@ -117,5 +117,5 @@ def _tell_gap(path: Path, lines: list[dict[str, Any]], step: int, every: int) ->
     steps = [0, *sorted({line["step"] for line in lines if line["kind"] == "train"})]
     for before, after in pairwise([*steps, step + 1]):
         if after - before > every and before < step:
-            log.warning("%s: it lacks lines of steps %d to %d; they are lost, the run is not", path, before + 1, min(after, step))
+            log.warning("%s: it lacks lines of steps %d to %d; they are lost, the run is not", path, before + 1, after - 1)
             return
