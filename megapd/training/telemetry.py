@@ -56,13 +56,12 @@ class Telemetry(Callback):
         """trackers: that of metrics.jsonl aside, each made of the run on rank 0 when it starts."""
         self._makers, self._opened = trackers, ExitStack()
         self._file: MetricsFile | None = None
-        self._left = ""  # digest of the lines of metrics that the checkpoint left behind
         self._trackers: list[Tracker] = []
 
     def start(self, run: Run) -> None:
-        self._every, self._steps, self._world = run.config.telemetry.every, run.steps, run.world
+        self._every, self._steps = run.config.telemetry.every, run.steps
         if run.writes:
-            self._file = MetricsFile(run.config.folder, run.folder.run, run.start, run.folder.lines_every, self._left)
+            self._file = run.folder.open_metrics(run.start)
             self._opened.callback(self._file.close)
             for make in self._makers:
                 self._trackers.append(make(run))
@@ -86,13 +85,10 @@ class Telemetry(Callback):
         self._write(run, "rotation", step, {"teacher_step": checkpoint.step, "teacher": checkpoint.digest})
 
     def state_dict(self) -> dict[str, Any]:
-        """No checkpoint is ahead of its lines of metrics, from which a resumed run goes on; it knows them by their digest."""
+        """Nothing: but no checkpoint is ahead of its lines of metrics, from which a resumed run goes on."""
         for log in self._logs():
             log.sync()
-        return {"lines": self._world.on_first(lambda: "" if self._file is None else self._file.digest)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._left = state["lines"]
+        return {}
 
     def close(self) -> None:
         self._opened.close()

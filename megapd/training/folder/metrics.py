@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,11 @@ log = logging.getLogger(__name__)
 class MetricsFile:
     """The run's own log. Numbers that are not finite become null."""
 
-    def __init__(self, folder: Path, run: str, step: int, every: int, digest: str = "") -> None:
+    def __init__(self, folder: Path, run: str, step: int, every: int, known: tuple[int, str] = (-1, "")) -> None:
         """Keeps the lines up to the step that the run resumes at: a killed run wrote further than its checkpoint.
 
-        step: where it resumes. every: steps between lines of kind train, at the most. digest: of the lines that the checkpoint
-        left behind, "": unknown. A damaged file is kept beside; lines that it lacks, or has otherwise, are told. Raises UserError
-        for another run's.
+        step: where it resumes. every: steps between lines of kind train, at the most. known: a step, and the digest of lines up
+        to it. A damaged file is kept beside; lines that it lacks, or has otherwise, are told. Raises UserError for another run's.
         """
         path = folder / METRICS
         content = path.read_bytes() if path.exists() else b""
@@ -41,10 +40,10 @@ class MetricsFile:
         else:
             self.kept.insert(0, {"kind": "run", "step": 0, "id": run})
         _tell_gap(path, self.kept, step, every)
-        whole = "".join(json.dumps(record) + "\n" for record in self.kept).encode()
+        if known[0] <= step and not damaged:
+            _tell_changed(path, self.kept, *known)
+        whole = _bytes(self.kept)
         self._hash = hashlib.sha256(whole)
-        if digest and digest != self.digest and not damaged:
-            log.warning("%s: its lines up to step %d are not those that the run wrote; they are kept as they are", path, step)
         write_atomic(path, whole)
         self._file = path.open("ab")
 
@@ -66,6 +65,11 @@ class MetricsFile:
     def close(self) -> None:
         self.sync()
         self._file.close()
+
+
+def tell_changed(path: Path, step: int, digest: str) -> None:
+    """Warn if the lines of metrics.jsonl up to `step` are not those that had `digest`; "": it is not known."""
+    _tell_changed(path, recorded(path, step), step, digest)
 
 
 def recorded(path: Path, step: int) -> list[dict[str, Any]]:
@@ -111,6 +115,15 @@ def _aside(path: Path) -> Path:
     while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
         number += 1
     return aside
+
+
+def _tell_changed(path: Path, lines: list[dict[str, Any]], step: int, digest: str) -> None:
+    if digest and hashlib.sha256(_bytes(_until(lines, step))).hexdigest() != digest:
+        log.warning("%s: its lines up to step %d are not those that the run wrote", path, step)
+
+
+def _bytes(lines: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
 def _tell_gap(path: Path, lines: list[dict[str, Any]], step: int, every: int) -> None:

@@ -22,7 +22,7 @@ from megapd.schedule.record import FILE as SCHEDULE
 from megapd.schedule.reports import FORMER_FILE, REPORTS_FILE
 from megapd.training.folder import numerics
 from megapd.training.folder.lock import RunLock
-from megapd.training.folder.metrics import METRICS, named_run
+from megapd.training.folder.metrics import METRICS, MetricsFile, named_run
 from megapd.training.folder.record import FILE, RunRecord, new_record, read_record
 from megapd.training.folder.settings import LOCAL_SETTINGS, changed_settings
 from megapd.trajectory import named_runs
@@ -49,7 +49,15 @@ class RunFolder:
         self._lock: RunLock | None = None
         self._segment: dict[str, Any] = {}
         self._fresh = False  # made by this start
-        self.lines_every = 1  # steps between lines of metrics, at the most, over all starts
+        self._lines_every = 1  # steps between lines of metrics, at the most, over all starts
+        self._metrics: MetricsFile | None = None
+
+    def open_metrics(self, step: int) -> MetricsFile:
+        """On rank 0: metrics.jsonl of the run that goes on from `step`; the caller closes it."""
+        assert self.record is not None
+        known = self.record.saved, self.record.lines
+        self._metrics = MetricsFile(self.record.path.parent, self.run, step, self._lines_every, known)
+        return self._metrics
 
     def begin(self, step: int) -> None:
         """Before the first step of this start, or its first checkpoint: from here on the run's settings are on record."""
@@ -62,7 +70,7 @@ class RunFolder:
         """A checkpoint of `step` steps is on the disk."""
         self.begin(step)
         if self.record is not None:
-            self.record.saved = step
+            self.record.saved, self.record.lines = step, "" if self._metrics is None else self._metrics.digest
             self.record.write()
 
     def check(self) -> None:
@@ -223,7 +231,7 @@ def _resume(
     record.settings, record.digests = config.model_dump(mode="json"), dict(digests)
     found = _with_record(record, resumed=True)
     others = [segment["changed"].get("telemetry.every", [1])[0] for segment in record.segments]
-    found.lines_every = max(config.telemetry.every, *changed.get("telemetry.every", [1]), *others)
+    found._lines_every = max(config.telemetry.every, *changed.get("telemetry.every", [1]), *others)
     return found, changed
 
 

@@ -25,6 +25,7 @@ class RunRecord:
     segments  one a start that made a step: when, at which step, versions, ranks, host, and settings that changed
     parent    of a branch: id, folder and step that it began at
     saved     student steps of the newest checkpoint that was written, -1: none
+    lines     digest of the lines of metrics.jsonl up to there
     adopted   begun by a megapd that kept no run.json: its files name no run
     numerics  version of the numbers that it began with, see numerics.py
     """
@@ -36,6 +37,7 @@ class RunRecord:
     segments: list[dict[str, Any]] = field(default_factory=list)
     parent: dict[str, Any] | None = None
     saved: int = -1
+    lines: str = ""
     adopted: bool = False
     numerics: int = 1
 

@@ -22,7 +22,7 @@ def lines(folder):
 
 
 def resumed(folder, step, digest="", run="r"):
-    MetricsFile(folder, run, step, 1, digest).close()
+    MetricsFile(folder, run, step, 1, (step, digest)).close()
     return [line["step"] for line in lines(folder)]
 
 
@@ -35,7 +35,7 @@ def test_the_first_line_names_the_run(tmp_path):
 
 def test_a_resumed_run_goes_on_from_its_checkpoint(tmp_path, caplog):
     digest = written(tmp_path, 3)
-    file = MetricsFile(tmp_path, "r", 3, 1, digest)
+    file = MetricsFile(tmp_path, "r", 3, 1, (3, digest))
     file.write("train", 4, {"loss": float("nan")})
     file.close()
     assert lines(tmp_path)[-1] == {"kind": "train", "step": 4, "loss": None}
