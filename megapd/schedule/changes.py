@@ -153,7 +153,7 @@ def open_embedded(
 
     The decisions of the run in `folder`, which is locked until the source is closed. What a run begun before kept in
     decisions.jsonl is put on record. Raises UserError; see ReportLog."""
-    reports = ReportLog(folder / REPORTS_FILE, run, subject(settings, candidates))
+    reports = ReportLog(folder / REPORTS_FILE, run, subject(settings, candidates), rests)
 
     def keep(decisions: Sequence[Decision]) -> None:
         if not changes.changes:  # else a crash came after this and before the former file went
@@ -161,7 +161,6 @@ def open_embedded(
 
     try:
         reports.take_former(keep)
-        reports.check(*rests)
     except BaseException:
         reports.close()
         raise

@@ -34,16 +34,22 @@ class ReportLog:
     are dropped.
     """
 
-    def __init__(self, path: Path, run: str, subject: Mapping[str, Any]) -> None:
-        """run: the id of the run. subject: what the decisions depend on (candidates, settings), JSON.
+    def __init__(self, path: Path, run: str, subject: Mapping[str, Any], rests: tuple[int, str] = (0, "")) -> None:
+        """run: the id of the run. subject: what the decisions depend on (candidates, settings), JSON. rests: how many reports a
+        checkpoint of the run rests on, and their digest.
 
-        Raises UserError if the file is damaged, another process writes it, or it is another run's or about another subject.
+        Raises UserError, and changes nothing, if the file is damaged, lacks any of those, or is another run's or about another
+        subject, or if another process writes it.
         """
         self._path, self._run, self._subject = path, run, subject
+        self.reports: tuple[Report, ...] = ()
+        if not path.exists():
+            self._check(*rests)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = _open_locked(path)
         try:
             self.reports, _, whole = _read(path, FORMAT, run, subject)
+            self._check(*rests)
             self._cut(whole)
             self.sync()
             fsync_path(path.parent)
@@ -67,8 +73,7 @@ class ReportLog:
         """Of the first `count` reports, which are on record: sha256, hexadecimal."""
         return hashlib.sha256(json.dumps([asdict(report) for report in self.reports[:count]]).encode()).hexdigest()
 
-    def check(self, count: int, digest: str) -> None:
-        """UserError unless the first `count` reports are those that a checkpoint of the run rests on; count 0: none."""
+    def _check(self, count: int, digest: str) -> None:
         if count and (len(self.reports) < count or self.digest(count) != digest):
             what = f"{self._path}: its first {count} reports, on which this run's checkpoint rests, are gone or others"
             raise UserError(f"{what}; restore it from a copy, or start a run of another name")

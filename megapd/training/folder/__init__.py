@@ -1,7 +1,7 @@
 """A run's folder: who it is, who may write to it, and whether all of it is there."""
 
 from megapd.training.folder.lock import held
-from megapd.training.folder.metrics import METRICS, MetricsFile, numbers, recorded
+from megapd.training.folder.metrics import METRICS, MetricsFile, numbers, recorded, tell_changed
 from megapd.training.folder.open import RunFolder, agree, check_config, open_folder, write_config
 from megapd.training.folder.record import RunRecord, read_record
 
@@ -17,5 +17,6 @@ __all__ = [
     "open_folder",
     "read_record",
     "recorded",
+    "tell_changed",
     "write_config",
 ]
