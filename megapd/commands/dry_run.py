@@ -13,6 +13,7 @@ from megapd.config import Config, dump
 from megapd.models import checkpoint_shape, parameter_count
 from megapd.schedule.resolve import resolve_plan
 from megapd.tasks import Task, build_task
+from megapd.teacher.limits import check_teachers
 from megapd.teacher.locate import open_trajectory
 from megapd.teacher.setup import describe_signal, signal_spec
 from megapd.tiling import tile
@@ -50,6 +51,7 @@ def dry_run(config: Config) -> str:
     if config.teacher is not None:
         trajectory = open_trajectory(config)
         plan = resolve_plan(config, trajectory)
+        check_teachers(config, task, trajectory, plan)
         source = config.teacher.trajectory or ", ".join(config.teacher.endpoints) or f"leased at {config.scheduler.url}"
         lines.append(f"teacher        {source}, {len(trajectory.steps)} checkpoints, {config.teacher.carrier}")
         if trajectory.steps:

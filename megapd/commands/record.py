@@ -18,6 +18,7 @@ from megapd.schedule.plan import Plan
 from megapd.schedule.resolve import resolve_plan
 from megapd.tasks import Task, build_task
 from megapd.teacher.cache import CachedStream, SignalCache
+from megapd.teacher.limits import check_teachers
 from megapd.teacher.locate import open_trajectory
 from megapd.teacher.setup import open_source, rank_agreement
 from megapd.teacher.stream import Stream
@@ -133,6 +134,7 @@ def record_signals(config: Config) -> int:
     if config.schedule is not None and config.schedule.grows:
         why = "decides while a student trains, so its signals cannot be recorded ahead of it"
         raise UserError(f"schedule.policy: {config.schedule.policy} {why}")
+    check_teachers(config, task, trajectory, plan)
     stream = open_source(config, task, trajectory, plan, world, 0)
     classes, agree = checkpoint_shape(stream.teacher(0)).classes, rank_agreement(teacher, world)
     mine = record(config, task, plan, trajectory, stream, SignalCache(folder), world, classes=classes, agree=agree)

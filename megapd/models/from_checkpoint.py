@@ -13,7 +13,7 @@ from megapd.batch import Batch
 from megapd.config import ModelConfig
 from megapd.errors import UserError
 from megapd.models.build import build_model
-from megapd.models.pretrained import Pretrained, build_pretrained, check_head, read_pretrained
+from megapd.models.pretrained import Pretrained, build_pretrained, check_head, max_length, read_pretrained
 from megapd.rng import Stream, integers
 from megapd.slices import Part
 from megapd.trajectory import Checkpoint
@@ -37,7 +37,7 @@ def checkpoint_shape(checkpoint: Checkpoint) -> Shape:
     if HUGGING_FACE in checkpoint.config:
         settings = checkpoint.config[HUGGING_FACE]
         width = settings.get("hidden_size", settings.get("n_embd"))
-        length = settings.get("max_position_embeddings", settings.get("n_positions"))
+        length = max_length(settings)
         if not isinstance(width, int) or not isinstance(settings.get("vocab_size"), int):
             raise UserError(f"{checkpoint.path / 'config.json'}: it gives no vocab_size or hidden_size; choose another model")
         return Shape(settings["vocab_size"], width, settings["vocab_size"], length)

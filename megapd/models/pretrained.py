@@ -37,8 +37,23 @@ _AFTER_HEAD: dict[str, tuple[Any, ...]] = {
     "lm_head_multiplier": (None, 1),
     "output_multiplier_scale": (None, 1),
 }
+# Masked and causal models whose first token stands at position padding_idx + 1: fairseq's heritage (Ott et al. 2019). A test
+# compares the list with transformers'.
+_OFFSET = ("camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm")
+OFFSET_POSITIONS = (*_OFFSET, "xlm-roberta", "xlm-roberta-xl", "xmod")
+_PADDING = 1  # their padding_idx, where config.json does not say
 _RENAMED = {"lm_head.weight": "embed_out.weight"}  # GPT-NeoX's head in published files: transformers 5 calls it as others do
 _WINDOWS = ("sliding_window", "attention_chunk_size")
+
+
+def max_length(config_json: Mapping[str, Any]) -> int | None:
+    """Tokens a sample at most of the model that a config.json describes; None: no limit that it tells."""
+    positions = config_json.get("max_position_embeddings", config_json.get("n_positions"))
+    if not isinstance(positions, int):
+        return None
+    padding = config_json.get("pad_token_id")
+    offset = 1 + (_PADDING if padding is None else padding) if config_json.get("model_type") in OFFSET_POSITIONS else 0
+    return positions - offset
 
 
 class OutputLayer(nn.Module):
@@ -91,7 +106,7 @@ class Pretrained(nn.Module):
         setattr(network.get_submodule(owner), leaf, OutputLayer(output))
         self._mask_form: str | None = None
         text = network.config.get_text_config()
-        self.max_length: int | None = getattr(text, "max_position_embeddings", None)
+        self.max_length = max_length(text.to_dict())
         windows = [getattr(text, name, None) for name in _WINDOWS if getattr(text, "use_sliding_window", True) is not False]
         self._window = min((size for size in windows if isinstance(size, int)), default=None)
         self.requires_grad_(False).eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megapd.config import Config, ScheduleConfig
 from megapd.schedule.plan import Plan
 from megapd.schedule.policies import build_plan
@@ -15,4 +17,5 @@ def resolve_plan(config: Config, trajectory: Checkpoints, schedule: ScheduleConf
     assert schedule is not None
     # Models of transformers come without metrics, and to describe one is to fetch and hash it.
     metrics_of = None if isinstance(trajectory, HuggingFaceTrajectory) else lambda step: trajectory.checkpoint(step).metrics
-    return build_plan(schedule, available=trajectory.steps, steps=config.training.steps, metrics_of=metrics_of)
+    plan = build_plan(schedule, available=trajectory.steps, steps=config.training.steps, metrics_of=metrics_of)
+    return replace(plan, warnings=(*trajectory.notes, *plan.warnings))

@@ -6,13 +6,15 @@ import json
 from collections.abc import Callable
 
 from megapd.config import Config, TeacherConfig
+from megapd.errors import UserError
 from megapd.models import Shape, checkpoint_shape
 from megapd.registry import signal_kinds
 from megapd.schedule.plan import Plan
 from megapd.signals import Encoding, SignalSpec, definition_of, negotiate
 from megapd.tasks import Task
 from megapd.teacher.cache import CachedStream, SignalCache
-from megapd.teacher.engine import Demands, Teacher, TeacherOptions
+from megapd.teacher.engine import Teacher, TeacherOptions
+from megapd.teacher.limits import Demands
 from megapd.teacher.locate import open_endpoints
 from megapd.teacher.stream import ColocatedStream, Stream
 from megapd.trajectory import Checkpoint, Checkpoints
@@ -31,10 +33,6 @@ def teacher_options(config: Config, *, served: bool = False) -> TeacherOptions:
     )
 
 
-def demands(teacher: TeacherConfig, task: Task) -> Demands:
-    return Demands(task.vocabulary_digest, teacher.same_vocabulary, task.length)
-
-
 def signal_spec(config: Config, task: Task, plan: Plan, checkpoint: Checkpoint) -> SignalSpec:
     """The kind asked for, or for `auto` the cheapest exact one, given one of the teacher's checkpoints."""
     assert config.teacher is not None
@@ -47,7 +45,11 @@ def signal_spec(config: Config, task: Task, plan: Plan, checkpoint: Checkpoint) 
     definition = definition_of(kind)
     encoding = precision if teacher.encoding == "auto" or teacher.encoding not in definition.encodings else teacher.encoding
     temperature = config.loss.teacher_temperature
-    return definition.spec(kind, encoding, classes=shape.classes, k=teacher.k, temperature=temperature, seed=config.seed)
+    spec = definition.spec(kind, encoding, classes=shape.classes, k=teacher.k, temperature=temperature, seed=config.seed)
+    if shape.classes > task.classes and spec.columns[0].holds == "ids":
+        what = f"{kind} names classes by ids up to {shape.classes - 1}, the student has {task.classes}"
+        raise UserError(f"teacher.signal: {what}; choose dense or hidden, of which loss.common_vocabulary takes those of both")
+    return spec
 
 
 def describe_signal(task: Task, spec: SignalSpec, shape: Shape) -> str:
@@ -93,7 +95,7 @@ def open_source(config: Config, task: Task, trajectory: Checkpoints, plan: Plan,
     assert config.teacher is not None
     teacher = config.teacher
     if teacher.carrier == "colocated":
-        own = Teacher(trajectory, world, teacher_options(config), demands(teacher, task))
+        own = Teacher(trajectory, world, teacher_options(config), Demands.of(config, task))
         try:
             checkpoint = own.rotate(plan.checkpoint_at(step))
             return ColocatedStream(own, plan, signal_spec(config, task, plan, checkpoint))
@@ -119,8 +121,7 @@ def _checked(config: Config, task: Task, trajectory: Checkpoints, plan: Plan, st
     """The checkpoint that teaches `step`, as soon as it is written; UserError if it cannot teach the task."""
     wanted, wait = plan.checkpoint_at(step), teacher_options(config).wait_seconds
     checkpoint = trajectory.checkpoint(wanted) if wait is None else trajectory.wait_for(wanted, wait)
-    assert config.teacher is not None
-    demands(config.teacher, task).check(checkpoint)
+    Demands.of(config, task).check(checkpoint)
     return checkpoint
 
 

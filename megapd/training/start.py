@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from megapd.errors import UserError
 from megapd.models import Learner, build_model
 from megapd.schedule.resolve import resolve_plan
 from megapd.tasks import Task, build_task
+from megapd.teacher.limits import check_teachers
 from megapd.teacher.locate import open_trajectory
 from megapd.training.callbacks import Checkpointer, Evaluation, Guard, TrajectoryWriter
 from megapd.training.engine import Engine, start_world
@@ -24,6 +26,8 @@ from megapd.training.teaching import open_teaching
 from megapd.training.telemetry import Meter, Telemetry
 from megapd.world import World
 from megapd_kernels import LossOptions
+
+log = logging.getLogger(__name__)
 
 Entry = TypeVar("Entry")
 
@@ -56,7 +60,9 @@ def start(
     curriculum = None
     if config.teacher is not None:
         trajectory = open_trajectory(config)
-        curriculum = trajectory, resolve_plan(config, trajectory)
+        plan = resolve_plan(config, trajectory)
+        check_teachers(config, task, trajectory, plan)
+        curriculum = trajectory, plan
     named = [make() for make in _registered(registry.callbacks, config.training.callbacks, "training.callbacks")]
     whole = order(config, [*named, *callbacks])
     with ExitStack() as opened:
@@ -66,6 +72,9 @@ def start(
         world = start_world()
         digests = {"data": task.data_digest, "vocabulary": task.vocabulary_digest}
         agree(world, config, digests)
+        if curriculum is not None and world.rank == 0:
+            for warning in curriculum[1].warnings:
+                log.warning(warning)
         folder = open_folder(world, config, digests, allow_change=allow_change, take_over=take_over)
         opened.callback(folder.close)
         engine = student_engine(config, learner, world)

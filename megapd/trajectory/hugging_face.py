@@ -24,6 +24,8 @@ SMALL_FILES = (CONFIG, TOKENIZER, "tokenizer.json", "tokenizer_config.json", "sp
 SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 
+FINISHED = 1  # the step of a model whose name has none
+
 _PLACEHOLDERS = re.compile(r"\{(step|kstep)\}")
 _NUMBER = r"(0|[1-9][0-9]*)"
 _STEP_IN_NAME = re.compile(r"step[_-]?([0-9]+)(k?)(?![0-9A-Za-z])")
@@ -51,7 +53,8 @@ class HuggingFaceTrajectory(Checkpoints):
 
     spec    PATH or hf:REPO[@REVISION]; {step} stands for the step, {kstep} for thousands of steps: "runs/pythia/step_{step}",
             "hf:EleutherAI/pythia-160m@step{step}", "hf:google/multiberts-seed_0-step_{kstep}k". Without either it is one
-            checkpoint, of the step in its name ("step3000", "step_20k") or of step 0
+            checkpoint, of the step in its name ("step3000", "step_20k"); a name without one is a finished model's, which is
+            called step 1: of its training nothing is known but that it is over, and step 0 would be the random weights
     steps   which there are; empty: those of the folders that match, or of the hub's branches and tags if {step} is in REVISION
 
     `incomplete`: folders that lack a file of their weights; the hub has none. From the hub a checkpoint is fetched, into
@@ -62,7 +65,7 @@ class HuggingFaceTrajectory(Checkpoints):
         """Raises UserError if there is no checkpoint, or the steps have to be told and are not."""
         super().__init__()
         self.spec = spec
-        self._hub = spec.startswith(HUB)
+        self._hub = self.remote = spec.startswith(HUB)
         self._pattern = spec.removeprefix(HUB)
         self._placeholder = _PLACEHOLDERS.search(self._pattern) is not None
         self._given = tuple(sorted(set(steps)))
@@ -96,6 +99,13 @@ class HuggingFaceTrajectory(Checkpoints):
         folder = Path(self._name(step))
         return (self._placeholder or step == self._only_step()) and _is_checkpoint(folder) and not _missing(folder)
 
+    def describe(self, step: int) -> Checkpoint:
+        self._require(step)
+        folder = self._fetch(step, weights=False) if self._hub else Path(self._name(step))
+        config, tokenizer = _read_json(folder / CONFIG), folder / TOKENIZER
+        vocabulary = _sha256(tokenizer) if tokenizer.is_file() else ""
+        return Checkpoint(step, folder, "", vocabulary, config={"hugging_face": config}, metrics={}, files={})
+
     def checkpoint(self, step: int) -> Checkpoint:
         """Everything but the weights, in a folder on this machine. Its config is {"hugging_face": the tree of config.json}.
 
@@ -103,9 +113,7 @@ class HuggingFaceTrajectory(Checkpoints):
         tokenizer.model, as a task's vocabulary_digest is of the same file, else "": unknown. Raises UserError if it is not
         there, cannot be fetched, or its files are incomplete or damaged.
         """
-        if not self.written(step):
-            fix = f"{self._nearest(step)}: change the schedule, or teacher.steps"
-            raise UserError(f"teacher.trajectory: {self.spec} has no checkpoint of step {step}; {fix}")
+        self._require(step)
         folder = self._fetch(step) if self._hub else Path(self._name(step))
         config = _read_json(folder / CONFIG)
         missing = _missing(folder)
@@ -135,6 +143,18 @@ class HuggingFaceTrajectory(Checkpoints):
                 problems.append(str(error))
         return problems + equal_weights(self.spec, same)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if self._placeholder or self._given or self._step_in_name() is not None:
+            return ()
+        what = f"{self.spec} names no training step: it teaches as one finished model, called step {FINISHED}"
+        return (f"teacher.trajectory: {what}; teacher.steps can tell another, and {{step}} in the name stands for several",)
+
+    def _require(self, step: int) -> None:
+        if not self.written(step):
+            fix = f"{self._nearest(step)}: change the schedule, or teacher.steps"
+            raise UserError(f"teacher.trajectory: {self.spec} has no checkpoint of step {step}; {fix}")
+
     def _late(self, what: str) -> str:
         return f"{self.spec}: {what}"
 
@@ -150,10 +170,12 @@ class HuggingFaceTrajectory(Checkpoints):
 
     def _only_step(self) -> int:
         """The step of a trajectory without placeholder."""
-        if self._given:
-            return self._given[0]
+        named = self._given[0] if self._given else self._step_in_name()
+        return FINISHED if named is None else named
+
+    def _step_in_name(self) -> int | None:
         found = list(_STEP_IN_NAME.finditer(self._pattern if self._hub else Path(self._pattern).name))
-        return int(found[-1][1]) * (1000 if found[-1][2] else 1) if found else 0
+        return int(found[-1][1]) * (1000 if found[-1][2] else 1) if found else None
 
     def _local_steps(self) -> list[int]:
         if not self._placeholder:
@@ -180,8 +202,8 @@ class HuggingFaceTrajectory(Checkpoints):
             raise UserError(f"teacher.trajectory: no branch or tag of {repo} is called {revision}; correct it, or {ask}")
         return tuple(sorted(steps))
 
-    def _fetch(self, step: int) -> Path:
-        """The folder of a step's files in the hub's cache, fetched if they are not there."""
+    def _fetch(self, step: int, *, weights: bool = True) -> Path:
+        """The folder of a step's files in the hub's cache, fetched if they are not there; of what is small alone, if so asked."""
         import huggingface_hub
 
         repo, _, revision = self._name(step).partition("@")
@@ -190,15 +212,17 @@ class HuggingFaceTrajectory(Checkpoints):
                 # Other files, nested ones (copies for other runtimes) and weights in a second format can be many times as large.
                 which: dict[str, Any] = {"revision": revision or None, "ignore_patterns": ["*/*"]}
                 try:
-                    for weights in (SAFETENSORS, PICKLES):
-                        folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=[*SMALL_FILES, *weights], **which))
+                    for files in (SAFETENSORS, PICKLES) if weights else ((),):
+                        folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=[*SMALL_FILES, *files], **which))
                         if any((folder / name).is_file() for name in WEIGHTS[:2]):
                             break
                 except Exception as error:
                     what = f"teacher.trajectory: {self._name(step)} cannot be fetched"
                     raise _hub_error(error, what, "check name and network, or fetch it beforehand") from error
+                if not weights:
+                    return folder
                 self._folders[step] = folder
-        return self._folders[step]
+            return self._folders[step]
 
 
 def _hub_error(error: Exception, what: str, fix: str) -> Exception:

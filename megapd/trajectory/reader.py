@@ -150,11 +150,19 @@ class Checkpoints(ABC):
 
     steps        teacher steps of the complete checkpoints, increasing
     incomplete   steps of which there is something, but no whole checkpoint: a copy that stopped midway, or a file that was lost
+    remote       whether to describe a checkpoint is a call over a network
     """
+
+    remote = False
 
     def __init__(self) -> None:
         self.steps: tuple[int, ...] = ()
         self.incomplete: tuple[int, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user may not know of how the trajectory was read, one line each."""
+        return ()
 
     @abstractmethod
     def refresh(self) -> tuple[int, ...]:
@@ -163,6 +171,10 @@ class Checkpoints(ABC):
     @abstractmethod
     def checkpoint(self, step: int) -> Checkpoint:
         """Everything but the weights; UserError if it is not there (the nearest are listed) or damaged."""
+
+    def describe(self, step: int) -> Checkpoint:
+        """As `checkpoint`, but where that takes reading the weights, without their digest: it is empty then, and so is files."""
+        return self.checkpoint(step)
 
     @abstractmethod
     def written(self, step: int) -> bool:

@@ -37,6 +37,7 @@ from megapd.teacher.wire.requests import Request, decode_request
 from megapd.trajectory import Checkpoint
 
 VOCABULARY, CLASSES, WIDTH, LENGTH = 300, 40, 8, 12
+MODEL = {"kind": "mlp", "width": WIDTH}
 STEPS = (10, 20, 30)
 TOKEN = b"0123456789abcdef0123"
 PLAN = Plan("explicit", 9, tuple(zip((0, 4, 6), STEPS, strict=True)))
@@ -63,8 +64,8 @@ def make_batch(seed: int, samples: int = 3, segments: bool = False, length: int 
 class FakeTrajectory:
     """Checkpoints of a run without weights; runs of different names have different digests."""
 
-    def __init__(self, run: str = "run", steps: tuple[int, ...] = STEPS) -> None:
-        self.run, self.steps = run, steps
+    def __init__(self, run: str = "run", steps: tuple[int, ...] = STEPS, vocabulary: str = "words") -> None:
+        self.run, self.steps, self.vocabulary = run, steps, vocabulary
         self.incomplete: tuple[int, ...] = ()
 
     def refresh(self) -> tuple[int, ...]:
@@ -78,7 +79,9 @@ class FakeTrajectory:
             raise UserError(f"no checkpoint of step {step}")
         digest = hashlib.sha256(f"{self.run} {step}".encode()).hexdigest()
         shapes = {"vocab_size": VOCABULARY, "classes": CLASSES, "length": LENGTH}
-        return Checkpoint(step, Path(self.run), digest, "words", {"shapes": shapes}, {"loss": 1.0 / step}, {})
+        return Checkpoint(
+            step, Path(self.run), digest, self.vocabulary, {"model": MODEL, "shapes": shapes}, {"loss": 1.0 / step}, {}
+        )
 
 
 DENSE = SPECS["dense"]

@@ -13,7 +13,8 @@ import torch
 from megapd.errors import UserError
 from megapd.signals import Signal, SignalSpec
 from megapd.tasks import build_task
-from megapd.teacher.engine import Demands, Replica, Teacher, TeacherOptions
+from megapd.teacher.engine import Replica, Teacher, TeacherOptions
+from megapd.teacher.limits import Demands
 from megapd.trajectory import Trajectory
 from megapd.world import World, join_world
 from tests.teacher.teachers import MODELS, STEPS, configuration

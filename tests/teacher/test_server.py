@@ -203,7 +203,7 @@ def test_requests_that_are_not_as_they_must_be(client):
     cases = {
         "digests are not": change(good, "ids", encode_request(20, DIGESTS[20], DENSE, make_batch(5)).column("ids")),
         "outside the teacher's vocabulary": encode_request(20, DIGESTS[20], DENSE, big),
-        "tokens a sample": encode_request(20, DIGESTS[20], DENSE, long),
+        "positions for 12": encode_request(20, DIGESTS[20], DENSE, long),
         "do not increase": change(good, "positions", lists([[3, 2], [], []])),
         "position 12 in samples": change(good, "positions", lists([[12], [], []])),
         "positions is of type": change(good, "positions", pa.array([[1], [], []], pa.list_(pa.int64()))),

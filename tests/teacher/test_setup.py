@@ -11,7 +11,8 @@ from megapd.models import canary, checkpoint_shape
 from megapd.schedule.plan import Plan
 from megapd.signals import Head, SignalSpec, TeacherOutput
 from megapd.tasks import build_task
-from megapd.teacher.engine import Demands, Teacher, TeacherOptions
+from megapd.teacher.engine import Teacher, TeacherOptions
+from megapd.teacher.limits import Demands
 from megapd.teacher.setup import describe_signal, signal_spec, teacher_options
 from megapd.world import join_world
 from tests.teacher.teachers import STEPS, configuration, write_trajectory
@@ -69,7 +70,7 @@ def test_an_unknown_vocabulary_needs_trust(trajectory):
     Demands("v", same_vocabulary=True).check(unknown)
     with pytest.raises(UserError, match=r"teacher\.trajectory"):
         Demands("v", same_vocabulary=True).check(trajectory.checkpoint(10))
-    with pytest.raises(UserError, match="21 tokens"):
+    with pytest.raises(UserError, match="samples have 22 tokens, the teacher has positions for 21"):
         Demands(length=22).check(trajectory.checkpoint(10))
 
 

@@ -12,7 +12,8 @@ from megapd.errors import SignalMismatch, UserError
 from megapd.schedule.plan import Plan
 from megapd.signals import Signal, SignalSpec, negotiate
 from megapd.tasks import build_task
-from megapd.teacher.engine import Demands, Teacher, TeacherOptions
+from megapd.teacher.engine import Teacher, TeacherOptions
+from megapd.teacher.limits import Demands
 from megapd.teacher.stream import ColocatedStream
 from megapd.training import build_student, checkpoint_config
 from megapd.trajectory import CheckpointTimeout, Trajectory

@@ -74,13 +74,14 @@ def test_folders_are_found_by_their_pattern(tmp_path, pattern, folders, steps):
 @pytest.mark.parametrize(
     ("name", "step"),
     [
-        ("model", 0),
+        ("model", 1),
         ("step3000", 3000),
         ("x-step_20k", 20000),
         ("step-7-final", 7),
-        ("stepwise2", 0),
+        ("stepwise2", 1),
         ("step_4/step_5", 5),
-        ("step_4/model", 0),
+        ("step_4/model", 1),
+        ("step0", 0),
     ],
 )
 def test_one_folder_has_the_step_of_its_name(tmp_path, name, step):
@@ -88,6 +89,9 @@ def test_one_folder_has_the_step_of_its_name(tmp_path, name, step):
     trajectory = HuggingFaceTrajectory(str(folder), ())
     assert trajectory.steps == (step,)
     assert trajectory.checkpoint(step).path == folder
+    told = [note for note in trajectory.notes if f"{folder} names no training step" in note and "called step 1;" in note]
+    assert len(told) == len(trajectory.notes) == (step == 1)
+    assert HuggingFaceTrajectory(str(folder), (77,)).notes == ()
     assert HuggingFaceTrajectory(str(folder), (77,)).checkpoint(77).path == folder
     with pytest.raises(UserError, match=r"^teacher\.steps: 2 steps, but teacher\.trajectory .* has no \{step\}"):
         HuggingFaceTrajectory(str(folder), (1, 2))
@@ -256,7 +260,7 @@ def test_one_revision(hub):
     assert trajectory.steps == (3000,)
     assert trajectory.checkpoint(3000).step == 3000
     assert hub[0][:2] == ("EleutherAI/pythia-160m", "step3000")
-    assert HuggingFaceTrajectory("hf:gpt2", ()).steps == (0,)
+    assert HuggingFaceTrajectory("hf:gpt2", ()).steps == (1,)
 
 
 def test_what_the_hub_refuses_is_told(hub):
@@ -269,4 +273,4 @@ def test_what_the_hub_refuses_is_told(hub):
     with pytest.raises(UserError, match=r"no/where@step5 cannot be fetched: cannot find the requested files in the cache; check"):
         HuggingFaceTrajectory("hf:no/where@step{step}", (5,)).checkpoint(5)
     with pytest.raises(AttributeError, match="of ours"):
-        HuggingFaceTrajectory("hf:a/bug", ()).checkpoint(0)
+        HuggingFaceTrajectory("hf:a/bug", ()).checkpoint(1)

@@ -23,6 +23,8 @@ class RemoteTrajectory(Checkpoints):
     replica answers within some tries.
     """
 
+    remote = True
+
     def __init__(self, config: TeacherConfig, endpoints: Endpoints) -> None:
         """endpoints: closed with this."""
         super().__init__()

@@ -17,7 +17,8 @@ from torch import Tensor
 from megapd.errors import UserError
 from megapd.models import canary, read_parts
 from megapd.teacher.engine.holders import Holder
-from megapd.teacher.engine.options import Demands, TeacherOptions
+from megapd.teacher.engine.options import TeacherOptions
+from megapd.teacher.limits import Demands
 from megapd.trajectory import Checkpoint, Checkpoints, check_files
 from megapd.world import World
 

@@ -20,8 +20,9 @@ from megapd.errors import UserError
 from megapd.models import build_teacher, canary, check_architecture, read_parts
 from megapd.signals import Answer, Head, Signal, SignalSpec, TeacherOutput, pack
 from megapd.teacher.engine.holders import HOLDERS, Holder, WholeHolder
-from megapd.teacher.engine.options import Demands, TeacherOptions
+from megapd.teacher.engine.options import TeacherOptions
 from megapd.teacher.engine.staging import Staged, Staging, finite, not_finite, stage
+from megapd.teacher.limits import Demands
 from megapd.trajectory import Checkpoint, Checkpoints
 from megapd.world import World
 

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.flight as flight
 
 from megapd.errors import UserError
+from megapd.models import Shape, checkpoint_shape
 from megapd.signals import encode
 from megapd.teacher.server.dispatch import Answer, Dispatcher, Job, Replica
 from megapd.teacher.server.metrics import Metrics
@@ -73,6 +74,7 @@ class TeacherFlight(flight.FlightServerBase):  # type: ignore[misc] # pyarrow ha
         self._dispatcher, self._metrics = dispatcher, dispatcher.metrics
         self._replica: Replica = dispatcher.replica
         self._checkpoints: dict[int, Checkpoint] = {}
+        self._shapes: dict[str, Shape] = {}  # by digest
         self._mappings = Mappings()
         self._swept = time.monotonic()
         super().__init__(
@@ -104,7 +106,9 @@ class TeacherFlight(flight.FlightServerBase):  # type: ignore[misc] # pyarrow ha
         self._dispatcher.check_open()
         request = decode_request(question)
         checkpoint = self._checkpoint(request.step, request.teacher)
-        check_request(request, checkpoint)
+        if request.teacher not in self._shapes:
+            self._shapes[request.teacher] = checkpoint_shape(checkpoint)
+        check_request(request, self._shapes[request.teacher])
         # Opened before the forward pass, which would be in vain where the memory cannot be reached.
         memory = None if request.memory is None else self._mappings.open(request.memory)
         job = Job(request.step, request.teacher, request, gone)

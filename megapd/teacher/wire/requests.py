@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 
 from megapd.batch import DIGEST_BYTES, Batch
 from megapd.errors import SignalDamaged
-from megapd.models import HUGGING_FACE, checkpoint_shape
+from megapd.models import Shape
 from megapd.signals import SignalSpec
+from megapd.teacher.limits import excess
 from megapd.teacher.wire.calls import parse_json, parse_teacher
 from megapd.teacher.wire.messages import read_record
 from megapd.teacher.wire.refusals import MAX_ANSWER_BYTES, Refused
-from megapd.trajectory import Checkpoint
 
 FORMAT = "megapd-request/1"
 
@@ -155,22 +155,12 @@ def _decode(record: pa.RecordBatch) -> Request:
     return Request(identity, step, teacher, spec, batch, _memory(metadata.get(b"memory")))
 
 
-def check_request(request: Request, checkpoint: Checkpoint) -> None:
-    """Refused, kind invalid, where the checkpoint's model cannot take the ids or make the answer, as far as its meta.json tells.
-
-    An id outside the embedding is an error of one request on a CPU, but on a GPU it ends the process.
-    """
-    shapes = checkpoint.config.get("shapes") or {}
-    if HUGGING_FACE in checkpoint.config:
-        shapes = checkpoint_shape(checkpoint)._asdict()
-    vocabulary, length, classes = (shapes.get(name) for name in ("vocab_size", "length", "classes"))
+def check_request(request: Request, shape: Shape) -> None:
+    """Refused, kind invalid, where a model of that shape cannot take the ids (teacher/limits.py) or make the answer."""
     largest = int(request.batch.ids.numpy().max())  # torch's gives the interpreter away meanwhile
-    if vocabulary is not None and largest >= vocabulary:
-        raise Refused("invalid", f"request: id {largest} is outside the teacher's vocabulary of {vocabulary}")
-    if length is not None and request.batch.ids.shape[1] > length:
-        raise Refused("invalid", f"request: {request.batch.ids.shape[1]} tokens a sample, the teacher was trained on {length}")
-    if classes is None:
-        return
+    if what := excess(shape, largest, request.batch.ids.shape[1]):
+        raise Refused("invalid", f"request: {what}")
+    classes = shape.classes
     spec = request.spec
     if spec.definition.distinct and spec.k > classes:
         raise Refused("invalid", f"request: teacher.k {spec.k}, but the teacher has {classes} classes")
