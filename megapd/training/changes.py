@@ -83,7 +83,7 @@ def open_changes(
             if grown is not None:
                 source = _resume_alone(config, grown, trajectory, log, run, step, base, rests.get("reports", (0, "")))
             return log.changes, {}
-        source = service = _join_service(config, grown, trajectory, log, world.size, ahead, base)
+        source = service = _join_service(config, grown, trajectory, log, run, world.size, ahead, base)
         service.start(step, config.folder / "metrics.jsonl")
         return log.changes, service.registered
 
@@ -99,6 +99,7 @@ def _join_service(
     plan: LivePlan | None,
     trajectory: Checkpoints | None,
     log: ChangeLog,
+    run: str,
     ranks: int,
     ahead: int,
     base: tuple[int, str],
@@ -124,11 +125,11 @@ def _join_service(
         return trajectory.checkpoint(step).digest
 
     settings = config.scheduler
-    facts = {"task": config.task.kind, "model": config.model.kind, "ranks": ranks}
+    facts = {"run": run, "task": config.task.kind, "model": config.model.kind, "ranks": ranks}
     name = settings.trajectory if plan is not None else None
-    run = Registration(config.name, config.training.steps, name, settings.group, facts, config.schedule)
+    registration = Registration(config.name, config.training.steps, name, settings.group, facts, config.schedule)
     api = Api(settings, timeout_seconds=CALL_SECONDS)
-    return ServiceSource(api, run, plan, log, resolve, weights, ahead=ahead)
+    return ServiceSource(api, registration, plan, log, resolve, weights, ahead=ahead)
 
 
 def _resume_alone(

@@ -11,11 +11,11 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import create_engine, select
+from sqlalchemy import create_engine, select, update
 
 from megapd.errors import UserError
 from megapd.scheduler.store import events as journal
-from megapd.scheduler.store import runs, tokens
+from megapd.scheduler.store import runs, tables, tokens
 from megapd.scheduler.store import trajectories as catalogue
 from megapd.scheduler.store.control import control
 from megapd.scheduler.store.database import HEAD, Conflict, NotFound, Refused, Store
@@ -428,3 +428,19 @@ def test_look_ups_use_indices(sqlite):
     for sql in paging:
         rows = sqlite.read(lambda c, sql=sql: c.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}").all())
         assert not [row for row in rows if "SCAN" in row[3] or "TEMP B-TREE" in row[3]], (sql, rows)
+
+
+def test_a_name_is_one_run_once_it_has_made_a_step(store):
+    """Another run of that name would take the changes of the first for its own."""
+
+    def put(identity, steps=100):
+        facts = {} if identity is None else {"run": identity}
+        return store.write(lambda c: runs.put_run(c, "s", trajectory=None, group="g", steps=steps, facts=facts))
+
+    put("a")
+    put("b")  # a start that failed before its first step left nothing
+    store.write(lambda c: c.execute(update(tables.runs).where(tables.runs.c.name == "s").values(step=5)))
+    put("b", steps=200)
+    with pytest.raises(Conflict, match=r"name: the run s here is another \(b\), with changes of its own"):
+        put("a")
+    put(None)  # an older megapd names none

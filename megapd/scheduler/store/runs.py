@@ -63,7 +63,8 @@ def put_run(
 ) -> tuple[dict[str, Any], bool]:
     """(the run, whether it is new). A run that is there may become longer or change group and facts, but not its trajectory.
 
-    trajectory: digest or name, None if nothing is registered; group: whose replicas teach it.
+    trajectory: digest or name, None if nothing is registered; group: whose replicas teach it. facts: its `run`, the id, may only
+    differ from the one known as long as no step was made: changes are those of one run.
     """
     digest = None if trajectory is None else catalogue.find_trajectory(connection, trajectory)["digest"]
     found = connection.execute(select(runs).where(runs.c.name == name)).first()
@@ -73,6 +74,10 @@ def put_run(
         connection.execute(insert(runs), {"name": name, **given, **none, "created": time.time()})
     elif found.trajectory not in (None, digest):
         raise Conflict(f"trajectory: {name} is taught by {found.trajectory}; start a run of another name", _run(found))
+    elif found.step >= 0 and facts.get("run") not in (None, known := json.loads(found.facts).get("run")) and known is not None:
+        raise Conflict(
+            f"name: the run {name} here is another ({known}), with changes of its own; choose another name", _run(found)
+        )
     else:
         connection.execute(update(runs).where(runs.c.name == name).values(given))
     if found is None or any(found._mapping[key] != value for key, value in given.items()):
