@@ -18,6 +18,7 @@ from megapd.tasks import build_task
 from megapd.tiling import tile
 from megapd.training import CheckpointStore, build_student, start_world, student_engine
 from megapd.training.folder import check_config, held, read_record
+from megapd.training.state import StateReader, holds_state
 from megapd.trajectory import Trajectory
 from megapd.world import World
 
@@ -57,11 +58,18 @@ def _newest(config: Config, folder: Path, world: World) -> Iterator[tuple[int, d
     record = read_record(folder)
     run, adopted = ("", True) if record is None else (record.id, record.adopted)
     store = CheckpointStore(folder / "checkpoints", world, config.checkpoint.keep, task.data_digest, run, adopted=adopted)
-    if not store.steps():
+    found = store.newest()
+    if found is None:
         raise UserError(f"{folder} has neither a trajectory nor a checkpoint to evaluate")
-    engine = student_engine(config, build_student(config, task), world)
-    state = store.restore(engine)
-    assert state is not None
-    micro = config.evaluation.micro_batch or engine.tiling.micro_batch
-    yield state["step"], held_out(task, config.evaluation.samples, world, micro, engine.evaluate)
-    engine.destroy()
+    step, path = found
+    micro = config.evaluation.micro_batch or tile(config.training, world.size).micro_batch
+    learner = build_student(config, task)
+    if not holds_state(path):  # of an older megapd: DeepSpeed reads it, on the ranks that wrote it
+        engine = student_engine(config, learner, world)
+        store.load(engine, path)
+        yield step, held_out(task, config.evaluation.samples, world, micro, engine.evaluate)
+        return
+    learner = learner.to(world.device, DTYPES[config.training.precision])
+    with torch.no_grad(), StateReader(path) as state:
+        copy_weights(learner, dict(state.weights()), path)
+        yield step, held_out(task, config.evaluation.samples, world, micro, lambda batch: learner(batch)[1])

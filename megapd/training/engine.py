@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib import resources
@@ -13,6 +14,10 @@ from typing import Any
 import deepspeed
 import deepspeed.utils
 import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from megapd.batch import Batch
@@ -155,19 +160,31 @@ class Engine:
             with deepspeed.zero.GatheredParameters([parameter]) if gathered else nullcontext():
                 yield name, parameter.detach()
 
-    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
-        """DeepSpeed's own checkpoint below folder/tag; `state` must be equal on all ranks."""
-        self.deepspeed.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+    def load_former(self, folder: Path) -> dict[str, Any]:
+        """Restore what DeepSpeed wrote for a run of an older megapd on the same ranks, and return what it carried.
 
-    def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Restore what `save` wrote on the same number of ranks, and return its state."""
+        UserError, and nothing is executed, where a file holds more than tensors, plain values and DeepSpeed's own records.
+        """
         state: dict[str, Any]
-        path, state = self.deepspeed.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
-        assert path is not None, f"DeepSpeed found nothing at {folder / tag}, which was verified"
+        self.deepspeed.checkpoint_engine = _Restricted()
+        try:
+            path, state = self.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
+        except pickle.UnpicklingError as error:
+            what = str(error).strip().splitlines()[-1].strip()
+            raise UserError(f"{folder}: it would execute what is no part of a checkpoint ({what}); do not use it") from error
+        assert path is not None, f"DeepSpeed found nothing at {folder}, which was verified"
         return state
 
     def destroy(self) -> None:
         self.deepspeed.destroy()
+
+
+class _Restricted(TorchCheckpointEngine):  # type: ignore[misc]
+    """Reads DeepSpeed's pickles without executing anything."""
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, fragment_address, ZeroStageEnum]):
+            return torch.load(path, map_location=map_location, weights_only=True)
 
 
 def _optimizer(learner: Learner, settings: OptimizerConfig, *, fused: bool) -> torch.optim.Optimizer:

@@ -120,8 +120,8 @@ class Callback:
         """In any case, and last: after an error, too, when other ranks may be gone."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint carries for `load_state_dict`: anything that torch.save takes, equal on all ranks. A run is not
-        resumed without a callback whose state its checkpoint carries."""
+        """What a checkpoint carries for `load_state_dict`, equal on all ranks: numbers, text, None, tensors, and lists and
+        dictionaries of them. A run is not resumed without a callback whose state its checkpoint carries."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

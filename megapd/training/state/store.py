@@ -1,26 +1,28 @@
 """Resumable checkpoints: atomic, verified, the last few kept.
 
-    checkpoints/.step_N.writing/   DeepSpeed writes here; every rank hashes and syncs its share of the files
+    checkpoints/.step_N.writing/   every rank writes its share here, hashes and syncs it
     checkpoints/step_N/            the same folder, renamed once manifest.json (names, sizes, sha256) is in it
-    checkpoints/latest             names the newest, for DeepSpeed's own tools
 
-A folder step_N is therefore always whole when its rename reached the disk; damage that came later shows in the manifest.
+A folder step_N is therefore always whole when its rename reached the disk; damage that came later shows in the manifest. See
+files.py for what lies in it. Those of an older megapd are DeepSpeed's own, and are read on the ranks and at the stage that wrote
+them.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 from megapd.errors import UserError
-from megapd.files import check_run, fsync_path, sha256_file, write_atomic
+from megapd.files import check_run, fsync_path, sealed, sha256_file, unsealed, write_atomic
 from megapd.training.engine import Engine
+from megapd.training.state.files import holds_state, read_state, write_state
 from megapd.world import World
 
 MANIFEST = "manifest.json"
+FREE = ("ranks", "training.zero_stage", "training.precision")  # of the layout: what may change; settings are held to run.json
 log = logging.getLogger(__name__)
 
 
@@ -45,56 +47,71 @@ class CheckpointStore:
             for left_over in self.folder.glob(".step_*"):
                 shutil.rmtree(left_over)
         self.world.barrier()
-        engine.save(self.folder, writing.name, {"step": step, **state})
-        self.world.barrier()
+        writing.mkdir(exist_ok=True)
+        write_state(writing, engine.deepspeed, engine.learner, self.world, {"step": step, **state})
         seen = self.world.gather([p.relative_to(writing).as_posix() for p in writing.rglob("*") if p.is_file()])
         entries = self._over_files(writing, sorted(set().union(*seen)), sync=True)
         if self.world.rank == 0:
             manifest = {"step": step, "run": self.run, "layout": self._layout(engine), "files": entries}
-            write_atomic(writing / MANIFEST, json.dumps(manifest, indent=1))
+            write_atomic(writing / MANIFEST, sealed(manifest))
             for folder in [writing, *(p for p in writing.rglob("*") if p.is_dir())]:
                 fsync_path(folder)
             if final.exists():  # a resumed run that came by again after a fallback
                 shutil.rmtree(final)
             writing.rename(final)
             fsync_path(self.folder)
-            write_atomic(self.folder / "latest", final.name)
-            for old in self.steps()[: -self.keep]:
+            for old in [kept for kept in self.steps() if kept <= step][: -self.keep]:
                 shutil.rmtree(self.folder / f"step_{old}")
         self.world.barrier()
         return final
 
     def restore(self, engine: Engine) -> dict[str, Any] | None:
-        """Load the newest checkpoint that is whole; None if there is none to load.
+        """Load the newest checkpoint that is whole, see `newest`, and set damaged ones aside; None if there is none to load.
 
-        A damaged one is reported and the one before is tried. Raises UserError if all are damaged, or if the newest whole one
-        was written by another number of ranks, ZeRO stage or precision.
+        Raises UserError if it was written with another training.deepspeed, or by an older megapd on other ranks.
+        """
+        found = self.newest()
+        if found is None:
+            return None
+        self._set_aside([later for later in self.world.gather(self.steps())[0] if later > found[0]])
+        return self.load(engine, found[1])
+
+    def newest(self) -> tuple[int, Path] | None:
+        """Student steps and folder of the newest checkpoint that is whole; None if there is none. Changes nothing.
+
+        A damaged one is reported and the one before is looked at. Raises UserError if all are damaged, or if the newest whole one
+        is another run's or of other data.
         """
         steps: list[int] = self.world.gather(self.steps())[0]  # a shared folder's listing may lag on other nodes
         for step in reversed(steps):
-            tag = f"step_{step}"
-            problem = self._problem(self.folder / tag)
+            folder = self.folder / f"step_{step}"
+            problem = self._problem(folder)
             if problem is not None:
                 if self.world.rank == 0:
-                    log.warning("checkpoint %s is damaged (%s); falling back to the one before", self.folder / tag, problem)
+                    log.warning("checkpoint %s is damaged (%s); falling back to the one before", folder, problem)
                 continue
-            manifest = json.loads((self.folder / tag / MANIFEST).read_text())
+            manifest = unsealed((folder / MANIFEST).read_text())
             if not (self.adopted and "run" not in manifest):
-                check_run(self.folder / tag, manifest.get("run", "of no name"), self.run)
-            now = self._layout(engine)
-            for key, value in manifest["layout"].items():
-                if now.get(key) != value:
-                    what = f"{self.folder / tag} was written with {key} {value}, this run has {now.get(key)}"
-                    raise UserError(f"{what}: resume with {key} {value}")
-            self._set_aside([later for later in steps if later > step], tag)
-            return engine.load(self.folder, tag)
+                check_run(folder, manifest.get("run", "of no name"), self.run)
+            if manifest["layout"]["task's data"] != self.data:
+                raise UserError(f"{folder} was written with other data than task.corpus has now; restore the corpus")
+            return step, folder
         if steps:
             raise UserError(
                 f"{self.folder}: all of its {len(steps)} checkpoints are damaged; move the folder away to start again"
             )
         return None
 
-    def _set_aside(self, damaged: list[int], newest: str) -> None:
+    def load(self, engine: Engine, folder: Path) -> dict[str, Any]:
+        """Give the engine the state of a whole checkpoint; what the run carried in it. UserError as `restore`."""
+        former, now = not holds_state(folder), self._layout(engine)
+        for key, value in unsealed((folder / MANIFEST).read_text())["layout"].items():
+            if now.get(key) != value and (former or key not in FREE):
+                what = f"{folder} was written with {key} {value}, this run has {now.get(key)}"
+                raise UserError(f"{what}: resume with {key} {value}")
+        return engine.load_former(folder) if former else read_state(folder, engine.deepspeed, engine.learner, self.world)
+
+    def _set_aside(self, damaged: list[int]) -> None:
         """Rename damaged checkpoints, so that they count neither as the newest nor among the kept."""
         if self.world.rank == 0 and damaged:
             for step in damaged:
@@ -102,11 +119,10 @@ class CheckpointStore:
                 if aside.exists():
                     shutil.rmtree(aside)
                 (self.folder / f"step_{step}").rename(aside)
-            write_atomic(self.folder / "latest", newest)
         self.world.barrier()
 
     def _layout(self, engine: Engine) -> dict[str, Any]:
-        """What a resumed run must share with the one that wrote the checkpoint."""
+        """Who wrote the checkpoint; but for FREE, what a resumed run must share with it."""
         training = engine.training
         return {
             "ranks": self.world.size,
@@ -120,7 +136,7 @@ class CheckpointStore:
         """What is wrong with a checkpoint, as all ranks see it, or None."""
         expected: dict[str, dict[str, Any]] = {}
         try:
-            expected = json.loads((folder / MANIFEST).read_text())["files"]
+            expected = unsealed((folder / MANIFEST).read_text())["files"]
             problems = [f"{name} is missing" for name in expected if not (folder / name).is_file()]
         except (OSError, ValueError, KeyError, TypeError) as error:
             problems = [f"{MANIFEST}: {error}"]
