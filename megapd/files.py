@@ -53,6 +53,23 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
+def write_private(path: Path, data: str) -> None:
+    """A new file, which its owner alone can read. UserError if `path` is there, or cannot be written."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError as error:
+        raise UserError(f"{path}: it is there already; name a new file") from error
+    try:
+        with open(descriptor, "w") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+    except BaseException:
+        path.unlink()
+        raise
+    fsync_path(path.parent)
+
+
 def check_run(path: Path, named: object, run: str) -> None:
     """UserError if `path`, a file of the run `run`, names another run; one that names none was written by an older megapd."""
     if named is not None and named != run:

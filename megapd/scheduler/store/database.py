@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from sqlalchemy import Connection, Engine, Row, Select, create_engine, event, inspect, make_url, text
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
-from megapd.errors import UserError
+from megapd.errors import UserError, masked
 from megapd.scheduler.store.tables import metadata
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,11 @@ class Store:
 
     def __init__(self, url: str) -> None:
         """Makes or migrates the tables. Raises UserError where the database cannot be opened or is of a newer megapd."""
-        parsed = make_url(url)
+        try:
+            parsed = make_url(url)
+        except (ArgumentError, ValueError):  # their messages repeat parts of the address, of its password too
+            fix = "give sqlite:///FILE or postgresql://USER@HOST:PORT/NAME"
+            raise UserError(f"scheduler.database: {masked(url)} is no database's address; {fix}") from None
         if parsed.drivername == "postgresql":
             parsed = parsed.set(drivername="postgresql+psycopg")
         self.sqlite = parsed.get_backend_name() == "sqlite"

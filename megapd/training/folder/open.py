@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from megapd import __version__
-from megapd.config import Config, complete, dump, flatten
+from megapd.config import Config, complete, dump, flatten, public_tree
 from megapd.errors import UserError
 from megapd.files import check_run, write_atomic
 from megapd.schedule.changes import FILE as CHANGES
@@ -91,7 +91,7 @@ class RunFolder:
 
 def agree(world: World, config: Config, digests: Mapping[str, str]) -> None:
     """UserError on all ranks, naming the first difference, unless they have the same settings, versions and data; one gather."""
-    settings = {k: v for k, v in flatten(config.model_dump(mode="json")).items() if not k.startswith(LOCAL_SETTINGS)}
+    settings = {k: v for k, v in flatten(public_tree(config)).items() if not k.startswith(LOCAL_SETTINGS)}
     mine = {"megapd": __version__, "numerics": numerics.VERSION, **settings}
     mine |= {f"the digest of the {name}": digest for name, digest in digests.items()}
     if world.size == 1:
@@ -228,7 +228,7 @@ def _resume(
     if affected := numerics.affected(config, record.numerics):
         what = f"{folder} began with numerics version {record.numerics}, this megapd has {numerics.VERSION}"
         raise UserError(f"{what}: {'; '.join(affected)}; go on with the megapd that began it, or choose another name")
-    record.settings, record.digests = config.model_dump(mode="json"), dict(digests)
+    record.settings, record.digests = public_tree(config), dict(digests)
     found = _with_record(record, resumed=True)
     others = [segment["changed"].get("telemetry.every", [1])[0] for segment in record.segments]
     found._lines_every = max(config.telemetry.every, *changed.get("telemetry.every", [1]), *others)
@@ -237,7 +237,7 @@ def _resume(
 
 def _begin(config: Config, digests: Mapping[str, str]) -> tuple[RunFolder, dict[str, list[Any]]]:
     _forget(config.folder)
-    record = new_record(config.folder, digests, config.model_dump(mode="json"), numerics=numerics.VERSION)
+    record = new_record(config.folder, digests, public_tree(config), numerics=numerics.VERSION)
     found = _with_record(record, resumed=False)
     found._fresh = True
     record.write()
