@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megapd import __version__
-from megapd.errors import MaskedFormatter, RunFailed, UserError, mask_process, masked
+from megapd.errors import DiskFailed, MaskedFormatter, RunFailed, UserError, mask_process, masked
+from megapd.files import disk_failure
 
 if TYPE_CHECKING:
     from megapd.config import Config
@@ -45,9 +46,15 @@ def main(argv: list[str] | None = None) -> int:
         return _call(settings + unknown, **vars(parsed))
     except (UserError, RunFailed) as error:
         mistake = isinstance(error, UserError)
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one rank a machine: what is missing may be missing on one of them
+        # One rank a machine: what is missing may be missing on one of them. A disk may fail one rank alone.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, DiskFailed):
             print(f"megapd: {'error: ' if mistake else ''}{masked(str(error))}", file=sys.stderr)
         return 2 if mistake else 1
+    except Exception as error:
+        if (told := disk_failure(error)) is None:
+            raise
+        print(f"megapd: error: {told}", file=sys.stderr)
+        return 2
 
 
 def _call(

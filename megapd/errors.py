@@ -27,6 +27,10 @@ class UserError(ValueError):
     """
 
 
+class DiskFailed(UserError):
+    """A disk is full or read-only, or refuses to write: the message names the path and the disk."""
+
+
 class RunFailed(RuntimeError):
     """A run cannot go on though its settings are right: told in one line, with exit code 1."""
 

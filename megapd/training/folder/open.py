@@ -15,12 +15,13 @@ import yaml
 
 from megapd import __version__
 from megapd.config import Config, complete, dump, flatten, public_tree
-from megapd.errors import UserError
-from megapd.files import check_run, write_atomic
+from megapd.errors import DiskFailed, UserError
+from megapd.files import check_run, write_atomic, writing
 from megapd.schedule.changes import FILE as CHANGES
 from megapd.schedule.record import FILE as SCHEDULE
 from megapd.schedule.reports import FORMER_FILE, REPORTS_FILE
 from megapd.training.folder import numerics
+from megapd.training.folder.lock import FILE as LOCK
 from megapd.training.folder.lock import RunLock
 from megapd.training.folder.metrics import METRICS, MetricsFile, named_run
 from megapd.training.folder.record import FILE, RunRecord, new_record, read_record
@@ -63,8 +64,12 @@ class RunFolder:
         """Before the first step of this start, or its first checkpoint: from here on the run's settings are on record."""
         if self.record is not None and self._segment:
             self.record.segments.append({**self._segment, "step": step})
+            try:
+                self.record.write()
+            except BaseException:
+                self.record.segments.pop()
+                raise
             self._segment = {}
-            self.record.write()
 
     def saved(self, step: int) -> None:
         """A checkpoint of `step` steps is on the disk."""
@@ -143,10 +148,16 @@ def _open(
     config: Config, digests: Mapping[str, str], ranks: int, allow_change: Sequence[str], take_over: bool
 ) -> tuple[RunFolder, RunLock]:
     folder = config.folder
+    made = not folder.exists()
     try:
-        made = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = RunLock(folder, take_over=take_over)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = RunLock(folder, take_over=take_over)
+    except DiskFailed as error:
+        if made and folder.exists():
+            (folder / LOCK).unlink(missing_ok=True)
+            _remove_if_empty(folder)
+        raise DiskFailed(f"runs_dir: {error}") from error
     except OSError as error:
         raise UserError(f"runs_dir: cannot write to {folder}: {error}") from error
     try:
