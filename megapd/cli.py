@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megapd import __version__
-from megapd.errors import RunFailed, UserError
+from megapd.errors import DiskFailed, MaskedFormatter, RunFailed, UserError, mask_process, masked
+from megapd.files import disk_failure
 
 if TYPE_CHECKING:
     from megapd.config import Config
@@ -30,19 +31,30 @@ Function = str | Callable[..., int]
 
 
 def main(argv: list[str] | None = None) -> int:
+    if argv is None:
+        argv = sys.argv[1:]
+        mask_process()
     # The deepspeed launcher hands each rank its number on the command line as well as in LOCAL_RANK.
-    argv = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank=")]
+    argv = [a for a in argv if not a.startswith("--local_rank=")]
     # Settings are taken out first: argparse would take one with a space in it, such as --model={kind: gpt}, for the file's name.
     settings = [argument for argument in argv if _is_setting(argument)]
     parsed, unknown = _parser().parse_known_args([argument for argument in argv if not _is_setting(argument)])
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    log = logging.StreamHandler()
+    log.setFormatter(MaskedFormatter("%(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[log], level=logging.WARNING)
     try:
         return _call(settings + unknown, **vars(parsed))
     except (UserError, RunFailed) as error:
         mistake = isinstance(error, UserError)
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one rank a machine: what is missing may be missing on one of them
-            print(f"megapd: {'error: ' if mistake else ''}{error}", file=sys.stderr)
+        # One rank a machine: what is missing may be missing on one of them. A disk may fail one rank alone.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, DiskFailed):
+            print(f"megapd: {'error: ' if mistake else ''}{masked(str(error))}", file=sys.stderr)
         return 2 if mistake else 1
+    except Exception as error:
+        if (told := disk_failure(error)) is None:
+            raise
+        print(f"megapd: error: {told}", file=sys.stderr)
+        return 2
 
 
 def _call(
@@ -98,10 +110,10 @@ def _suggest(overrides: list[str], **options: Any) -> int:
     return _run("checkpoints.suggest_transition", overrides, **options)
 
 
-def _scheduler(overrides: list[str], words: list[str], name: str | None) -> int:
+def _scheduler(overrides: list[str], words: list[str], name: str | None, output: Path | None) -> int:
     match words:
         case ["token", role]:
-            return _run("scheduler.create_token", _load(overrides), role, name)
+            return _run("scheduler.create_token", _load(overrides), role, name, output)
         case ["tokens"]:
             return _run("scheduler.list_tokens", _load(overrides))
         case ["revoke", revoked]:
@@ -184,6 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     words = "CONFIG | token ROLE | tokens | revoke NAME"
     sub.add_argument("words", nargs="*", metavar=words, help="a YAML file to serve with, or")
     sub.add_argument("--as", dest="name", metavar="NAME", help="of a new token; default: its role")
+    sub.add_argument("--output", type=Path, help="a new file for a new token, which you alone can read; default: it is printed")
 
     schedule = _verb(verbs, "schedule", "schedule.show_schedule", "the schedules of the scheduler's runs")
     actions = schedule.add_subparsers(dest="action", required=True)

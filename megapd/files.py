@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -20,9 +21,107 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megapd.errors import UserError
+from megapd.errors import DiskFailed, UserError
 
 TEMPORARY_INFIX = ".tmp-"
+FEW_BYTES = 1 << 20  # a disk with fewer free, or read-only, is why a library failed that does not say what stopped it
+
+_FULL, _READ_ONLY, _FORBIDDEN = "full", "read-only", "forbidden"
+_DISK_ERRORS = {errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EFBIG: _FULL, errno.EROFS: _READ_ONLY}
+_DISK_ERRORS |= {errno.EACCES: _FORBIDDEN, errno.EPERM: _FORBIDDEN}
+_TORCH = re.compile(r"inline_container|iostream error|Parent directory .* does not exist")  # its RuntimeErrors of a file
+_UNCLEAR = (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO)  # what a disk that fails says
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What a full, read-only or failing disk makes of the block becomes DiskFailed, which names `path`, or the file that the
+    error names, and the disk. Of several around each other the innermost tells."""
+    try:
+        yield
+    except Exception as error:
+        if (told := disk_failure(error, path)) is None:
+            raise
+        raise DiskFailed(told) from error
+
+
+def disk_failure(error: BaseException, path: Path | None = None) -> str | None:
+    """One line on the disk that is to blame for an error while `path` was written, None if none is.
+
+    Libraries have errors of their own for it: safetensors SafetensorError, torch RuntimeError without a reason, SQLite
+    OperationalError; those that led to the error are looked at too. path: None where it is not known, which is no reason.
+    """
+    if isinstance(error, UserError):
+        return None
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and before not in chain:
+        chain.append(before)
+    number = next((found for link in chain if (found := _number(link))), None)
+    # Of two, a copy's, the second is what was written.
+    named = next((link.filename2 or link.filename for link in chain if isinstance(link, OSError) and link.filename), None)
+    if isinstance(named, str | bytes) and (path is None or TEMPORARY_INFIX not in os.fsdecode(named)):
+        path = Path(os.fsdecode(named))
+    if path is None:
+        clear = number is not None and _DISK_ERRORS.get(number) in (_FULL, _READ_ONLY)
+        return _told(Path.cwd(), number) if number is not None and clear else None
+    if number is None and any(_is_silent(link) for link in chain):
+        free, files, read_only = _space(path)
+        number = errno.EROFS if read_only else errno.ENOSPC if free < FEW_BYTES or files == 0 else errno.EIO
+    return None if number is None else _told(path, number)
+
+
+def _is_silent(error: BaseException) -> bool:
+    """Whether it is what torch.save and SQLite say where they could not write, without a reason."""
+    code = getattr(getattr(error, "orig", error), "sqlite_errorname", "")
+    return code == "SQLITE_CANTOPEN" or (isinstance(error, RuntimeError) and bool(_TORCH.search(str(error))))
+
+
+def _number(error: BaseException) -> int | None:
+    """The errno by which a disk is to blame for an error, None if it is not."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in _DISK_ERRORS or error.errno in _UNCLEAR else None
+    name = type(error).__name__
+    if name == "SafetensorError" and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        return int(found[1]) if int(found[1]) in _DISK_ERRORS or int(found[1]) in _UNCLEAR else None
+    if name == "OperationalError":  # sqlite3's, and SQLAlchemy's around it
+        codes = {"SQLITE_FULL": errno.ENOSPC, "SQLITE_READONLY": errno.EROFS, "SQLITE_IOERR": errno.EIO}
+        code = getattr(getattr(error, "orig", error), "sqlite_errorname", "")
+        return next((number for begin, number in codes.items() if code.startswith(begin)), None)
+    return None
+
+
+def _told(path: Path, number: int) -> str:
+    free, files, _ = _space(path)
+    disk = f"the disk at {_mount(path)}"
+    space = f"{free:,} bytes free" + ("" if files is None else f", {files:,} more files")
+    match _DISK_ERRORS.get(number):
+        case "full":
+            return f"{path}: {os.strerror(number).lower()}: {disk} has {space}; make space there, or choose another folder"
+        case "read-only":
+            return f"{path}: {disk} is read-only; mount it for writing, or choose another folder"
+        case "forbidden":
+            return f"{path}: {os.strerror(number).lower()} ({disk}); correct the rights, or choose another folder"
+    return f"{path}: {disk} ({space}) fails: {os.strerror(number).lower()}; look into the system's log"
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def _mount(path: Path) -> Path:
+    path = _existing(path).resolve()
+    while not path.is_mount():
+        path = path.parent
+    return path
+
+
+def _space(path: Path) -> tuple[int, int | None, bool]:
+    """(free bytes, further files that it takes, None: unlimited; whether it is read-only)."""
+    disk = os.statvfs(_existing(path))
+    return disk.f_bavail * disk.f_frsize, disk.f_favail if disk.f_files else None, bool(disk.f_flag & os.ST_RDONLY)
 
 
 @contextlib.contextmanager
@@ -34,7 +133,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     # Random: two threads, or two machines that share the folder, may write the same path.
     temporary = path.with_name(f"{path.name}{TEMPORARY_INFIX}{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with temporary.open("wb") as file:
+        with writing(path), temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -42,15 +141,46 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_path(path.parent)
+    with writing(path):
+        fsync_path(path.parent)
+
+
+def append_whole(path: Path, file: int, data: bytes) -> None:
+    """Write `data` at the end of an open file, all of it or, where the disk has no room, nothing. DiskFailed names `path`."""
+    with writing(path):
+        end = os.lseek(file, 0, os.SEEK_END)
+        try:
+            if os.write(file, data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            os.ftruncate(file, end)
+            raise
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Replace `path` by `data` (text as UTF-8), as `atomic_file` does. Makes the folder if it lacks."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def write_private(path: Path, data: str) -> None:
+    """A new file, which its owner alone can read. UserError if `path` is there, or cannot be written."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError as error:
+        raise UserError(f"{path}: it is there already; name a new file") from error
+    try:
+        with open(descriptor, "w") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+    except BaseException:
+        path.unlink()
+        raise
+    fsync_path(path.parent)
 
 
 def check_run(path: Path, named: object, run: str) -> None:
@@ -102,15 +232,17 @@ def temporary_folder(final: Path) -> Iterator[Path]:
 
     Leftovers for the same destination of processes that no longer run on this machine are removed.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for entry in list(final.parent.iterdir()):
-        owner = entry.name.rpartition("-")[2]
-        if entry.name.startswith(final.name + TEMPORARY_INFIX) and (owner == str(os.getpid()) or not _alive(owner)):
-            shutil.rmtree(entry)
     temporary = final.with_name(f"{final.name}{TEMPORARY_INFIX}{os.getpid()}")
-    temporary.mkdir()
+    with writing(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for entry in list(final.parent.iterdir()):
+            owner = entry.name.rpartition("-")[2]
+            if entry.name.startswith(final.name + TEMPORARY_INFIX) and (owner == str(os.getpid()) or not _alive(owner)):
+                shutil.rmtree(entry)
+        temporary.mkdir()
     try:
-        yield temporary
+        with writing(final):
+            yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # an error that brought us here says more than a failing clean-up would
 

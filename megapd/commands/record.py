@@ -113,7 +113,7 @@ def record(
 
 def _check(cache: SignalCache) -> None:
     if cache.failure is not None:
-        raise UserError(f"{cache.failure}; free space there, or choose another folder")
+        raise UserError(cache.failure)
 
 
 def record_signals(config: Config) -> int:

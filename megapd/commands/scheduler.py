@@ -4,52 +4,78 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 from megapd.config import Config
 from megapd.errors import UserError
+from megapd.files import write_private
 from megapd.interrupts import until_signalled
+from megapd.network import server_address
 from megapd.scheduler.local import existing_store
 from megapd.scheduler.server import serve
-from megapd.scheduler.store import ROLES, Store, tokens
+from megapd.scheduler.store import ROLES, Store, Unavailable, tokens
 
 
 def serve_scheduler(config: Config) -> int:
     """`megapd scheduler CONFIG`: answer until SIGTERM or SIGINT."""
     settings = config.scheduler
     scheme = "http" if settings.certificate is None else "https"
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
 
     def ready(port: int) -> None:
-        print(f"megapd: scheduler on {scheme}://{host}:{port}", file=sys.stderr, flush=True)
+        print(f"megapd: scheduler on {server_address(scheme, settings.host, port)}", file=sys.stderr, flush=True)
 
     with until_signalled() as stop:
         serve(settings, stop, ready=ready)
     return 0
 
 
-def create_token(config: Config, role: str, name: str | None) -> int:
-    """`megapd scheduler token ROLE`: print a new token, of which a hash is kept. The database's owner alone can do this."""
+def create_token(config: Config, role: str, name: str | None, output: Path | None) -> int:
+    """`megapd scheduler token ROLE`: print a new token, of which a hash is kept. The database's owner alone can do this.
+
+    output: a new file for it instead, which its owner alone can read.
+    """
     if role not in ROLES:
         raise UserError(f"role: {role!r} is none; there are {', '.join(ROLES)}")
-    with contextlib.closing(Store(config.scheduler.database)) as store:
-        token = store.write(lambda connection: tokens.create_token(connection, role, name or _free(store, role)))
-    print(token)
+    with _opened(Store(config.scheduler.database.reveal("scheduler.database"))) as store:
+        name = name or _free(store, role)
+        if output is not None and (output.exists() or not output.parent.is_dir()):
+            raise UserError(f"--output: {output} is there already, or its folder is not; name a new file in a folder that exists")
+        token = store.write(lambda connection: tokens.create_token(connection, role, name))
+        if output is None:
+            print(token)
+            return 0
+        try:
+            write_private(output, token + "\n")
+        except BaseException:
+            store.write(lambda connection: tokens.revoke_token(connection, name))  # nobody has it
+            raise
     return 0
 
 
 def revoke_token(config: Config, name: str) -> int:
     """`megapd scheduler revoke NAME`."""
-    with contextlib.closing(existing_store(config.scheduler)) as store:
+    with _opened(existing_store(config.scheduler)) as store:
         store.write(lambda connection: tokens.revoke_token(connection, name))
     return 0
 
 
 def list_tokens(config: Config) -> int:
     """`megapd scheduler tokens`: names and roles."""
-    with contextlib.closing(existing_store(config.scheduler)) as store:
+    with _opened(existing_store(config.scheduler)) as store:
         for token in store.read(tokens.list_tokens):
             print(f"{token['name']}  {token['role']}")
     return 0
+
+
+@contextlib.contextmanager
+def _opened(store: Store) -> Iterator[Store]:
+    """Closed at the end. UserError where the database does not take what is written."""
+    with contextlib.closing(store):
+        try:
+            yield store
+        except Unavailable as error:
+            raise UserError(f"scheduler.database: {error}") from error
 
 
 def _free(store: Store, role: str) -> str:

@@ -1,5 +1,7 @@
 """The configuration: `load` builds a Config from a file, the environment and the command line; its sections by their rooms."""
 
+from megapd.config.base import DatabaseURL as DatabaseURL
+from megapd.config.base import public_tree as public_tree
 from megapd.config.distillation import AdaptiveConfig as AdaptiveConfig
 from megapd.config.distillation import EqualConfig as EqualConfig
 from megapd.config.distillation import ExplicitConfig as ExplicitConfig
@@ -23,6 +25,7 @@ from megapd.config.learning import TaskConfig as TaskConfig
 from megapd.config.learning import TextConfig as TextConfig
 from megapd.config.learning import TokenizerConfig as TokenizerConfig
 from megapd.config.learning import TransformerConfig as TransformerConfig
+from megapd.config.tree import ENV_PREFIX as ENV_PREFIX
 from megapd.config.tree import RETIRED_SETTINGS as RETIRED_SETTINGS
 from megapd.config.tree import Config as Config
 from megapd.config.tree import EvaluationConfig as EvaluationConfig

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_origin
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, Secret, ValidationError
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, PydanticKnownError, core_schema
 
-from megapd.errors import UserError
+from megapd.errors import MASK, UserError, hide, masked, masked_tree
 from megapd.registry import Registry
 
 
@@ -55,6 +56,48 @@ class OpenSection(Section):
         if not (isinstance(kind, type) and issubclass(kind, cls)):
             raise problem(cls.tag, f"{kind!r}, which {cls.registry.group} has by that name, is no {cls.__name__}", value)
         return kind.model_validate({key: _decoded(kind, key, given) for key, given in value.items()})
+
+
+class DatabaseURL(Secret[str]):
+    """A database's address. `str` and saved trees have it with its password masked."""
+
+    def __init__(self, secret_value: str) -> None:
+        super().__init__(secret_value)
+        user, _, _ = secret_value.partition("://")[2].rpartition("@")
+        self._password = user.partition(":")[2]
+        hide(self._password)
+
+    def _display(self) -> str:
+        url: str = self.get_secret_value()
+        return masked(url.replace(f":{self._password}@", f":{MASK}@", 1) if self._password else url)
+
+    def reveal(self, setting: str) -> str:
+        """The whole address. UserError, which names the setting, where a saved tree had it, without its password."""
+        url: str = self.get_secret_value()
+        variable = f"MEGAPD_{setting.upper().replace('.', '__')}"
+        if MASK in url:
+            what = f"{self} has no password: a run's folder keeps it masked"
+            raise UserError(f"{setting}: {what}; give the whole address by the environment, {variable}, or in a file of your own")
+        if re.search("[@/?#]", self._password):
+            raise UserError(f"{setting}: in a password, @ is written %40, / %2F, ? %3F and # %23; correct {self}")
+        return url
+
+
+def public_tree(section: BaseModel) -> dict[str, Any]:
+    """The section, or the whole configuration, as a JSON tree that anybody may see: secrets are masked.
+
+    Whatever leaves the process is made of this: config.yaml, run.json, checkpoints' meta.json, trackers, what is printed. Secrets
+    are settings of pydantic's secret types, also in sections of other packages, and passwords in addresses.
+    """
+    tree: dict[str, Any] = masked_tree(section.model_dump(mode="json"))
+    return tree
+
+
+def check_token_file(setting: str, path: Path | None) -> None:
+    """ValueError, which does not show it, if it looks like a token where the name of a token's file should be."""
+    if path is not None and re.fullmatch(r"[\w+=-]{32,}", str(path), re.ASCII) and not path.exists():
+        hide(str(path))
+        raise ValueError(f"{setting}: this looks like a token; write it into a file that you alone can read, and name that file")
 
 
 def check_key(certificate: Path | None, key: Path | None) -> None:

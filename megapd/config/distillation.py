@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from megapd.config.base import OpenSection, Section, check_key
+from megapd.config.base import DatabaseURL, OpenSection, Section, check_key, check_token_file
 from megapd.registry import Registry, policies, signal_kinds
 
 SIGNALS = ("auto", "dense", "hidden", "topk", "sampled", "argmax")  # megapd's kinds register where torch is imported
@@ -18,7 +18,9 @@ SIGNALS = ("auto", "dense", "hidden", "topk", "sampled", "argmax")  # megapd's k
 class SchedulerConfig(Section):
     """The checkpoint scheduler, both ends: `megapd scheduler` reads the first part, runs and replicas url and token."""
 
-    database: str = Field("sqlite:///scheduler.db", description="sqlite:///FILE, on a local disk; or postgresql://USER@HOST/NAME")
+    database: DatabaseURL = Field(
+        DatabaseURL("sqlite:///scheduler.db"), description="sqlite:///FILE, on a local disk; or postgresql://USER@HOST/NAME"
+    )
     host: str = Field("127.0.0.1", description="address to listen on; other than loopback needs tokens and TLS")
     port: int = Field(8480, ge=0, lt=1 << 16, description="0: any free one")
     certificate: Path | None = Field(None, description="PEM of the service's TLS certificate; with it, key is needed")
@@ -36,23 +38,25 @@ class SchedulerConfig(Section):
         description="for runs and replicas: replicas teach the runs of their group; default: the configuration's name",
     )
     root_certificate: Path | None = Field(None, description="for clients: PEM of the authority that signed the certificate")
+    insecure: bool = Field(False, description="let tokens cross a network in the clear, to http:// on another host")
 
     @field_validator("database")
     @classmethod
-    def _known_database(cls, url: str) -> str:
-        if not re.match(r"sqlite:///.+|postgresql(\+psycopg)?://", url):
+    def _known_database(cls, url: DatabaseURL) -> DatabaseURL:
+        if not re.match(r"sqlite:///.+|postgresql(\+psycopg)?://", url.get_secret_value()):
             raise ValueError("give sqlite:///FILE or postgresql://USER@HOST/NAME")
         return url
 
     @field_validator("url")
     @classmethod
     def _known_url(cls, url: str | None) -> str | None:
-        if url is not None and not re.fullmatch(r"https?://[^/\s]+/?", url):
+        if url is not None and not re.fullmatch(r"https?://[^/\s@\\]+/?", url):
             raise ValueError("give http://HOST:PORT or https://HOST:PORT")
         return url
 
     @model_validator(mode="after")
     def _tls(self) -> SchedulerConfig:
+        check_token_file("token", self.token)
         check_key(self.certificate, self.key)
         return self
 
@@ -110,6 +114,7 @@ class TeacherConfig(Section):
     root_certificate: Path | None = Field(None, description="PEM of the authority that signed the server's certificate")
     certificate: Path | None = Field(None, description="PEM of the client's certificate (mutual TLS)")
     key: Path | None = Field(None, description="PEM of its private key")
+    insecure: bool = Field(False, description="let the token cross a network in the clear, by grpc:// between two hosts")
     depth: int = Field(2, ge=1, description="steps whose signals are asked for ahead")
     call_seconds: float = Field(60.0, gt=0.0, description="longest wait for one answer before another replica is asked")
     deadline_seconds: float = Field(
@@ -134,7 +139,7 @@ class TeacherConfig(Section):
         if self.trajectory is None and not remote:
             raise ValueError(f"trajectory: carrier {self.carrier} needs the folder of a teacher run, runs/NAME/trajectory")
         for endpoint in self.endpoints:
-            if not re.fullmatch(r"grpc(\+tls)?://[^/:]+:\d+", endpoint):
+            if not re.fullmatch(r"grpc(\+tls)?://([^/:@\\\[\]\s]+|\[[0-9A-Fa-f:.]+\]):\d+", endpoint):
                 raise ValueError(f"endpoints: {endpoint!r} is not grpc://HOST:PORT or grpc+tls://HOST:PORT")
         if self.carrier == "cached" and self.cache is None:
             raise ValueError("cache: carrier cached needs the folder that `megapd record` wrote")
@@ -146,6 +151,7 @@ class TeacherConfig(Section):
             raise ValueError(f"k: has no meaning for signal {self.signal}; choose topk or sampled")
         if self.encoding == "int8" and self.signal in ("dense", "topk", "sampled", "argmax"):
             raise ValueError(f"encoding: int8 is for hidden states, not for signal {self.signal}; choose fp16")
+        check_token_file("token", self.token)
         check_key(self.certificate, self.key)
         return self
 

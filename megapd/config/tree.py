@@ -19,7 +19,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from megapd.config.base import Section, problem
+from megapd.config.base import Section, problem, public_tree
 from megapd.config.distillation import LossConfig, ScheduleConfig, SchedulerConfig, TeacherConfig
 from megapd.config.learning import CorpusConfig, MLPConfig, ModelConfig, ParityConfig, TaskConfig
 from megapd.errors import UserError
@@ -221,7 +221,7 @@ def complete(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     gone: list[str] = []
     while True:
         try:
-            return _Saved(**saved).model_dump(mode="json"), gone
+            return public_tree(_Saved(**saved)), gone
         except ValidationError as error:
             unknown = [found["loc"] for found in error.errors() if found["type"] == "extra_forbidden"]
             if not unknown:
@@ -235,8 +235,8 @@ def complete(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def dump(config: Config) -> str:
-    """The whole tree as YAML, defaults included: what config.yaml in a run's folder holds."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The whole tree as YAML, defaults included and secrets masked: what config.yaml in a run's folder holds."""
+    return yaml.safe_dump(public_tree(config), sort_keys=False)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

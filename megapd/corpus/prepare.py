@@ -55,7 +55,7 @@ def prepare(config: settings.Config, progress: bool = True) -> Path:
         meta = {
             "format": FORMAT,
             "megapd": __version__,
-            "config": corpus.model_dump(mode="json"),
+            "config": settings.public_tree(corpus),
             "tokenizer": {name: getattr(tokenizer, name) for name in ("digest", "style", "vocab_size", "special")},
             **splits,
             "sources": per_source,
@@ -77,7 +77,7 @@ def _check_same(corpus: settings.CorpusConfig) -> None:
     if not (output / META).is_file():
         raise UserError(f"corpus.output: {output} exists and holds no corpus; choose another folder, or remove it")
     made = settings.flatten({**read_meta(output)["config"], "output": None})
-    wanted = settings.flatten({**corpus.model_dump(mode="json"), "output": None})
+    wanted = settings.flatten({**settings.public_tree(corpus), "output": None})
     different = sorted(name for name in made.keys() | wanted.keys() if made.get(name) != wanted.get(name))
     if different:
         names = ", ".join(f"corpus.{name}" for name in different)

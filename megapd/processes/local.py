@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -11,6 +12,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import yaml
+
+from megapd.config import ENV_PREFIX
+from megapd.errors import masked
 
 
 def launch_local(
@@ -41,6 +46,20 @@ def local_environment(ranks: int, environment: Mapping[str, str] | None = None) 
     if 0 < torch.cuda.device_count() < ranks:
         environment["DS_ACCELERATOR"] = "cpu"
     return environment
+
+
+def without_secrets(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Arguments of a `megapd` to be started, and the environment that has the settings with secrets: whoever is on the machine
+    sees a process's arguments, its environment its owner alone."""
+    shown, environment = [], {}
+    for argument in arguments:
+        if masked(argument) == argument:
+            shown.append(argument)
+            continue
+        name, _, value = argument.removeprefix("--").partition("=")
+        parsed = yaml.safe_load(value)
+        environment[f"{ENV_PREFIX}{name.upper().replace('.', '__')}"] = parsed if isinstance(parsed, str) else json.dumps(parsed)
+    return shown, environment
 
 
 def free_port() -> int:

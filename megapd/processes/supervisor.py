@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import psutil  # type: ignore[import-untyped]
 from megapd.config import Config
 from megapd.interrupts import until_signalled
 from megapd.network import doubled
-from megapd.processes.local import local_command, local_environment
+from megapd.processes.local import local_command, local_environment, without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,9 @@ class Supervisor:
 
     def __init__(self, config: Config, arguments: Sequence[str]) -> None:
         assert config.teacher is not None
-        self._server, self._arguments = config.teacher.server, list(arguments)
+        self._server = config.teacher.server
+        self._arguments, secret = without_secrets(arguments)
+        self._environment = {**os.environ, **secret}
 
     def run(self) -> int:
         """Until SIGTERM or SIGINT, which is passed on; or until a replica refuses its settings: its exit code."""
@@ -93,4 +96,4 @@ class Supervisor:
             own.append(f"--teacher.server.metrics_port={self._server.metrics_port + number}")
         arguments, ranks = [*self._arguments, *own], self._server.ranks
         command = local_command(arguments, ranks) if ranks > 1 else [sys.executable, "-m", "megapd", *arguments]
-        return subprocess.Popen(command, env=local_environment(ranks * self._server.replicas))
+        return subprocess.Popen(command, env=local_environment(ranks * self._server.replicas, self._environment))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -15,7 +14,7 @@ from typing import Any
 
 from megapd.config import AdaptiveConfig
 from megapd.errors import UserError
-from megapd.files import check_run, fsync_path
+from megapd.files import append_whole, check_run, fsync_path, writing
 from megapd.schedule.plan import Decision, Report
 
 log = logging.getLogger(__name__)
@@ -45,8 +44,9 @@ class ReportLog:
         self.reports: tuple[Report, ...] = ()
         if not path.exists():
             self._check(*rests)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = _open_locked(path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = _open_locked(path)
         try:
             self.reports, _, whole = _read(path, FORMAT, run, subject)
             self._check(*rests)
@@ -107,19 +107,12 @@ class ReportLog:
 
     def _cut(self, size: int) -> None:
         os.ftruncate(self._file, size)
-        self._size = size
         if size == 0:
             self._write({"kind": "subject", "format": FORMAT, "run": self._run, **self._subject})
 
     def _write(self, record: Mapping[str, Any]) -> None:
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        try:
-            if os.write(self._file, line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
-        except OSError:
-            os.ftruncate(self._file, self._size)  # what came of the line would spoil the next
-            raise
-        self._size += len(line)
+        append_whole(self._path, self._file, line)
 
 
 def subject(settings: AdaptiveConfig, candidates: Sequence[int]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from sqlalchemy import make_url
 
 from megapd.config import SchedulerConfig
 from megapd.errors import UserError
@@ -28,7 +27,7 @@ def open_api(settings: SchedulerConfig, *, create: bool = False, retry_seconds: 
     with contextlib.ExitStack() as stack:
         transport = None
         if settings.url is None:
-            store = Store(settings.database) if create else existing_store(settings)
+            store = Store(settings.database.reveal("scheduler.database")) if create else existing_store(settings)
             transport = _InProcess(Service(stack.enter_context(contextlib.closing(store)), settings))
             settings = settings.model_copy(update={"url": "http://localhost", "token": None, "root_certificate": None})
         api = stack.enter_context(contextlib.closing(Api(settings, retry_seconds=retry_seconds, transport=transport)))
@@ -40,11 +39,12 @@ def open_api(settings: SchedulerConfig, *, create: bool = False, retry_seconds: 
 
 def existing_store(settings: SchedulerConfig) -> Store:
     """The store. UserError where it would be made for a command that only reads, or changes, what is there."""
-    path = make_url(settings.database).database
-    if settings.database.startswith("sqlite") and not (path and Path(path).exists()):
+    url = settings.database.reveal("scheduler.database")
+    path = url.removeprefix("sqlite:///")
+    if path != url and not Path(path).exists():
         told = "name the service with scheduler.url, or the database's own file"
         raise UserError(f"scheduler.database: there is no {path}; {told}")
-    return Store(settings.database)
+    return Store(url)
 
 
 class _InProcess(httpx.BaseTransport):

@@ -16,7 +16,7 @@ import uvicorn
 
 from megapd.config import SchedulerConfig
 from megapd.errors import UserError
-from megapd.network import is_loopback
+from megapd.network import check_transport, is_loopback, server_address
 from megapd.scheduler.app import build_app
 from megapd.scheduler.service import Service
 from megapd.scheduler.store import Store, tokens
@@ -32,7 +32,7 @@ def serve(settings: SchedulerConfig, stop: threading.Event, *, ready: Callable[[
     Raises UserError where the database, the address or the TLS files cannot be used, or an address that other machines reach
     lacks tokens or TLS.
     """
-    with contextlib.closing(Store(settings.database)) as store:
+    with contextlib.closing(Store(settings.database.reveal("scheduler.database"))) as store:
         if not is_loopback(settings.host):
             _check_public(settings, store)
         store.lock_service()
@@ -95,8 +95,9 @@ def _uvicorn(service: Service) -> uvicorn.Config:
 
 def _check_public(settings: SchedulerConfig, store: Store) -> None:
     where = f"scheduler.host: {settings.host} is reached from other machines"
-    if settings.certificate is None:
-        raise UserError(f"{where}, and tokens must not cross a network in the clear; set scheduler.certificate and scheduler.key")
+    scheme = "http" if settings.certificate is None else "https"
+    fix = "set scheduler.certificate and scheduler.key"
+    check_transport("scheduler", server_address(scheme, settings.host), token=True, insecure=settings.insecure, fix=fix)
     if not store.read(tokens.list_tokens):
         raise UserError(f"{where}, and there are no tokens; make one with `megapd scheduler token admin`, or listen on 127.0.0.1")
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megapd.config import Config
+from megapd.config import Config, public_tree
 from megapd.evaluation import held_out
 from megapd.tasks import Task
 from megapd.training.run import Callback, Run, StepResult, due
@@ -86,4 +86,4 @@ class Checkpointer(Callback):
 def checkpoint_config(config: Config, task: Task) -> dict[str, Any]:
     """What a checkpoint of a trajectory says about its model: the configuration, and the shapes that the task gave it."""
     shapes = {"vocab_size": task.vocab_size, "classes": task.classes, "length": task.length}
-    return config.model_dump(mode="json") | {"shapes": shapes}
+    return public_tree(config) | {"shapes": shapes}

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapd.config import Config
-from megapd.errors import Diverged
+from megapd.errors import DiskFailed, Diverged
 from megapd.training.feed import BatchFeed
 from megapd.training.folder import METRICS, numbers, recorded
 from megapd.training.learning_rate import learning_rate
@@ -51,7 +51,12 @@ def train(
     in the settings or files, before anything is written; Diverged, TeacherLost, CheckpointTimeout; and what a callback raises.
     """
     with closing(start(config, callbacks, allow_change=allow_change, take_over=take_over)) as run:
-        finished = train_run(run)
+        try:
+            finished = train_run(run)
+        except DiskFailed as error:
+            steps = run.store.steps()
+            then = f"goes on from step {steps[-1]}, whose checkpoint is kept" if steps else "begins again"
+            raise DiskFailed(f"{error}; then the same command {then}") from error
     latest = run.latest
     if not latest:  # the run was complete already
         for line in recorded(config.folder / METRICS, run.step):

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
+from megapd.config import public_tree
 from megapd.files import write_atomic
 from megapd.models import parameter_count
 from megapd.registry import trackers
@@ -91,7 +92,7 @@ class Wandb(Tracker):
             name=run.config.name,
             dir=folder,
             mode="online" if online else "offline",
-            config={**run.config.model_dump(mode="json"), "summary": summary},
+            config={**public_tree(run.config), "summary": summary},
             settings=wandb.Settings(silent=True, console="off"),
         )
         self._page.define_metric("*", step_metric="step")

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def client(folder: Path, **settings) -> Iterator[TestClient]:
     """A client of a service in this process, without tokens; `.service` is it."""
     given = SchedulerConfig(database=f"sqlite:///{folder}/scheduler.db", **settings)
-    with contextlib.closing(Store(given.database)) as store:
+    with contextlib.closing(Store(given.database.get_secret_value())) as store:
         service = Service(store, given)
         with TestClient(build_app(service), base_url="http://127.0.0.1", raise_server_exceptions=False) as found:
             found.service = service

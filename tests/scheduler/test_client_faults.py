@@ -20,6 +20,7 @@ from megapd.scheduler.client.http import Api, Away, Refusal
 from megapd.scheduler.client.registration import Registration
 from tests.scheduler import services
 from tests.scheduler.test_client import ADAPTIVE, AHEAD, EQUAL, STEPS, THERE
+from tests.teacher.serving import make_authority
 
 pytestmark = pytest.mark.slow
 
@@ -230,6 +231,29 @@ def test_redirects_are_told_and_not_followed():
 def test_a_url_that_is_none_names_the_setting():
     with pytest.raises(UserError, match=r"scheduler\.url: http://host:port"):
         Api(SchedulerConfig(url="http://host:port"))
+
+
+def test_a_token_crosses_no_network_in_the_clear(tmp_path):
+    """Of runs, replicas and commands alike: all of them call by Api."""
+    file, root = tmp_path / "token", make_authority(tmp_path / "tls").root
+    file.write_text("megapd_x")
+    for settings, problem in (
+        ({"url": "http://10.1.2.3:8480", "token": file}, r"scheduler\.token: .*in the clear; name https://.*scheduler\.insecure"),
+        ({"url": "http://10.1.2.3", "root_certificate": root}, r"scheduler\.root_certificate: http://10\.1\.2\.3 is without TLS"),
+        ({"url": "http://localhost", "root_certificate": root}, r"scheduler\.root_certificate"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            Api(SchedulerConfig(**settings))
+    for settings in (
+        {"url": "http://10.1.2.3"},
+        {"url": "http://10.1.2.3", "token": file, "insecure": True},
+        {"url": "http://localhost:1", "token": file},
+        {"url": "https://10.1.2.3", "token": file, "root_certificate": root},
+    ):
+        Api(SchedulerConfig(**settings)).close()
+    for odd in ("http://user:word@host", "http://127.0.0.1\\@host"):
+        with pytest.raises(ValueError, match="give http://HOST:PORT"):
+            SchedulerConfig(url=odd)
 
 
 def test_a_revoked_token_costs_the_run_no_time_and_no_report(http, tmp_path, caplog):

@@ -311,7 +311,7 @@ def test_events_that_another_process_wrote_arrive(tmp_path, monkeypatch):
     settings = SchedulerConfig(database=f"sqlite:///{tmp_path}/s.db", port=0)
     with (
         serving(settings) as served,
-        contextlib.closing(Store(settings.database)) as store,
+        contextlib.closing(Store(settings.database.get_secret_value())) as store,
         served.http() as client,
         client.stream("GET", "/v1/stream", params={"after": 0}) as response,
     ):
@@ -336,8 +336,10 @@ def test_other_machines_need_tls_and_tokens(tmp_path):
     never = threading.Event()
     database = f"sqlite:///{tmp_path}/s.db"
     pair = make_authority(tmp_path / "tls").server
-    with pytest.raises(UserError, match=r"scheduler\.certificate"):
+    with pytest.raises(UserError, match=r"in the clear; set scheduler\.certificate.*scheduler\.insecure"):
         serve(SchedulerConfig(database=database, host="0.0.0.0", port=0), never)
+    with pytest.raises(UserError, match="megapd scheduler token"):
+        serve(SchedulerConfig(database=database, host="0.0.0.0", port=0, insecure=True), never)
     with pytest.raises(UserError, match="megapd scheduler token"):
         serve(SchedulerConfig(database=database, host="0.0.0.0", port=0, certificate=pair.certificate, key=pair.key), never)
 

@@ -6,7 +6,12 @@ from pathlib import Path
 import pyarrow.flight as flight
 import pytest
 
+from megapd.config import SchedulerConfig
 from megapd.errors import TeacherLost, UserError
+from megapd.scheduler.client.http import Api, Away
+from megapd.teacher.client import FixedEndpoints
+from megapd.teacher.client.replicas import Replicas
+from megapd.teacher.locate import open_endpoints
 from megapd.teacher.wire.requests import encode_request
 from tests.teacher.serving import (
     DENSE,
@@ -63,10 +68,55 @@ def test_it_listens_on_loopback_unless_there_is_a_token(token_file):
         Served(FakeReplica(), configuration("--teacher.server.host=0.0.0.0"))
     with served() as server:
         assert listening_on(server.port) == {"0100007F"}
-    with served(None, "--teacher.server.host=0.0.0.0", f"--teacher.token={token_file}") as server:
+    token = f"--teacher.token={token_file}"
+    in_the_clear = r"teacher\.token: .*grpc://0\.0\.0\.0:.*in the clear; set teacher\.server\.certificate.*teacher\.insecure"
+    with pytest.raises(UserError, match=in_the_clear):
+        Served(FakeReplica(), configuration("--teacher.server.host=0.0.0.0", token))
+    with served(None, "--teacher.server.host=0.0.0.0", token, "--teacher.insecure=true") as server:
         assert listening_on(server.port) == {"00000000"}
-        with stream_of(server, overrides=(f"--teacher.token={token_file}",)) as stream:
+        with stream_of(server, overrides=(token,)) as stream:
             assert len(stream.signals(0, [make_batch(0)])) == 1
+
+
+def test_a_student_sends_no_token_in_the_clear(token_file, authorities, caplog):
+    """To another host, unless teacher.insecure says so; nor anything without TLS where teacher.root_certificate asks for it."""
+    token, root = f"--teacher.token={token_file}", f"--teacher.root_certificate={authorities[0].root}"
+    far = ["--teacher.carrier=served", "--teacher.endpoints=[grpc://10.1.2.3:5]"]
+    near = ["--teacher.carrier=served", "--teacher.endpoints=[grpc://127.0.0.1:5]"]
+    for settings, problem in (
+        ([*far, token], r"teacher\.token: .*grpc://10\.1\.2\.3:5 in the clear; name grpc\+tls://10\.1.*teacher\.insecure"),
+        ([*far, root], r"teacher\.root_certificate: grpc://10\.1\.2\.3:5 is without TLS"),
+        ([*near, token, root], r"teacher\.root_certificate: grpc://127\.0\.0\.1:5 is without TLS"),
+    ):
+        config = configuration(*settings)
+        with pytest.raises(UserError, match=problem):
+            Replicas(config.teacher, open_endpoints(config))
+    for settings in (far, near, [*near, token], [*far, token, "--teacher.insecure=true"]):
+        config = configuration(*settings)
+        assert len(Replicas(config.teacher, open_endpoints(config)).current()) == 1
+    # One of several that a lease names is left out, and told once.
+    replicas = Replicas(configuration(token).teacher, FixedEndpoints(("grpc://10.1.2.3:5", "grpc://127.0.0.1:5")))
+    assert [[remote.address for remote in replicas.current()] for _ in range(3)] == [["grpc://127.0.0.1:5"]] * 3
+    assert caplog.text.count("a replica is left out: teacher.token: it would cross the network to grpc://10.1.2.3:5") == 1
+    assert "grpc://10.1.2.3:5 in the clear" in replicas.describe()
+
+
+def test_a_proxy_of_the_environment_is_not_told_the_token(token_file, monkeypatch):
+    with socket.socket() as proxy:
+        proxy.bind(("127.0.0.1", 0))
+        proxy.listen()
+        proxy.settimeout(0.2)
+        for name in ("http_proxy", "grpc_proxy", "HTTP_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        token = f"--teacher.token={token_file}"
+        with served(None, token) as server, stream_of(server, overrides=(token,)) as stream:
+            assert len(stream.signals(0, [make_batch(0)])) == 1
+        with pytest.raises(Away):
+            Api(SchedulerConfig(url="http://127.0.0.1:1", token=token_file)).ask("GET", "/v1/runs")
+        with pytest.raises(TimeoutError):
+            proxy.accept()
 
 
 def listening_on(port):

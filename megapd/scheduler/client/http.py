@@ -9,8 +9,8 @@ import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from megapd.config import SchedulerConfig
-from megapd.errors import UserError
-from megapd.network import client_tls, read_secret
+from megapd.errors import UserError, masked
+from megapd.network import check_transport, client_tls, read_secret
 
 log = logging.getLogger(__name__)
 
@@ -44,16 +44,24 @@ class Api:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         """retry_seconds: how long a call is repeated while the service is away, 0: tried once. transport: of the service in this
-        process. Raises UserError where token or certificate cannot be read."""
+        process. Raises UserError where token or certificate cannot be read, or the token would cross a network in the clear."""
         assert settings.url is not None
         self.url, self._retry_seconds = settings.url.rstrip("/"), retry_seconds
-        root = settings.root_certificate
+        root, has_token = settings.root_certificate, settings.token is not None
+        check_transport("scheduler", self.url, token=has_token, insecure=settings.insecure, authority=root is not None)
         headers, verify = {}, True if root is None else client_tls("scheduler.root_certificate", root)
-        if settings.token is not None:
+        if has_token:
             headers["Authorization"] = f"Bearer {_token(settings)}"
+        # A proxy of the environment would be told the token where there is no TLS.
+        proxies = not has_token or self.url.startswith("https://")
         try:
             self._client = httpx.Client(
-                base_url=self.url, headers=headers, timeout=timeout_seconds, verify=verify, transport=transport
+                base_url=self.url,
+                headers=headers,
+                timeout=timeout_seconds,
+                verify=verify,
+                transport=transport,
+                trust_env=proxies,
             )
         except httpx.InvalidURL as error:
             raise UserError(f"scheduler.url: {self.url}: {error}; give http://HOST:PORT or https://HOST:PORT") from error
@@ -116,7 +124,7 @@ def _problem(response: httpx.Response) -> dict[str, Any]:
 
 
 def _detail(response: httpx.Response) -> str:
-    return str(_problem(response).get("detail") or response.text)[:500]
+    return masked(str(_problem(response).get("detail") or response.text))[:500]
 
 
 def _token(settings: SchedulerConfig) -> str:

@@ -21,6 +21,7 @@ from pydantic import TypeAdapter
 
 from megapd.config import SchedulerConfig, TeacherServerConfig
 from megapd.errors import UserError
+from megapd.network import server_address
 from megapd.scheduler.client import answers
 from megapd.scheduler.client.http import CALL_SECONDS, Api, Away, Contact, Refusal, mistake
 
@@ -48,7 +49,7 @@ def advertised(options: TeacherServerConfig, port: int) -> str:
             f"give the name or address of this machine that they reach it by"
         )
     scheme = "grpc" if options.certificate is None else "grpc+tls"
-    endpoint = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+    endpoint = server_address(scheme, host, port)
     try:
         flight.Location(endpoint)
     except pa.ArrowException as error:

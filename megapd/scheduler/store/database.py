@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from sqlalchemy import Connection, Engine, Row, Select, create_engine, event, inspect, make_url, text
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
-from megapd.errors import UserError
+from megapd.errors import UserError, masked
+from megapd.files import disk_failure
 from megapd.scheduler.store.tables import metadata
 
 log = logging.getLogger(__name__)
@@ -65,22 +66,29 @@ class Store:
 
     def __init__(self, url: str) -> None:
         """Makes or migrates the tables. Raises UserError where the database cannot be opened or is of a newer megapd."""
-        parsed = make_url(url)
+        try:
+            parsed = make_url(url)
+        except (ArgumentError, ValueError):  # their messages repeat parts of the address, of its password too
+            fix = "give sqlite:///FILE or postgresql://USER@HOST:PORT/NAME"
+            raise UserError(f"scheduler.database: {masked(url)} is no database's address; {fix}") from None
         if parsed.drivername == "postgresql":
             parsed = parsed.set(drivername="postgresql+psycopg")
         self.sqlite = parsed.get_backend_name() == "sqlite"
         self.path = Path(parsed.database) if self.sqlite and parsed.database else None
         self._shown = parsed.render_as_string(hide_password=True)
+        self._engines: list[Engine] = []
         try:
             if self.path is not None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer_engine = _engine(parsed, writes=True)
-            self._reader_engine = _engine(parsed, writes=False)
+            self._engines += [_engine(parsed, writes=True), _engine(parsed, writes=False)]
+            self._writer_engine, self._reader_engine = self._engines
             _migrate(self._writer_engine, self._shown)
-        except (SQLAlchemyError, OSError) as error:
-            what = _one_line(getattr(error, "orig", error))
-            problem = f"scheduler.database: {self._shown} cannot be opened: {what}; correct the URL or its rights"
-            raise UserError(problem) from error
+        except (SQLAlchemyError, OSError, UserError) as error:
+            self._dispose()
+            if isinstance(error, UserError):
+                raise
+            what = f"{self._shown} cannot be opened: {_one_line(getattr(error, 'orig', error))}; correct the URL or its rights"
+            raise UserError(f"scheduler.database: {self._disk(error) or what}") from error
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._closed = False
         self._locked = contextlib.ExitStack()
@@ -94,7 +102,7 @@ class Store:
             with self._reader_engine.connect() as connection:
                 return do(connection)
         except DBAPIError as error:
-            raise _unavailable(error) from error
+            raise self._unavailable(error) from error
 
     def write(self, do: Callable[[Connection], T]) -> T:
         """What `do` returned, once its transaction is on the disk. Raises what `do` raised; nothing of it is kept then."""
@@ -138,8 +146,11 @@ class Store:
         self._queue.put(None)
         self._thread.join()
         self._locked.close()
-        self._writer_engine.dispose()
-        self._reader_engine.dispose()
+        self._dispose()
+
+    def _dispose(self) -> None:
+        for engine in self._engines:
+            engine.dispose()
 
     def _work(self) -> None:
         waiting: list[_Work | None] = []
@@ -155,11 +166,11 @@ class Store:
     def _commit(self, batch: list[_Work]) -> None:
         try:
             with self._writer_engine.begin() as connection:
-                outcomes = [_attempt(connection, do) for do, _ in batch]
+                outcomes = [self._attempt(connection, do) for do, _ in batch]
         except Exception as error:
             if isinstance(error, DBAPIError):
-                log.error("%s: %s", self._shown, error)
-                error = _unavailable(error)
+                error = self._unavailable(error)
+                log.error("scheduler.database: %s: %s", self._shown, error)
             outcomes = [(False, error)] * len(batch)
         for (_, future), (good, outcome) in zip(batch, outcomes, strict=True):
             if good:
@@ -169,6 +180,24 @@ class Store:
         for tell in self._listeners:
             tell()
 
+    def _attempt(self, connection: Connection, do: Callable[[Connection], Any]) -> tuple[bool, Any]:
+        """(True, what it returned) or (False, what it raised), undone; what cannot be undone alone ends the transaction."""
+        savepoint = connection.begin_nested()
+        try:
+            result = do(connection)
+        except Exception as error:
+            savepoint.rollback()
+            return False, self._unavailable(error) if isinstance(error, DBAPIError) else error
+        savepoint.commit()
+        return True, result
+
+    def _unavailable(self, error: DBAPIError) -> Unavailable:
+        return Unavailable(self._disk(error) or _one_line(error.orig))
+
+    def _disk(self, error: Exception) -> str | None:
+        """One line on the disk that is to blame for an error of SQLite."""
+        return None if self.path is None else disk_failure(error, self.path)
+
 
 def one(connection: Connection, query: Select[Any], missing: str) -> Row[Any]:
     """The first row; NotFound, which says `missing`, without one."""
@@ -176,22 +205,6 @@ def one(connection: Connection, query: Select[Any], missing: str) -> Row[Any]:
     if row is None:
         raise NotFound(missing)
     return row
-
-
-def _attempt(connection: Connection, do: Callable[[Connection], Any]) -> tuple[bool, Any]:
-    """(True, what it returned) or (False, what it raised), undone; what cannot be undone alone ends the transaction."""
-    savepoint = connection.begin_nested()
-    try:
-        result = do(connection)
-    except Exception as error:
-        savepoint.rollback()
-        return False, _unavailable(error) if isinstance(error, DBAPIError) else error
-    savepoint.commit()
-    return True, result
-
-
-def _unavailable(error: DBAPIError) -> Unavailable:
-    return Unavailable(_one_line(error.orig))
 
 
 def _one_line(what: object) -> str:

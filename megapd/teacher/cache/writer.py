@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from megapd.files import atomic_file, fsync_path, write_atomic
+from megapd.errors import DiskFailed
+from megapd.files import atomic_file, fsync_path, write_atomic, writing
 from megapd.teacher.cache.parts import Index
 
 log = logging.getLogger(__name__)
@@ -63,16 +64,17 @@ class Writer:
         if self.failure is not None:
             return
         try:
-            self._make_folder(index)
+            with writing(index.folder):
+                self._make_folder(index)
             schema, records = content()
             with atomic_file(path) as file:
                 with pa.ipc.new_file(file, schema) as writer:
                     for record in records:
                         writer.write_batch(record)
                 size = file.tell()
-        except OSError as error:
-            self.failure = f"teacher.cache: {self._folder} cannot be written ({error})"
-            log.warning("%s; signals are no longer recorded; free space there, or choose another folder", self.failure)
+        except (DiskFailed, OSError) as error:
+            self.failure = f"teacher.cache: {self._folder} cannot be written: {error}"
+            log.warning("%s; signals are no longer recorded", self.failure)
             return
         self.written_bytes += size
         rows = self.unwritten.pop(path, None)

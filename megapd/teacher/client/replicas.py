@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.flight as flight
 
 from megapd.config import TeacherConfig
-from megapd.errors import SignalDamaged, SignalMismatch, TeacherLost
-from megapd.network import backoff, client_tls, read_secret
+from megapd.errors import SignalDamaged, SignalMismatch, TeacherLost, UserError
+from megapd.network import backoff, check_transport, client_tls, read_secret
 from megapd.teacher.client.probe import Reach, reach
 from megapd.teacher.wire.calls import parse_json
 from megapd.teacher.wire.messages import MESSAGE_BYTES
@@ -121,32 +121,59 @@ class Replicas:
     """
 
     def __init__(self, config: TeacherConfig, endpoints: Endpoints) -> None:
-        """endpoints: closed with these. Connects to nothing yet. UserError where the token or a certificate cannot be read."""
+        """endpoints: closed with these. Connects to nothing yet.
+
+        UserError where the token or a certificate cannot be read, or the token would cross a network in the clear.
+        """
         self.counts: Counter[str] = Counter(requests=0, retries=0, damaged=0, refused=0, wrong_teacher=0)
         self.closed = threading.Event()
         self._endpoints, self._config = endpoints, config
         self._bearer = read_bearer(config.token)
+        for address in config.endpoints:
+            self._check(address)
         files = {"tls_root_certs": "root_certificate", "cert_chain": "certificate", "private_key": "key"}
         given = {argument: name for argument, name in files.items() if getattr(config, name) is not None}
         self._tls = {argument: read_secret(getattr(config, name), f"teacher.{name}") for argument, name in given.items()}
         if self._tls:
             _ = self._context  # a certificate that cannot be used shows now
         self._known: dict[str, Remote] = {}
+        self._unsafe: dict[str, str] = {}  # addresses that are left out, and why
         self._turn = itertools.count()
         self._lock = threading.Lock()
 
     def current(self) -> list[Remote]:
         """The replicas that the endpoints name now, in their order."""
-        addresses = self._endpoints.current()
+        named = self._endpoints.current()
         with self._lock:
+            addresses = [address for address in named if address in self._known or self._safe(address)]
             for address in addresses:
                 if address not in self._known:
-                    tls = self._tls if _is_tls(address) else {}
-                    client = flight.FlightClient(address, generic_options=_OPTIONS, **tls)
-                    self._known[address] = Remote(address, client, self._bearer)
+                    self._known[address] = Remote(address, self._client(address), self._bearer)
             for address in self._known.keys() - set(addresses):
                 del self._known[address]  # its client closes with the last call that uses it
             return [self._known[address] for address in addresses]
+
+    def _client(self, address: str) -> flight.FlightClient:
+        tls = self._tls if _is_tls(address) else {}
+        # A proxy of the environment would be told the token where there is no TLS.
+        direct = [] if self._bearer is None or _is_tls(address) else [("grpc.enable_http_proxy", 0)]
+        return flight.FlightClient(address, generic_options=[*_OPTIONS, *direct], **tls)
+
+    def _check(self, address: str) -> None:
+        config, has_token = self._config, self._bearer is not None
+        authority = config.root_certificate is not None
+        check_transport("teacher", address, token=has_token, insecure=config.insecure, authority=authority)
+
+    def _safe(self, address: str) -> bool:
+        """Whether the replica may be asked. One that another's lease names must not keep students from the others."""
+        if address not in self._unsafe:
+            try:
+                self._check(address)
+                return True
+            except UserError as error:
+                self._unsafe[address] = str(error)
+                log.error("a replica is left out: %s", error)
+        return False
 
     def ask(self, what: str, do: Callable[[Remote, float], T], deadline: Callable[[], float | None]) -> T:
         """What `do(replica, seconds)` returns, at most `seconds` each time, with the first replica that has it.
@@ -184,7 +211,8 @@ class Replicas:
         """One line: each endpoint and the last that was heard of it."""
         heard = verdicts or {}
         lines = [f"{r.address}: {heard[r.address].message if r.address in heard else r.last}" for r in self.current()]
-        return "; ".join(lines) or "teacher.endpoints: there is no replica, nor one with a lease at scheduler.url"
+        none = "teacher.endpoints: there is no replica, nor one with a lease at scheduler.url"
+        return "; ".join([*lines, *self._unsafe.values()]) or none
 
     def close(self) -> None:
         """No call begins from now on; those under way are for the caller to end."""

@@ -15,7 +15,7 @@ import pyarrow.flight as flight
 from megapd.config import Config, TeacherServerConfig
 from megapd.errors import UserError
 from megapd.interrupts import until_signalled
-from megapd.network import is_loopback, read_secret
+from megapd.network import check_transport, is_loopback, read_secret, server_address
 from megapd.scheduler.client.lease import ReplicaLease, advertised
 from megapd.teacher.server.dispatch import Dispatcher, Replica
 from megapd.teacher.server.flight import TeacherFlight
@@ -46,6 +46,10 @@ def serve(
     if token is None and not is_loopback(options.host):
         needed = f"teacher.server.host {options.host} is reached from other machines, so a token is needed"
         raise UserError(f"teacher.token: {needed}; name a file that holds one, or listen on 127.0.0.1")
+    scheme = "grpc" if options.certificate is None else "grpc+tls"
+    location = server_address(scheme, options.host, options.port)
+    fix = "set teacher.server.certificate and teacher.server.key"
+    check_transport("teacher", location, token=token is not None, insecure=config.teacher.insecure, fix=fix)
     stop = threading.Event() if stop is None else stop
     metrics = Metrics()
     dispatcher = Dispatcher(replica, metrics, limit=options.queue, token_budget=options.token_budget)
@@ -53,7 +57,7 @@ def serve(
         if options.metrics_port is not None:
             shown = MetricsServer(metrics, options.host, options.metrics_port, lambda: dispatcher.draining)
             stack.callback(shown.close)
-        server = _listen(options, dispatcher, token, flight_class)
+        server = _listen(location, options, dispatcher, token, flight_class)
         stack.callback(_shut, server, options.drain_seconds)
         stack.enter_context(until_signalled(stop))
         pa.array([0]).to_numpy()  # imports pandas, up to 1 s that the first requests would wait for
@@ -92,18 +96,17 @@ def _drained(stop: threading.Event, lease: ReplicaLease) -> threading.Event:
     return told
 
 
-def _listen(options: TeacherServerConfig, dispatcher: Dispatcher, token: bytes | None, cls: type[TeacherFlight]) -> TeacherFlight:
+def _listen(
+    location: str, options: TeacherServerConfig, dispatcher: Dispatcher, token: bytes | None, cls: type[TeacherFlight]
+) -> TeacherFlight:
     tls = client_authority = None
     if options.certificate is not None and options.key is not None:
         certificate = read_secret(options.certificate, "teacher.server.certificate")
         tls = certificate, read_secret(options.key, "teacher.server.key")
     if options.client_authority is not None:
         client_authority = read_secret(options.client_authority, "teacher.server.client_authority")
-    scheme = "grpc+tls" if tls else "grpc"
-    host = f"[{options.host}]" if ":" in options.host else options.host
     try:
         _check_free(options.host, options.port)
-        location = f"{scheme}://{host}:{options.port}"
         return cls(location, dispatcher, token=token, tls=tls, client_authority=client_authority)
     except (OSError, pa.ArrowException, flight.FlightError) as error:
         failed = f"cannot listen on {options.host}:{options.port}: {' '.join(str(error).split())}"

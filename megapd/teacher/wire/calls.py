@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megapd.errors import masked_tree
 from megapd.teacher.wire.refusals import Refused
 from megapd.trajectory import Checkpoint
 
@@ -56,8 +57,9 @@ def encode_catalogue(steps: Sequence[int], checkpoints: Iterable[Checkpoint]) ->
     configs: list[dict[str, Any]] = []
     entries = []
     for checkpoint in checkpoints:
-        if checkpoint.config not in configs[-1:]:  # of neighbours: a run has one
-            configs.append(checkpoint.config)
+        config = masked_tree(checkpoint.config)  # an older megapd wrote passwords there
+        if config not in configs[-1:]:  # of neighbours: a run has one
+            configs.append(config)
         entry = {"step": checkpoint.step, "digest": checkpoint.digest, "vocabulary": checkpoint.vocabulary}
         entries.append({**entry, "config": len(configs) - 1, "metrics": checkpoint.metrics})
     tree = {"format": CATALOGUE_FORMAT, "steps": list(steps), "configs": configs, "checkpoints": entries}

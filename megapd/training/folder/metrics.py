@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megapd.files import check_run, write_atomic
+from megapd.files import append_whole, check_run, write_atomic, writing
 
 METRICS = "metrics.jsonl"  # in the run's folder
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class MetricsFile:
         lines, damaged = _parse(content)
         if damaged:
             aside = _aside(path)
-            aside.write_bytes(content)
+            write_atomic(aside, content)
             log.warning("%s: line %d is damaged, its good lines are kept; the file as it was: %s", path, damaged[0], aside.name)
         self.kept = _until(lines, step)
         if self.kept and self.kept[0]["kind"] == "run":
@@ -45,7 +45,7 @@ class MetricsFile:
         whole = _bytes(self.kept)
         self._hash = hashlib.sha256(whole)
         write_atomic(path, whole)
-        self._file = path.open("ab")
+        self._path, self._file = path, os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
     @property
     def digest(self) -> str:
@@ -55,16 +55,18 @@ class MetricsFile:
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         line = json.dumps({"kind": kind, "step": step, **clean}).encode() + b"\n"
-        self._file.write(line)
-        self._file.flush()
+        append_whole(self._path, self._file, line)
         self._hash.update(line)
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        with writing(self._path):
+            os.fsync(self._file)
 
     def close(self) -> None:
-        self.sync()
-        self._file.close()
+        try:
+            self.sync()
+        finally:
+            os.close(self._file)
 
 
 def tell_changed(path: Path, step: int, digest: str) -> None:

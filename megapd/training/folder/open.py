@@ -14,13 +14,14 @@ from typing import Any
 import yaml
 
 from megapd import __version__
-from megapd.config import Config, complete, dump, flatten
-from megapd.errors import UserError
-from megapd.files import check_run, write_atomic
+from megapd.config import Config, complete, dump, flatten, public_tree
+from megapd.errors import DiskFailed, UserError
+from megapd.files import check_run, write_atomic, writing
 from megapd.schedule.changes import FILE as CHANGES
 from megapd.schedule.record import FILE as SCHEDULE
 from megapd.schedule.reports import FORMER_FILE, REPORTS_FILE
 from megapd.training.folder import numerics
+from megapd.training.folder.lock import FILE as LOCK
 from megapd.training.folder.lock import RunLock
 from megapd.training.folder.metrics import METRICS, MetricsFile, named_run
 from megapd.training.folder.record import FILE, RunRecord, new_record, read_record
@@ -63,8 +64,12 @@ class RunFolder:
         """Before the first step of this start, or its first checkpoint: from here on the run's settings are on record."""
         if self.record is not None and self._segment:
             self.record.segments.append({**self._segment, "step": step})
+            try:
+                self.record.write()
+            except BaseException:
+                self.record.segments.pop()
+                raise
             self._segment = {}
-            self.record.write()
 
     def saved(self, step: int) -> None:
         """A checkpoint of `step` steps is on the disk."""
@@ -91,7 +96,7 @@ class RunFolder:
 
 def agree(world: World, config: Config, digests: Mapping[str, str]) -> None:
     """UserError on all ranks, naming the first difference, unless they have the same settings, versions and data; one gather."""
-    settings = {k: v for k, v in flatten(config.model_dump(mode="json")).items() if not k.startswith(LOCAL_SETTINGS)}
+    settings = {k: v for k, v in flatten(public_tree(config)).items() if not k.startswith(LOCAL_SETTINGS)}
     mine = {"megapd": __version__, "numerics": numerics.VERSION, **settings}
     mine |= {f"the digest of the {name}": digest for name, digest in digests.items()}
     if world.size == 1:
@@ -143,10 +148,16 @@ def _open(
     config: Config, digests: Mapping[str, str], ranks: int, allow_change: Sequence[str], take_over: bool
 ) -> tuple[RunFolder, RunLock]:
     folder = config.folder
+    made = not folder.exists()
     try:
-        made = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = RunLock(folder, take_over=take_over)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = RunLock(folder, take_over=take_over)
+    except DiskFailed as error:
+        if made and folder.exists():
+            (folder / LOCK).unlink(missing_ok=True)
+            _remove_if_empty(folder)
+        raise DiskFailed(f"runs_dir: {error}") from error
     except OSError as error:
         raise UserError(f"runs_dir: cannot write to {folder}: {error}") from error
     try:
@@ -228,7 +239,7 @@ def _resume(
     if affected := numerics.affected(config, record.numerics):
         what = f"{folder} began with numerics version {record.numerics}, this megapd has {numerics.VERSION}"
         raise UserError(f"{what}: {'; '.join(affected)}; go on with the megapd that began it, or choose another name")
-    record.settings, record.digests = config.model_dump(mode="json"), dict(digests)
+    record.settings, record.digests = public_tree(config), dict(digests)
     found = _with_record(record, resumed=True)
     others = [segment["changed"].get("telemetry.every", [1])[0] for segment in record.segments]
     found._lines_every = max(config.telemetry.every, *changed.get("telemetry.every", [1]), *others)
@@ -237,7 +248,7 @@ def _resume(
 
 def _begin(config: Config, digests: Mapping[str, str]) -> tuple[RunFolder, dict[str, list[Any]]]:
     _forget(config.folder)
-    record = new_record(config.folder, digests, config.model_dump(mode="json"), numerics=numerics.VERSION)
+    record = new_record(config.folder, digests, public_tree(config), numerics=numerics.VERSION)
     found = _with_record(record, resumed=False)
     found._fresh = True
     record.write()

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megapd.config import RETIRED_SETTINGS, Config, complete, flatten
+from megapd.config import RETIRED_SETTINGS, Config, complete, flatten, public_tree
 from megapd.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def changed_settings(folder: object, saved: Mapping[str, Any], config: Config, a
     for name in gone:
         if name not in RETIRED_SETTINGS:
             log.warning("%s began with the setting %s, which this megapd does not have: left out", folder, name)
-    before, now = flatten(before_tree), flatten(config.model_dump(mode="json"))
+    before, now = flatten(before_tree), flatten(public_tree(config))
     pairs: dict[str, list[Any]] = {key: [before.get(key), now.get(key)] for key in sorted(before.keys() | now.keys())}
     different = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
     for name in allowed:

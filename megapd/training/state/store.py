@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megapd.errors import UserError
-from megapd.files import check_run, fsync_path, sealed, sha256_file, unsealed, write_atomic
+from megapd.files import check_run, fsync_path, sealed, sha256_file, unsealed, write_atomic, writing
 from megapd.training.engine import Engine
 from megapd.training.state.files import holds_state, read_state, write_state
 from megapd.world import World
@@ -40,30 +40,38 @@ class CheckpointStore:
         return sorted(int(path.name.removeprefix("step_")) for path in self.folder.glob("step_*") if path.name[5:].isdigit())
 
     def save(self, engine: Engine, step: int, state: dict[str, Any]) -> Path:
-        """Write the checkpoint of `step` student steps; when it returns, the checkpoint is on disk."""
-        writing, final = self.folder / f".step_{step}.writing", self.folder / f"step_{step}"
+        """Write the checkpoint of `step` student steps; when it returns, the checkpoint is on disk; else DiskFailed."""
+        temporary, final = self.folder / f".step_{step}.writing", self.folder / f"step_{step}"
+        try:
+            with writing(final):
+                self._save(engine, step, state, temporary, final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return final
+
+    def _save(self, engine: Engine, step: int, state: dict[str, Any], temporary: Path, final: Path) -> None:
         if self.world.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left_over in self.folder.glob(".step_*"):
                 shutil.rmtree(left_over)
         self.world.barrier()
-        writing.mkdir(exist_ok=True)
-        write_state(writing, engine.deepspeed, engine.learner, self.world, {"step": step, **state})
-        seen = self.world.gather([p.relative_to(writing).as_posix() for p in writing.rglob("*") if p.is_file()])
-        entries = self._over_files(writing, sorted(set().union(*seen)), sync=True)
+        temporary.mkdir(exist_ok=True)
+        write_state(temporary, engine.deepspeed, engine.learner, self.world, {"step": step, **state})
+        seen = self.world.gather([p.relative_to(temporary).as_posix() for p in temporary.rglob("*") if p.is_file()])
+        entries = self._over_files(temporary, sorted(set().union(*seen)), sync=True)
         if self.world.rank == 0:
             manifest = {"step": step, "run": self.run, "layout": self._layout(engine), "files": entries}
-            write_atomic(writing / MANIFEST, sealed(manifest))
-            for folder in [writing, *(p for p in writing.rglob("*") if p.is_dir())]:
+            write_atomic(temporary / MANIFEST, sealed(manifest))
+            for folder in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
                 fsync_path(folder)
             if final.exists():  # a resumed run that came by again after a fallback
                 shutil.rmtree(final)
-            writing.rename(final)
+            temporary.rename(final)
             fsync_path(self.folder)
             for old in [kept for kept in self.steps() if kept <= step][: -self.keep]:
                 shutil.rmtree(self.folder / f"step_{old}")
         self.world.barrier()
-        return final
 
     def restore(self, engine: Engine) -> dict[str, Any] | None:
         """Load the newest checkpoint that is whole, see `newest`, and set damaged ones aside; None if there is none to load.
