@@ -77,6 +77,7 @@ def test_dump_is_a_configuration(tmp_path):
         ("", ["--lr.kind=wsd", "--lr.decay=1001"], "lr.decay"),
         ("", ["--optimizer.betas=[0.9, 1.5]"], "optimizer.betas"),
         ("", ["--optimizer.lr=.inf"], "optimizer.lr"),
+        ("", ["--training.precision=fp16", "--training.zero_stage=0"], "training.precision"),
         ("1: 2\n", [], "run.yaml"),
         ("- a list\n", [], "run.yaml"),
         ("a: [\n", [], "run.yaml"),

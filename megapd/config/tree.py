@@ -82,6 +82,12 @@ class TrainingConfig(Section):
             raise problem("micro_batch", message, self.micro_batch)
         return self
 
+    @model_validator(mode="after")
+    def _scales_its_loss(self) -> TrainingConfig:
+        if self.precision == "fp16" and self.zero_stage == 0:
+            raise problem("precision", "at zero_stage 0 DeepSpeed does not scale fp16's loss; choose stage 1, or bf16", "fp16")
+        return self
+
 
 class CheckpointConfig(Section):
     """Resumable checkpoints: parameters, optimizer, counters."""

@@ -160,12 +160,14 @@ def build_model(
 
 @torch.no_grad()
 def init_weights(learner: Learner, seed: int) -> None:
-    """Initialise every parameter in place as the body's kind does, each from a generator keyed by (seed, its name).
+    """Initialise every parameter in place as the body's kind does, each from a generator keyed by (seed, its name, its shape).
 
-    So a parameter's value depends neither on the order of construction nor on which other parameters exist.
+    So a parameter's value depends neither on the order of construction nor on which other parameters exist, and a narrow model
+    does not begin with the first numbers of a wide one of the same seed: of an mlp, that would be a part of the wider network.
     """
     for name, parameter in learner.named_parameters():
-        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+        keyed = f"{seed}/{name}/{tuple(parameter.shape)}"
+        digest = hashlib.blake2b(keyed.encode(), digest_size=8).digest()
         key = int.from_bytes(digest, "little") >> 1  # manual_seed takes a signed 64-bit number
         generator = torch.Generator().manual_seed(key)
         learner.body.initialise(parameter, name, learner.get_submodule(name.rpartition(".")[0]), generator)

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from megapd.errors import UserError
 from megapd.models.build import Learner
+from megapd.models.layers import Embedding
 from megapd.models.mlp import MLP
 from megapd.models.transformer import Attention
 from megapd.slices import Part, Ranges
@@ -202,7 +203,7 @@ def _check(model: nn.Module, chosen: list[Chosen], ranks: int) -> None:
     for name, module, style in chosen:
         weight = module._parameters.get("weight")
         # What a subclass does beside its product is not known here. An output layer is any module that has its weight.
-        kinds: tuple[type, ...] = (nn.Embedding,) if style == "vocabulary" else (nn.Linear,)
+        kinds: tuple[type, ...] = (nn.Embedding, Embedding) if style == "vocabulary" else (nn.Linear,)
         if weight is None or weight.ndim != 2 or (style != "vocabulary_head" and type(module) not in kinds):
             raise UserError(f"teacher.sharding: {name} is a {type(module).__name__}, which tensor cannot split; {USE_ZERO}")
         if style in BY_CLASSES:

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from megapd.config import TransformerConfig
 from megapd.errors import UserError
 from megapd.models.build import Body, Parts
+from megapd.models.layers import Embedding, LayerNorm
 
 LAYER_NORM_EPS = {"gpt": 1e-5, "bert": 1e-12}  # the published models' values
 INIT_STD = 0.02  # GPT-2's and BERT's
@@ -60,10 +61,10 @@ class Block(nn.Module):
         self.norm_first, self.compiled = gpt, config.compile
         self.gelu: Literal["tanh", "none"] = "tanh" if gpt else "none"
         self.attention = Attention(config.hidden, config.heads, causal=gpt)
-        self.attention_norm = nn.LayerNorm(config.hidden, eps=LAYER_NORM_EPS[config.kind])
+        self.attention_norm = LayerNorm(config.hidden, eps=LAYER_NORM_EPS[config.kind])
         self.up = nn.Linear(config.hidden, config.ffn_width)
         self.down = nn.Linear(config.ffn_width, config.hidden)
-        self.ffn_norm = nn.LayerNorm(config.hidden, eps=LAYER_NORM_EPS[config.kind])
+        self.ffn_norm = LayerNorm(config.hidden, eps=LAYER_NORM_EPS[config.kind])
 
     def forward(self, x_BLD: Tensor, mask_B1LL: Tensor | None) -> Tensor:
         # Compiled below __call__: the block's own hooks (ZeRO-3's, if blocks are its leaves) stay outside the graph,
@@ -100,11 +101,11 @@ class Transformer(Body):
     def __init__(self, config: TransformerConfig, vocab_size: int, max_length: int) -> None:
         super().__init__()
         self.causal, self.checkpointing = config.kind == "gpt", config.activation_checkpointing
-        self.tokens = nn.Embedding(vocab_size, config.hidden)
-        self.positions = nn.Embedding(max_length, config.hidden)
-        self.types = nn.Embedding(TOKEN_TYPES, config.hidden) if config.kind == "bert" else None
+        self.tokens = Embedding(vocab_size, config.hidden)
+        self.positions = Embedding(max_length, config.hidden)
+        self.types = Embedding(TOKEN_TYPES, config.hidden) if config.kind == "bert" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.hidden, eps=LAYER_NORM_EPS[config.kind])  # GPT: after the blocks; BERT: before
+        self.norm = LayerNorm(config.hidden, eps=LAYER_NORM_EPS[config.kind])  # GPT: after the blocks; BERT: before
 
     def forward(self, ids_BL: Tensor, segments_BL: Tensor | None = None) -> Tensor:
         """ids [B, L] int64, segments [B, L] int64 or None -> hidden states [B, L, D] in the weights' dtype.
@@ -132,7 +133,7 @@ class Transformer(Body):
         """GPT: matrices and embeddings normal(0, 0.02), the projections into the residual stream scaled by 1 / sqrt(2 * layers)
         (Radford et al. 2019, 2.3). BERT: normal(0, 0.02). Biases 0, norms 1 and 0."""
         path, _, leaf = name.rpartition(".")
-        if isinstance(owner, nn.LayerNorm):
+        if isinstance(owner, LayerNorm):
             parameter.fill_(1.0 if leaf == "weight" else 0.0)
         elif leaf == "bias":
             parameter.zero_()
@@ -148,7 +149,7 @@ class MaskedTransform(nn.Module):
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.dense = nn.Linear(hidden, hidden)
-        self.norm = nn.LayerNorm(hidden, eps=LAYER_NORM_EPS["bert"])
+        self.norm = LayerNorm(hidden, eps=LAYER_NORM_EPS["bert"])
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """[N, D] -> [N, D]; given the labelled positions alone, for nothing reads the others."""

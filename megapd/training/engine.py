@@ -46,7 +46,7 @@ def parameter_groups(learner: torch.nn.Module, weight_decay: float) -> list[dict
 
 
 def deepspeed_config(training: TrainingConfig, tiling: Tiling) -> dict[str, Any]:
-    """The stage's JSON, with what the run's own settings decide laid over it."""
+    """The stage's JSON, with what the run's own settings decide laid over it, and sums in fp32 unless it says otherwise."""
     file = training.deepspeed or resources.files("megapd.configs") / "deepspeed" / f"zero{training.zero_stage}.json"
     if not file.is_file():
         raise UserError(f"training.deepspeed: {training.deepspeed}: no such file")
@@ -54,12 +54,14 @@ def deepspeed_config(training: TrainingConfig, tiling: Tiling) -> dict[str, Any]
         settings = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"training.deepspeed: {training.deepspeed}: not valid JSON: {error}") from error
-    sections = ("zero_optimization", "bf16", "fp16")
+    sections = ("zero_optimization", "bf16", "fp16", "data_types")
     if not isinstance(settings, dict) or not all(isinstance(settings.get(name, {}), dict) for name in sections):
         raise UserError(f"training.deepspeed: {training.deepspeed}: expected a JSON object of DeepSpeed's sections")
     clash = [key for key in ("optimizer", "scheduler") if key in settings]
     if clash:
         raise UserError(f"training.deepspeed: remove {clash[0]!r} from the JSON; the optimizer and lr sections decide it")
+    if training.zero_stage == 0 and "data_types" in settings:
+        raise UserError("training.deepspeed: remove 'data_types' from the JSON; at stage 0 micro-batches are summed in fp32")
     settings |= {
         "train_batch_size": tiling.global_batch,
         "train_micro_batch_size_per_gpu": tiling.micro_batch,
@@ -72,6 +74,13 @@ def deepspeed_config(training: TrainingConfig, tiling: Tiling) -> dict[str, Any]
         "steps_per_print": None,
     }
     settings.setdefault("zero_optimization", {})["stage"] = training.zero_stage
+    if training.precision != "fp32":
+        # DeepSpeed sums micro-batches and ranks in the model's type unless it is told otherwise. It knows no other at stage 0,
+        # where torch is told; see Engine.
+        if tiling.accumulation > 1 and training.zero_stage > 0:
+            settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+        if tiling.ranks > 1:
+            settings.setdefault("communication_data_type", "fp32")
     return settings
 
 
@@ -97,6 +106,9 @@ class Engine:
             # DeepSpeed's 16-bit optimizer makes its state with an update of zero gradients, which leaves AdamW's step count at 1:
             # the first real update would be a quarter too small.
             self.deepspeed.optimizer.optimizer.state.clear()
+            if self.tiling.accumulation > 1:
+                for parameter in learner.parameters():
+                    parameter.grad_dtype = torch.float32
         self.learner: Learner = self.deepspeed.module
         self.grad_norm = math.nan  # of the last update, before clipping
 
@@ -122,16 +134,13 @@ class Engine:
             group["lr"] = lr
         if _plain(self.training):
             return self._plain_step()
-        # Stage 0 in fp16 reports the norm of the scaled gradients, the other stages that of the true ones.
-        scaled = self.training.zero_stage == 0 and self.training.precision == "fp16"
-        scale = self.deepspeed.optimizer.cur_scale if scaled else 1.0
         try:
             self.deepspeed.step()
         except Exception as error:  # DeepSpeed raises no narrower type here
             if "loss scale already at minimum" in str(error):
                 raise Diverged(f"the fp16 loss scale fell to its minimum: {error}; lower optimizer.lr, or choose bf16") from error
             raise
-        self.grad_norm = float(self.deepspeed.get_global_grad_norm()) / scale
+        self.grad_norm = float(self.deepspeed.get_global_grad_norm())
         return bool(self.deepspeed.was_step_applied())
 
     def _plain_step(self) -> bool:

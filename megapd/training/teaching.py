@@ -234,7 +234,10 @@ def open_teaching(
             if step < config.training.steps:
                 stream = open_stream(config, task, trajectory, changes.plan, world, step)
                 opened.callback(stream.close)
-                record.confirm(stream.teacher(step))
+                record.confirm(first := stream.teacher(step))
+                if world.rank == 0 and first.config.get("seed") == config.seed:
+                    shared = f"{config.seed} is also that of the teacher, {first.path}"
+                    log.warning("seed: %s: this run sees the same samples, in the same order; give it another", shared)
                 teaching = Teaching(config.teacher, changes, stream, record, world)
         teaching.state |= {key: value for key, value in state.items() if key in teaching.state}
         opened.pop_all()

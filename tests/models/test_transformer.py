@@ -141,7 +141,7 @@ def test_initial_values_of_the_mlp():
         assert values.unique().numel() > 1
 
 
-def test_initial_values_depend_on_seed_and_name_alone():
+def test_initial_values_depend_on_seed_name_and_shape_alone():
     torch.manual_seed(7)
     state = torch.get_rng_state()
     first = dict(build(config(), seed=1).named_parameters())
@@ -155,6 +155,19 @@ def test_initial_values_depend_on_seed_and_name_alone():
         assert parameter.ndim == 1 or not torch.equal(parameter, other[name]), name
     assert not torch.equal(first["body.blocks.0.up.weight"], first["body.blocks.1.up.weight"])
     assert not torch.equal(untied["head.weight"], untied["body.tokens.weight"])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "mlp"])
+def test_a_narrow_model_is_no_part_of_a_wide_one(kind):
+    if kind == "mlp":
+        narrow, wide = (build(MLPConfig(width=width), vocab=2, classes=2, length=50) for width in (20, 200))
+    else:
+        narrow, wide = (build(config(kind, hidden=hidden)) for hidden in (16, 32))
+    for name, parameter in narrow.named_parameters():
+        first = wide.get_parameter(name).flatten()[: parameter.numel()]
+        if first.unique().numel() > 1 and parameter.shape != wide.get_parameter(name).shape:
+            assert not torch.equal(parameter.flatten(), first), name
+            assert abs(torch.corrcoef(torch.stack([parameter.flatten(), first]))[0, 1].item()) < 5 / parameter.numel() ** 0.5
 
 
 # --------------------------------------------------------------------------------------------------- the learner, sizes

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import deepspeed
+import deepspeed.utils
 import torch
 
 from megapd.config import Config, load
@@ -72,12 +74,27 @@ def train(config: Config, world: World) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "evaluation": evaluation, "weights": weights, "first_update": first_update}
 
 
+def gradient_error(config: Config, world: World) -> float:
+    """Of the gradient of one global batch, relative to that of fp32 in one process."""
+    task = build_task(config)
+    exact = build_student(config, task)
+    exact(task.batch(0, range(config.training.global_batch)), None, config.training.global_batch)[0].backward()
+    engine = student_engine(config, build_student(config, task), world)
+    for rows in engine.tiling.rows(world.rank):
+        engine.accumulate(task.batch(0, rows), None, config.training.global_batch)
+    # Stage 0 keeps it in the parameter, and the others where this function of DeepSpeed's finds it, on all ranks together.
+    found = [deepspeed.utils.safe_get_full_grad(parameter).double() for parameter in engine.learner.parameters()]
+    wanted = [parameter.grad.double() for parameter in exact.parameters()]
+    engine.destroy()
+    square = sum((one - other).square().sum().item() for one, other in zip(found, wanted, strict=True))
+    return (square / sum(want.square().sum().item() for want in wanted)) ** 0.5
+
+
 def skip_nonfinite(config: Config, world: World) -> dict[str, Any]:
     """One rank's loss is not finite: no rank may step, and the next step must be as if it had not been."""
     task = build_task(config)
     engine = student_engine(config, build_student(config, task), world)
-    (rows,) = engine.tiling.rows(world.rank)
-    batch = task.batch(0, rows)
+    batches = [task.batch(0, rows) for rows in engine.tiling.rows(world.rank)]
 
     def weights() -> float:
         return sum(tensor.double().abs().sum().item() for _, tensor in engine.weights())
@@ -91,11 +108,13 @@ def skip_nonfinite(config: Config, world: World) -> dict[str, Any]:
             return result._replace(loss=result.loss + torch.inf)
 
         engine.deepspeed.module.head.forward = broken
-    engine.accumulate(batch, None, config.training.global_batch)
+    for batch in batches:
+        engine.accumulate(batch, None, config.training.global_batch)
+        engine.deepspeed.module.head.forward = forward
     applied = engine.step(config.optimizer.lr)
     after = weights()
-    engine.deepspeed.module.head.forward = forward
-    engine.accumulate(batch, None, config.training.global_batch)
+    for batch in batches:
+        engine.accumulate(batch, None, config.training.global_batch)
     recovered = engine.step(config.optimizer.lr)
     moved = weights()
     engine.destroy()
@@ -119,15 +138,11 @@ def data_parallel(config: Config, world: World) -> dict[str, Any]:
     }
 
 
-def resumed(folder: Path, world: World) -> dict[str, list[dict[str, Any]]]:
+def resumed(folder: Path, world: World, *own: str) -> dict[str, list[dict[str, Any]]]:
     """The metrics of a run whose callback has a state, without and with a stop in between."""
     for name, stops in (("whole", (None,)), ("stopped", (4, None))):
         for stop_at in stops:
-            settings = [
-                "--training.steps=10",
-                "--telemetry={every: 1, wandb: disabled, progress: false}",
-                "--training.zero_stage=2",
-            ]
+            settings = ["--training.steps=10", "--telemetry={every: 1, wandb: disabled, progress: false}", *own]
             config = load(None, [*GPT, *settings, f"--runs_dir={folder}", f"--name={name}", "--evaluation.samples=16"])
             train_run(config, [Noise(stop_at)])
     return {name: metrics(folder / name) for name in ("whole", "stopped")} if world.rank == 0 else {}
@@ -142,9 +157,14 @@ def main(output: Path) -> None:
     for name, overrides in cases().items():
         results[name] = train(load(None, [*GPT, *overrides]), world)
     for stage in range(4):
-        config = load(None, [*GPT, f"--training.zero_stage={stage}"])
-        results[f"nonfinite{stage}"] = world.gather(skip_nonfinite(config, world))
-    results["callbacks"] = resumed(output.parent, world)
+        own = [*GPT, f"--training.zero_stage={stage}"]
+        half = [*own, "--training.precision=bf16", "--training.micro_batch=1"]
+        results[f"nonfinite{stage}"] = world.gather(skip_nonfinite(load(None, own), world))
+        results[f"nonfinite{stage}-half"] = world.gather(skip_nonfinite(load(None, half), world))
+        results[f"error{stage}"] = gradient_error(load(None, [*half, "--training.global_batch=256"]), world)
+    results["callbacks"] = resumed(output.parent / "fp32", world, "--training.zero_stage=2")
+    half = ["--training.zero_stage=1", "--training.precision=bf16", "--training.micro_batch=2"]
+    results["callbacks-half"] = resumed(output.parent / "bf16", world, *half)
     if world.rank == 0:
         output.write_text(json.dumps(results))
 

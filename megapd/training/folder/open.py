@@ -118,7 +118,7 @@ def open_folder(
     opened: list[RunFolder] = []
 
     def on_first() -> tuple[str, bool, bool, str]:
-        folder, lock = _open(config, digests, world.size, allow_change, take_over)
+        folder, lock = _open(config, digests, world, allow_change, take_over)
         opened.append(folder)
         return folder.run, folder.resumed, folder.adopted, lock.token
 
@@ -145,7 +145,7 @@ def check_config(folder: Path) -> None:
 
 
 def _open(
-    config: Config, digests: Mapping[str, str], ranks: int, allow_change: Sequence[str], take_over: bool
+    config: Config, digests: Mapping[str, str], world: World, allow_change: Sequence[str], take_over: bool
 ) -> tuple[RunFolder, RunLock]:
     folder = config.folder
     made = not folder.exists()
@@ -162,9 +162,9 @@ def _open(
         raise UserError(f"runs_dir: cannot write to {folder}: {error}") from error
     try:
         record = _examine(config)
-        opened, changed = _resume(config, record, digests, allow_change) if record else _begin(config, digests)
+        opened, changed = _resume(config, record, digests, world, allow_change) if record else _begin(config, digests)
         opened._lock = lock
-        opened._segment = _segment(ranks, changed)
+        opened._segment = _segment(world.size, changed)
     except BaseException:
         lock.close()
         if made:
@@ -226,7 +226,7 @@ def _named(folder: Path) -> str:
 
 
 def _resume(
-    config: Config, record: RunRecord, digests: Mapping[str, str], allow_change: Sequence[str]
+    config: Config, record: RunRecord, digests: Mapping[str, str], world: World, allow_change: Sequence[str]
 ) -> tuple[RunFolder, dict[str, list[Any]]]:
     folder = config.folder
     if not config.checkpoint.resume:
@@ -236,7 +236,7 @@ def _resume(
         if record.digests.get(name, digest) != digest:
             what = f"the {name} that the task reads have digest {digest[:16]}, this run began with {record.digests[name][:16]}"
             raise UserError(f"task: {what}; restore them, or choose another name")
-    if affected := numerics.affected(config, record.numerics):
+    if affected := numerics.affected(config, world, record.numerics):
         what = f"{folder} began with numerics version {record.numerics}, this megapd has {numerics.VERSION}"
         raise UserError(f"{what}: {'; '.join(affected)}; go on with the megapd that began it, or choose another name")
     record.settings, record.digests = public_tree(config), dict(digests)

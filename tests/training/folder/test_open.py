@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 import yaml
 
 from megapd.cli import main
@@ -11,6 +12,7 @@ from megapd.config import load
 from megapd.errors import UserError
 from megapd.processes.local import free_port
 from megapd.training.folder import agree, numerics, open_folder
+from megapd.world import World
 from tests.forked import Forked, environment
 from tests.training import runs
 
@@ -276,18 +278,49 @@ def test_settings_of_another_version(folder, caplog):
     assert "began with the setting loss.gone, which this megapd does not have" in caplog.text
 
 
-def test_other_numbers_are_refused(folder, monkeypatch, capsys):
-    changes = {2: (("sums are in fp32", lambda config: config.training.precision != "fp16"),)}
-    monkeypatch.setattr(numerics, "CHANGES", changes)
-    monkeypatch.setattr(numerics, "VERSION", 2)
+def test_other_numbers_are_refused(folder, capsys):
+    """A run of the first version goes on where its numbers are what they were, and is refused where they are not."""
     path = folder / "one" / "run.json"
     tree = record(folder / "one") | {"numerics": 1}
     del tree["digest"]
     path.write_text(json.dumps(tree))
-    line = refused(student(folder, "one", "--training.steps=25"), folder / "one", capsys)
-    assert "began with numerics version 1, this megapd has 2: sums are in fp32" in line
-    changes[2] = (("sums are in fp32", lambda config: config.training.precision == "fp16"),)
-    assert main(student(folder, "one", "--training.steps=25")) == 0
+    arguments = student(folder, "one", "--training.steps=25")
+    half = ["--training.precision=bf16", "--training.micro_batch=4", "--allow-change=training"]
+    line = refused([*arguments, *half], folder / "one", capsys)
+    assert f"began with numerics version 1, this megapd has {numerics.VERSION}: gradients of micro-batches and ranks" in line
+    assert main(arguments) == 0
+
+
+GPT = ["--model.kind=gpt", "--model.hidden=8"]
+BF16 = ["--training.precision=bf16", "--training.global_batch=8"]
+MICRO = ["--training.micro_batch=4"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks", "device", "sums", "norms"),
+    [
+        ([], 4, "cpu", False, False),
+        (MICRO, 1, "cpu", False, False),
+        (BF16, 1, "cpu", False, False),
+        (BF16, 2, "cpu", True, False),
+        ([*BF16, *MICRO], 1, "cuda", True, False),
+        ([*BF16, *GPT], 1, "cpu", False, True),
+        ([*BF16, *GPT], 1, "cuda", False, False),
+        ([*BF16, *GPT, *MICRO], 1, "cpu", True, True),
+    ],
+)
+def test_whose_numbers_the_second_version_changes(settings, ranks, device, sums, norms):
+    world = World(0, ranks, torch.device(device), None)
+    found = " ".join(numerics.affected(load(None, settings), world, 1))
+    assert ("micro-batches and ranks" in found, "norms and embeddings" in found) == (sums, norms)
+    assert not numerics.affected(load(None, settings), world, 2)
+
+
+def test_the_seed_of_the_teacher_is_warned_of(folder, caplog):
+    assert main(student(folder, "other", "--seed=5", teacher="one")) == 0
+    assert "seed: " not in caplog.text
+    assert main(student(folder, "same", "--seed=1", teacher="two")) == 0
+    assert "seed: 1 is also that of the teacher" in caplog.text
 
 
 def test_other_data_is_refused(folder, capsys):
