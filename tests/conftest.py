@@ -2,9 +2,11 @@
 
 import os
 import sys
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MEGAPD_CACHE"] = os.path.join(tempfile.gettempdir(), "megapd-tests")  # not the user's own
 
 import torch
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from megapd.errors import UserError
 from megapd.models.build import Learner
+from megapd.trajectory.pickles import load_pickle
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -48,9 +48,11 @@ def stored_tensors(folder: Path) -> Iterator[tuple[Path, str, Any]]:
                     for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
                         yield path, name, file.get_slice(name)
             else:
-                for name, tensor in _load_pickle(path).items():
+                for name, tensor in load_pickle(path).items():
                     yield path, name, tensor
-        except (SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError, TypeError, ValueError) as error:
+        except UserError:
+            raise
+        except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{path}: damaged, or no weights file: {' '.join(str(error).split())[:200]}") from error
 
 
@@ -88,12 +90,3 @@ def _shards(index: Path) -> list[Path]:
     if outside:
         raise UserError(f"{index}: {outside[0]!r} is not the name of a file in the same folder")
     return [index.parent / name for name in names]
-
-
-def _load_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        return dict(torch.load(path, map_location="cpu", weights_only=True))  # torch's format before 1.6 cannot be mapped

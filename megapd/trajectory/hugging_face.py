@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import threading
-from collections import defaultdict
 from collections.abc import Iterator
 from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
 from megapd.errors import UserError
-from megapd.files import sha256_file
-from megapd.trajectory.reader import META, Checkpoint, Checkpoints, File, equal_weights
+from megapd.trajectory.digests import Weights, equal_weights, known_digests, not_finite, read_digests
+from megapd.trajectory.reader import META, Checkpoint, Checkpoints, File
+
+log = logging.getLogger(__name__)
 
 HUB = "hf:"
 CONFIG = "config.json"
@@ -29,9 +31,6 @@ FINISHED = 1  # the step of a model whose name has none
 _PLACEHOLDERS = re.compile(r"\{(step|kstep)\}")
 _NUMBER = r"(0|[1-9][0-9]*)"
 _STEP_IN_NAME = re.compile(r"step[_-]?([0-9]+)(k?)(?![0-9A-Za-z])")
-
-_hashes: dict[tuple[str, int, int], str] = {}  # (path, bytes, mtime in ns) -> sha256: a file is read once a process
-_hashing = threading.Lock()
 
 
 def is_hugging_face(spec: str) -> bool:
@@ -70,6 +69,7 @@ class HuggingFaceTrajectory(Checkpoints):
         self._placeholder = _PLACEHOLDERS.search(self._pattern) is not None
         self._given = tuple(sorted(set(steps)))
         self._folders: dict[int, Path] = {}
+        self._weights: dict[int, Weights] = {}  # of the checkpoints looked at
         self._lock = threading.Lock()
         if len(self._given) > 1 and not self._placeholder:
             raise UserError(
@@ -103,7 +103,7 @@ class HuggingFaceTrajectory(Checkpoints):
         self._require(step)
         folder = self._fetch(step, weights=False) if self._hub else Path(self._name(step))
         config, tokenizer = _read_json(folder / CONFIG), folder / TOKENIZER
-        vocabulary = _sha256(tokenizer) if tokenizer.is_file() else ""
+        vocabulary = known_digests(tokenizer).sha256 if tokenizer.is_file() else ""
         return Checkpoint(step, folder, "", vocabulary, config={"hugging_face": config}, metrics={}, files={})
 
     def checkpoint(self, step: int) -> Checkpoint:
@@ -121,27 +121,40 @@ class HuggingFaceTrajectory(Checkpoints):
             raise UserError(f"{folder}: {missing[0]} is missing; fetch or copy the checkpoint again")
         weights = _weight_files(folder)
         names = [*weights, CONFIG, *([TOKENIZER] if (folder / TOKENIZER).is_file() else [])]
-        files = {name: File(_sha256(folder / name), (folder / name).stat().st_size) for name in names}
+        digests = {name: known_digests(folder / name) for name in names}
+        self._compare(step, {name: digests[name] for name in weights})
+        files = {name: File(digests[name].sha256, (folder / name).stat().st_size) for name in names}
         lines = "".join(f"{name} {files[name].sha256}\n" for name in sorted(weights))
         digest = hashlib.sha256(lines.encode()).hexdigest()
         vocabulary = files[TOKENIZER].sha256 if TOKENIZER in files else ""
         return Checkpoint(step, folder, digest, vocabulary, config={"hugging_face": config}, metrics={}, files=files)
 
     def verify(self) -> list[str]:
-        """Problems, one line each: incomplete or damaged checkpoints, and equal weights at different steps.
-
-        Published trajectories have those: 86 of pythia-2.8b's 154 revisions held the weights of the end of its training
-        (EleutherAI/pythia issues 205 and 206). From the hub every checkpoint is fetched.
+        """Problems, one line each: incomplete or damaged checkpoints, weights that are not finite, and files or tensors that are
+        equal at different steps (digests.py). Every file is read; from the hub every checkpoint is fetched.
         """
         self.refresh()
         problems = [f"{self._name(step)}: it lacks {_missing(Path(self._name(step)))[0]}" for step in self.incomplete]
-        same: dict[str, list[int]] = defaultdict(list)
+        found: dict[int, Weights] = {}
         for step in self.steps:
             try:
-                same[self.checkpoint(step).digest].append(step)
+                folder = self.checkpoint(step).path
+                found[step] = {name: read_digests(folder / name, pickles=True) for name in _weight_files(folder)}
+                problems += not_finite(self._name(step), step, found[step])
             except UserError as error:
                 problems.append(str(error))
-        return problems + equal_weights(self.spec, same)
+        return problems + equal_weights(self.spec, found)
+
+    def _compare(self, step: int, weights: Weights) -> None:
+        """Warn of a checkpoint that has weights of one that was looked at before: a schedule may be about to use both."""
+        with self._lock:
+            if step in self._weights:
+                return
+            told = set(equal_weights(self.spec, self._weights))
+            self._weights[step] = weights
+            for problem in equal_weights(self.spec, self._weights):
+                if problem not in told:
+                    log.warning(problem)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -290,12 +303,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: damaged, no JSON object; fetch or copy the checkpoint again")
     return tree
-
-
-def _sha256(path: Path) -> str:
-    stat = path.stat()
-    key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-    with _hashing:
-        if key not in _hashes:
-            _hashes[key] = sha256_file(path)
-        return _hashes[key]

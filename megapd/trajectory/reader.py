@@ -22,8 +22,7 @@ import re
 import time
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +31,7 @@ from safetensors import safe_open
 
 from megapd.errors import RunFailed, UserError
 from megapd.files import sha256_file
+from megapd.trajectory.digests import FileDigests, equal_weights, not_finite, read_digests
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -273,20 +273,20 @@ class Trajectory(Checkpoints):
         return found
 
     def verify(self) -> list[str]:
-        """Problems, one line each: incomplete or damaged checkpoints, files that changed, equal weights at different steps."""
+        """Problems, one line each: incomplete or damaged checkpoints, files that changed, weights that are not finite, and those
+        that are equal at different steps (digests.py)."""
         self.refresh()
         problems = [
             f"{self.folder / step_folder(step)}: it has no {META}, so it is no complete checkpoint" for step in self.incomplete
         ]
-        same: dict[str, list[int]] = defaultdict(list)
+        weights: dict[int, dict[str, FileDigests]] = {}
         for step in self.steps:
             try:
-                checkpoint = self.checkpoint(step)
-                same[checkpoint.digest].append(step)
-                check_files(checkpoint)
+                weights[step] = _verified(self.checkpoint(step))
+                problems += not_finite(self.folder / step_folder(step), step, weights[step])
             except UserError as error:
                 problems.append(str(error))
-        return problems + equal_weights(self.folder, same)
+        return problems + equal_weights(self.folder, weights)
 
     def written(self, step: int) -> bool:
         return (self.folder / step_folder(step) / META).is_file()
@@ -296,10 +296,10 @@ class Trajectory(Checkpoints):
         return f"{self.folder}: {what}; {self._newest()}; {fix}"
 
 
-def check_files(checkpoint: Checkpoint, share: int = 0, of: int = 1) -> None:
+def check_files(checkpoint: Checkpoint, share: int = 0, of: int = 1, hash_file: Callable[[Path], str] = sha256_file) -> None:
     """UserError unless every file that the checkpoint lists is there with its size and sha256.
 
-    share, of: check this one of `of` parts of the files, so that ranks can divide the work.
+    share, of: check this one of `of` parts of the files, so that ranks can divide the work. hash_file: gives a file's sha256.
     """
     for name, expected in sorted(checkpoint.files.items())[share::of]:
         path = checkpoint.path / name
@@ -309,18 +309,21 @@ def check_files(checkpoint: Checkpoint, share: int = 0, of: int = 1) -> None:
             raise UserError(f"{path}: missing; restore the checkpoint") from error
         if size != expected.bytes:
             raise UserError(f"{path}: {size} bytes, but {expected.bytes} were written; restore the checkpoint")
-        found = sha256_file(path)
+        found = hash_file(path)
         if found != expected.sha256:
             raise UserError(f"{path}: its sha256 is {found}, but {expected.sha256} was written; restore the checkpoint")
 
 
-def equal_weights(where: object, same: Mapping[str, Sequence[int]]) -> list[str]:
-    """Problems, one line each, from digest -> steps: weights that several steps have."""
-    return [
-        f"{where}: steps {', '.join(map(str, steps))} have the same weights, digest {digest[:12]}"
-        for digest, steps in same.items()
-        if len(steps) > 1
-    ]
+def _verified(checkpoint: Checkpoint) -> dict[str, FileDigests]:
+    """Of its files of weights, each read and found as `check_files` asks."""
+    found: dict[str, FileDigests] = {}
+
+    def hash_file(path: Path) -> str:
+        found[path.name] = read_digests(path)
+        return found[path.name].sha256
+
+    check_files(checkpoint, hash_file=hash_file)
+    return {name: found[name] for name in checkpoint.shards}
 
 
 def nearest_steps(steps: tuple[int, ...], step: int, count: int = 4) -> tuple[int, ...]:

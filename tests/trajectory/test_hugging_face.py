@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -12,7 +11,7 @@ from safetensors.torch import save_file
 
 from megapd.errors import UserError
 from megapd.files import sha256_file
-from megapd.trajectory import CheckpointTimeout, hugging_face
+from megapd.trajectory import CheckpointTimeout
 from megapd.trajectory.hugging_face import HuggingFaceTrajectory, is_hugging_face
 
 from .checkpoints import write
@@ -114,19 +113,6 @@ def test_a_checkpoint_tells_everything_but_the_weights(tmp_path):
     (folder / "tokenizer.model").unlink()
     again = HuggingFaceTrajectory(str(folder), ()).checkpoint(5)
     assert (again.digest, again.vocabulary) == (checkpoint.digest, "")
-
-
-def test_a_file_is_hashed_once_unless_it_changes(tmp_path, monkeypatch):
-    folder = save(tmp_path / "step_5")
-    hashed = []
-    monkeypatch.setattr(hugging_face, "sha256_file", lambda path: hashed.append(path.name) or sha256_file(path))
-    first = HuggingFaceTrajectory(str(folder), ()).checkpoint(5).digest
-    assert HuggingFaceTrajectory(str(folder), ()).checkpoint(5).digest == first
-    assert sorted(hashed) == ["config.json", "model.safetensors"]
-    save_file({"w0": torch.full((2,), 3.0)}, folder / "model.safetensors")
-    os.utime(folder / "model.safetensors", ns=(1, 1))
-    assert HuggingFaceTrajectory(str(folder), ()).checkpoint(5).digest != first
-    assert sorted(hashed) == ["config.json", "model.safetensors", "model.safetensors"]
 
 
 def test_equal_weights_at_different_steps_are_reported(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import threading
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from megapd.errors import UserError
 from megapd.scheduler.client.http import Api
 from megapd.scheduler.registry.rules import Flags, judge
 from megapd.trajectory import Checkpoint, Checkpoints, Trajectory
+from megapd.trajectory.digests import safetensors_header
 from megapd.trajectory.hugging_face import HuggingFaceTrajectory, is_hugging_face
 
 HASH_BYTES = 1 << 20  # at once
@@ -152,7 +152,7 @@ def head_digest(checkpoint: Checkpoint) -> str | None:
     found: dict[bool, tuple[Path, int, dict[str, Any]]] = {}
     for name in sorted(checkpoint.files):
         if name.endswith(".safetensors"):
-            begin, tensors = _safetensors_header(checkpoint.path / name)
+            begin, tensors = safetensors_header(checkpoint.path / name)
             for tensor, entry in sorted(tensors.items()):
                 for is_head, expression in ((True, _HEADS), (False, _EMBEDDINGS)):
                     if expression.search(tensor):
@@ -167,14 +167,6 @@ def head_digest(checkpoint: Checkpoint) -> str | None:
         for start in range(first, end, HASH_BYTES):
             hashed.update(file.read(min(HASH_BYTES, end - start)))
     return hashed.hexdigest()
-
-
-def _safetensors_header(path: Path) -> tuple[int, dict[str, Any]]:
-    """(where the tensors' bytes begin, name -> {"dtype", "shape", "data_offsets"}); read without torch, which the registry is."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    return 8 + length, {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
 def _run_of(checkpoint: Checkpoint) -> str:

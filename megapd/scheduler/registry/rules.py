@@ -1,7 +1,7 @@
 """What is wrong with a trajectory: rules over its records, and over its files as they are now.
 
     changed    a file is missing, or has another size or sha256 than the record says
-    duplicate  the same weights (digest, head or probe loss) at different steps
+    duplicate  the same weights (digest, a file of them, head or probe loss) at different steps
     order      what a checkpoint says of its own progress is less than what an earlier one says, or names another step
     loss       the probe loss is no number, or does not follow the steps
 
@@ -91,12 +91,15 @@ def _longest(values: Sequence[float], tolerance: float) -> list[int]:
 
 def _duplicates(records: Sequence[Mapping[str, Any]]) -> Iterable[tuple[int, str]]:
     told: set[int] = set()
-    for what, key in (("the same weights", "weights"), ("the same head", "head"), ("exactly the same probe loss", "probe_loss")):
+    probed = "exactly the same probe loss"
+    for what, key in (("the same weights", "weights"), ("", "files"), ("the same head", "head"), (probed, "probe_loss")):
         groups: dict[Any, list[int]] = defaultdict(list)
         for record in records:
-            if record.get(key) is not None:
-                groups[record[key]].append(record["step"])
-        for steps in groups.values():
+            for value in _files(record) if key == "files" else [record.get(key)]:
+                if value is not None:
+                    groups[value].append(record["step"])
+        for value, steps in groups.items():
+            what = f"the same {value[1]}, sha256 {value[0][:12]}," if key == "files" else what
             if len(steps) > 1:
                 for step in steps:
                     if step not in told:
@@ -104,6 +107,13 @@ def _duplicates(records: Sequence[Mapping[str, Any]]) -> Iterable[tuple[int, str
                         others = [other for other in steps if other != step]
                         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
                         yield step, f"{what} as step {', '.join(map(str, others[:3]))}{more}"
+
+
+def _files(record: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """(sha256, name) of each file of weights."""
+    for name, file in (record.get("files") or {}).items():
+        if name.endswith((".safetensors", ".bin")):
+            yield file["sha256"], name
 
 
 def _disorder(records: Sequence[Mapping[str, Any]]) -> Iterable[tuple[int, str]]:
