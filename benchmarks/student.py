@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from common import StepTimes
+from common import StepTimes, random_corpus
 from prepared import STEP, PreparedServer, Sizes, cut, make_signal
 
 from megapd.batch import Batch
 from megapd.config import Config, load
-from megapd.corpus.pack import BlockWriter
-from megapd.files import write_atomic
 from megapd.signals import Signal
 from megapd.tasks import build_task
-from megapd.tasks.blocks import FORMAT, META, MODEL
 from megapd.teacher.stream import Stream
 from megapd.training import Callback, Run, Teaching, build_student, checkpoint_config, train
 from megapd.trajectory import Checkpoint
@@ -83,26 +77,6 @@ class Costs(Callback):
         self.other += self._server.cpu_seconds()
 
 
-def write_corpus(folder: Path, sizes: Sizes) -> None:
-    """Random ids in the form of a prepared corpus; what they are matters to no timing."""
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    splits = {}
-    for split in ("train", "heldout"):
-        with BlockWriter(folder / f"{split}.arrow", sizes.length, sizes.classes) as writer:
-            ids = random.integers(0, sizes.classes, (BLOCKS, sizes.length))
-            writer.append(ids, np.zeros_like(ids))
-        splits[split] = {"blocks": BLOCKS, "sha256": writer.digest, "special_tokens": 0, "boundaries": 0}
-    (folder / MODEL).write_bytes(b"none")
-    tokenizer = {
-        "digest": hashlib.sha256(b"none").hexdigest(),
-        "style": "gpt",
-        "vocab_size": sizes.classes,
-        "special": {"<|endoftext|>": 0},
-    }
-    write_atomic(folder / META, json.dumps({"format": FORMAT, "tokenizer": tokenizer, **splits}))
-
-
 def settings(arguments: argparse.Namespace, folder: Path, name: str, steps: int) -> list[str]:
     return [
         f"--name={name}",
@@ -162,7 +136,7 @@ def measure(
 
 def measure_students(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     sizes = Sizes(arguments.classes, arguments.teacher_hidden, arguments.length)
-    write_corpus(folder / "corpus", sizes)
+    random_corpus(folder / "corpus", blocks=BLOCKS, length=sizes.length, vocabulary=sizes.classes, style="gpt")
     parameters = write_teacher(arguments, folder)
     server = PreparedServer(sizes, folder / "trajectory")
     rounds: list[dict[str, dict[str, float]]] = []

@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import hashlib
-import json
 import statistics
 import sys
 import tempfile
@@ -29,21 +27,16 @@ import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from common import write_result
+from common import random_corpus, write_result
 
 from megapd.config import Config, load
-from megapd.corpus.pack import BlockWriter
-from megapd.files import write_atomic
 from megapd.tasks import build_task
-from megapd.tasks.blocks import FORMAT, META, MODEL
 from megapd.training import Callback, Run, StepResult, build_student, checkpoint_config, train
 from megapd.training.telemetry import PEAK_TFLOPS
 from megapd.trajectory.writer import write_checkpoint
 
 BLOCKS = 512
-SPECIAL = {"gpt": ["<|endoftext|>"], "bert": ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]}
 
 
 class Sizes(NamedTuple):
@@ -114,22 +107,6 @@ class Windows(Callback):
         if past:
             self.seconds.append((now - self._began) / self._window)
         self._began = now
-
-
-def write_corpus(folder: Path, case: Case) -> None:
-    """Random ids in the form of a prepared corpus."""
-    folder.mkdir(parents=True)
-    random, splits = np.random.default_rng(0), {}
-    special = {name: number for number, name in enumerate(SPECIAL[case.style])}
-    for split in ("train", "heldout"):
-        with BlockWriter(folder / f"{split}.arrow", case.length, case.vocabulary) as writer:
-            ids = random.integers(len(special), case.vocabulary, (BLOCKS, case.length))
-            writer.append(ids, np.zeros_like(ids))
-        splits[split] = {"blocks": BLOCKS, "sha256": writer.digest, "special_tokens": 0, "boundaries": 0}
-    (folder / MODEL).write_bytes(b"none")
-    digest = hashlib.sha256(b"none").hexdigest()
-    tokenizer = {"digest": digest, "style": case.style, "vocab_size": case.vocabulary, "special": special}
-    write_atomic(folder / META, json.dumps({"format": FORMAT, "tokenizer": tokenizer, **splits}))
 
 
 def configuration(case: Case, folder: Path, name: str, model: str, steps: int, *, taught: bool) -> Config:
@@ -204,7 +181,7 @@ def plain(case: Case, folder: Path, windows: Windows, steps: int) -> None:
 
 def measure(case: Case, folder: Path, warm_up: int, window: int, count: int) -> dict[str, Any]:
     windows, steps = Windows(warm_up, window), warm_up + window * count
-    write_corpus(folder / "corpus", case)
+    random_corpus(folder / "corpus", blocks=BLOCKS, length=case.length, vocabulary=case.vocabulary, style=case.style)
     if case.teacher is not None:
         write_teacher(case, folder)
     config = configuration(

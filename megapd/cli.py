@@ -166,6 +166,10 @@ def _parser() -> argparse.ArgumentParser:
     _verb(verbs, "teacher", _teacher, "serve a teacher's signals to students in other processes", config=True)
     _verb(verbs, "record", "record.record_signals", "fill teacher.cache with the signals of a whole schedule", config=True)
     _verb(verbs, "prepare", "prepare.prepare_corpus", "build the corpus: tokenizer, packed blocks, held-out split", config=True)
+    corpus = _verb(verbs, "corpus", "prepare.verify_corpus", "prepared corpora", overrides=False)
+    actions = corpus.add_subparsers(dest="action", required=True)
+    sub = _verb(actions, "verify", "prepare.verify_corpus", "read all of it against its digests", overrides=False)
+    sub.add_argument("folder", type=Path, help="corpus.output of `megapd prepare`")
     sub = _verb(verbs, "plan", "plan.show_plan", "print and plot which checkpoint teaches when", config=True)
     sub.add_argument("--output", type=Path, help="PNG of the timeline; default: plots/plan.png in the run's folder")
 

@@ -27,6 +27,10 @@ class UserError(ValueError):
     """
 
 
+class DataDamaged(UserError):
+    """What a digest says of a file is not what it holds."""
+
+
 class DiskFailed(UserError):
     """A disk is full or read-only, or refuses to write: the message names the path and the disk."""
 

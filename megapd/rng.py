@@ -36,6 +36,9 @@ class Stream(IntEnum):
     REPLACE_HELDOUT = 8
     SAMPLED_SIGNAL = 9
     CANARY = 10
+    HELDOUT_ORDER = 11
+    CHECK = 12
+    SAMPLE_ORDER = 13
 
 
 def bits(seed: int, stream: int, index: ArrayLike, counter: ArrayLike = 0) -> Words:

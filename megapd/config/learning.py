@@ -15,9 +15,11 @@ from megapd.registry import Registry, imported, models, tasks
 class SourceConfig(Section):
     """One input of a corpus: local files (parquet, JSONL or text, by suffix; globs allowed) or a data set of the hub."""
 
+    name: str | None = Field(None, description="what metrics call it (loss/NAME); default: its file, folder or data set")
     path: str | None = Field(None, description="file, folder or glob of local files")
     hub: str | None = Field(None, description="name of a data set on the Hugging Face hub, e.g. wikimedia/wikipedia")
     hub_config: str | None = Field(None, description="configuration of the hub data set, e.g. 20231101.en")
+    revision: str | None = Field(None, description="commit, tag or branch of the hub data set; default: the newest, on record")
     split: str = "train"
     text_column: str = "text"
     window_chars: int | None = Field(None, ge=1000, description="cut longer documents (books) into windows of about this length")

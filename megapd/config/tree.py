@@ -25,6 +25,7 @@ from megapd.config.learning import CorpusConfig, MLPConfig, ModelConfig, ParityC
 from megapd.errors import UserError
 
 ENV_PREFIX = "MEGAPD_"
+NO_SETTINGS = ("MEGAPD_CACHE",)  # where this machine keeps digests, see megapd.trajectory.digests
 
 # Settings that there were. A run's config.yaml may name them: they are dropped, and a resumed run does not compare them.
 RETIRED_SETTINGS = ("teacher.data_port", "teacher.server.data_port")
@@ -283,7 +284,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _check_environment() -> None:
     known = {name.upper() for name in Config.model_fields}
     for variable in os.environ:
-        if variable.startswith(ENV_PREFIX):
+        if variable.startswith(ENV_PREFIX) and variable not in NO_SETTINGS:
             section = variable[len(ENV_PREFIX) :].split("__")[0]
             if section.upper() not in known:
                 raise UserError(f"{variable}: the configuration has no section {section.lower()!r}; unset the variable")

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from megapd.corpus.prepare import prepare
+from megapd.corpus.verify import verify
 
-__all__ = ["prepare"]
+__all__ = ["prepare", "verify"]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+
+from megapd.tasks.blocks import COLUMNS, PAGE_BLOCKS, check_weights, checks, page_digests
 
 BATCH_BYTES = 4 << 20  # of a record batch: what the writer holds; a file of 100 GB has 25,000, opened in about half a second
 
@@ -37,6 +40,12 @@ class PackCounts:
     dropped_tokens: int = 0
     special_tokens: int = 0
     boundaries: int = 0
+
+
+def total(counts: Iterable[PackCounts]) -> PackCounts:
+    """The sum of several."""
+    rows = [astuple(one) for one in counts]
+    return PackCounts(*map(sum, zip(*rows, strict=True)))
 
 
 class Packer:
@@ -95,9 +104,9 @@ class Packer:
 
 
 class BlockWriter:
-    """Appends blocks and writes them in record batches of one size; the last may be smaller.
+    """Appends blocks to a shard, in record batches of one size, of which the last may be smaller, and their checks beside it.
 
-    digest   hexadecimal sha256 of the file, once closed
+    shard   what meta.json says of it, once closed; see megapd.tasks.blocks
     """
 
     def __init__(self, path: Path, length: int, vocab_size: int) -> None:
@@ -110,9 +119,13 @@ class BlockWriter:
         self._rows = max(1, BATCH_BYTES // (length * sum(t.itemsize for t in self._types.values())))
         self._held: list[tuple[NDArray[Any], NDArray[Any]]] = []
         self._held_rows = 0
+        self._vocab_size, self._path = vocab_size, path
+        self._weights, self._blocks = check_weights(length), 0
+        self._page, self._pages = np.empty((0, len(COLUMNS)), dtype=np.uint64), bytearray()
         self._file = _HashingFile(path)
+        self._checks = path.with_suffix(".checks").open("wb")
         self._writer = pa.ipc.new_file(pa.PythonFile(self._file, mode="w"), self._schema)
-        self.digest = ""
+        self.shard: dict[str, Any] = {}
 
     def __enter__(self) -> BlockWriter:
         return self
@@ -122,17 +135,34 @@ class BlockWriter:
             if self._held_rows:
                 self._write(self._held_rows)
             self._writer.close()
-            self.digest = self._file.hash.hexdigest()
+            self._check(np.empty((0, self._length), dtype=np.int64), np.empty((0, self._length), dtype=np.int64), last=True)
+            self._checks.write(self._pages)
+            root = hashlib.sha256(self._pages).hexdigest()
+            self.shard = {"file": self._path.name, "blocks": self._blocks, "sha256": self._file.hash.hexdigest(), "root": root}
         self._file.close()  # after an error half a file, of no use to anyone: no footer
+        self._checks.close()
 
     def append(self, ids: NDArray[Any], segments: NDArray[Any]) -> None:
-        """ids and segments [blocks, length]."""
+        """ids, all below the vocabulary's size, and segments [blocks, length]."""
         assert ids.shape == segments.shape
         assert ids.shape[1] == self._length
+        assert ids.size == 0 or (ids.min() >= 0 and ids.max() < self._vocab_size), "ids below the vocabulary's size"
+        self._check(ids.astype(np.int64), segments.astype(np.int64))
         self._held.append((ids.astype(self._types["ids"]), segments.astype(self._types["segments"])))
         self._held_rows += len(ids)
         while self._held_rows >= self._rows:
             self._write(self._rows)
+
+    def _check(self, ids: NDArray[np.int64], segments: NDArray[np.int64], *, last: bool = False) -> None:
+        """Write the blocks' checks, and take the digests of whole pages of them, or of the last one too."""
+        numbers = np.arange(self._blocks, self._blocks + len(ids))
+        self._blocks += len(ids)
+        new = np.stack([checks(values, numbers, self._weights) for values in (ids, segments)], axis=1)
+        self._checks.write(new.tobytes())
+        self._page = np.concatenate([self._page, new])
+        whole = len(self._page) if last else len(self._page) // PAGE_BLOCKS * PAGE_BLOCKS
+        self._pages += page_digests(self._page[:whole])
+        self._page = self._page[whole:]
 
     def _write(self, rows: int) -> None:
         ids, segments = (np.concatenate(parts) for parts in zip(*self._held, strict=True))

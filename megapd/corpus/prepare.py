@@ -1,9 +1,8 @@
-"""Builds the folder that the text task reads: tokenizer.model, train.arrow, heldout.arrow, meta.json."""
+"""Builds the folder that the text task reads, see megapd.tasks.blocks."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import sys
@@ -12,19 +11,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from megapd import __version__
 from megapd import config as settings
 from megapd.corpus import tokenizer as tokenizers
-from megapd.corpus.pack import BlockWriter, PackCounts, Packer
-from megapd.corpus.sources import TextSource
+from megapd.corpus.pack import BlockWriter, PackCounts, Packer, total
+from megapd.corpus.sources import TextSource, find_files, fingerprint, names
 from megapd.corpus.tokenizer import SentencePieceTokenizer
 from megapd.errors import UserError
-from megapd.files import commit_folder, temporary_folder, write_atomic
+from megapd.files import commit_folder, sealed, temporary_folder, write_atomic
+from megapd.rng import Stream, bits, permute
 from megapd.tasks.blocks import FORMAT, META, MODEL, read_meta
 
-SPLITS = ("train", "heldout")
 ENCODE_CHARS = 1 << 21  # characters tokenised at once; larger buys no speed
 
 log = logging.getLogger(__name__)
@@ -33,11 +33,12 @@ log = logging.getLogger(__name__)
 def prepare(config: settings.Config, progress: bool = True) -> Path:
     """Build corpus.output from corpus.sources and return it; nothing is there until all of it is.
 
-    The held-out split takes a share of the documents, by a hash of their text keyed by corpus.seed: duplicates stay on one side,
-    and adding sources moves no document. The tokenizer is trained on documents of the training split.
+    The held-out split takes a share of the documents, by a hash of their text keyed by corpus.seed: duplicates, and the windows
+    of one document, stay on one side, and adding sources moves no document. The tokenizer is trained on documents of the training
+    split.
 
     Raises UserError for sources that cannot be read or are empty, text that does not fit the vocabulary, splits without a whole
-    block, and an output folder made with other settings. progress: bars on stderr.
+    block, and an output folder made with other settings or of other text. progress: bars on stderr.
     """
     corpus = config.corpus
     if not corpus.sources:
@@ -48,40 +49,68 @@ def prepare(config: settings.Config, progress: bool = True) -> Path:
         print(f"{output}: already prepared", file=sys.stderr)
         return output
     sources = [TextSource(source, number) for number, source in enumerate(corpus.sources)]
+    names(sources)
     with temporary_folder(output) as temporary:
+        # Before they are read: what changes meanwhile is then found to be another file.
+        files = [[fingerprint(file) for file in source.files] for source in sources]
         tokenizer = _tokenizer(corpus, sources, progress)
         write_atomic(temporary / MODEL, tokenizer.model)
         splits, per_source = _pack(corpus, sources, tokenizer, temporary, progress)
+        origins = [{"revision": source.revision, "files": known} for source, known in zip(sources, files, strict=True)]
         meta = {
             "format": FORMAT,
             "megapd": __version__,
             "config": settings.public_tree(corpus),
             "tokenizer": {name: getattr(tokenizer, name) for name in ("digest", "style", "vocab_size", "special")},
             **splits,
-            "sources": per_source,
+            "sources": [{**counts, **origin} for counts, origin in zip(per_source, origins, strict=True)],
         }
-        write_atomic(temporary / META, json.dumps(meta, indent=1) + "\n")
+        write_atomic(temporary / META, sealed(meta))
         commit_folder(temporary, output)
     return output
 
 
 def is_heldout(text: str, fraction: float, seed: int) -> bool:
-    """Whether a document belongs to the held-out split: a keyed 64-bit hash of its text lies below `fraction`."""
+    """Whether a document belongs to the held-out split: a keyed 64-bit hash of its key, see TextSource, lies below `fraction`."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
     return int.from_bytes(digest, "little") < fraction * 2.0**64
 
 
 def _check_same(corpus: settings.CorpusConfig) -> None:
-    """Raise UserError unless corpus.output was made from these settings."""
+    """Raise UserError unless corpus.output was made from these settings, and of the text that is there now."""
     output = corpus.output
     if not (output / META).is_file():
         raise UserError(f"corpus.output: {output} exists and holds no corpus; choose another folder, or remove it")
-    made = settings.flatten({**read_meta(output)["config"], "output": None})
-    wanted = settings.flatten({**settings.public_tree(corpus), "output": None})
+    meta = read_meta(output)
+    made = settings.flatten(settings.complete({"corpus": {**meta["config"], "output": "."}})[0]["corpus"])
+    wanted = settings.flatten({**settings.public_tree(corpus), "output": "."})
     different = sorted(name for name in made.keys() | wanted.keys() if made.get(name) != wanted.get(name))
     if different:
         names = ", ".join(f"corpus.{name}" for name in different)
         raise UserError(f"corpus.output: {output} was made with another {names}; choose another folder, or remove it")
+    for number, (source, made_of) in enumerate(zip(corpus.sources, meta["sources"], strict=True)):
+        _check_files(corpus, source, f"corpus.sources[{number}]", {known["path"]: known for known in made_of["files"]})
+
+
+def _check_files(corpus: settings.CorpusConfig, source: settings.SourceConfig, setting: str, known: dict[str, Any]) -> None:
+    """Raise UserError where the source's files are others than those that were prepared."""
+    if source.path is None:
+        return
+    try:
+        files = {str(file): file for file in find_files(source.path, setting)}
+    except UserError:
+        log.warning("%s: %s is not here any more, so it was not compared with what was prepared", setting, source.path)
+        return
+    changes = {
+        "changed": [p for p in files if p in known and fingerprint(files[p], known[p])["sha256"] != known[p]["sha256"]],
+        "added": [path for path in files if path not in known],
+        "gone": [path for path in known if path not in files],
+    }
+    told = "; ".join(f"{what}: {', '.join(paths[:3])}{' ...' * (len(paths) > 3)}" for what, paths in changes.items() if paths)
+    if told:
+        raise UserError(
+            f"{setting}: {corpus.output} was made of other text ({told}); choose another corpus.output, or remove this one"
+        )
 
 
 def _tokenizer(corpus: settings.CorpusConfig, sources: list[TextSource], progress: bool) -> SentencePieceTokenizer:
@@ -96,23 +125,47 @@ def _tokenizer(corpus: settings.CorpusConfig, sources: list[TextSource], progres
 
 
 def _training_documents(corpus: settings.CorpusConfig, sources: list[TextSource]) -> Iterator[str]:
-    """Training documents, the sources taking turns, so that a bounded sample sees them all."""
-    turns = [iter(source) for source in sources]
+    """Training texts, the sources taking turns, each with its files in a fixed random order, so that a bounded sample sees of
+    them all."""
+
+    held = 0
+
+    def texts(source: TextSource, number: int) -> Iterator[str]:
+        nonlocal held
+        count = len(source.files)
+        key = bits(corpus.seed, Stream.SAMPLE_ORDER, number)
+        order = [source.files[place] for place in permute(np.arange(count), count, key)] if count else None
+        for document, parts in source.documents(order):
+            if is_heldout(document, corpus.heldout_fraction, corpus.seed):
+                held += 1
+            else:
+                yield from parts
+
+    none = True
+    turns = [texts(source, number) for number, source in enumerate(sources)]
     while turns:
         for turn in list(turns):
-            document = next(turn, None)
-            if document is None:
+            text = next(turn, None)
+            if text is None:
                 turns.remove(turn)
-            elif not is_heldout(document, corpus.heldout_fraction, corpus.seed):
-                yield document
+            else:
+                none = False
+                yield text
+    if none and held:
+        what = f"{held} documents, all of which fell into the held-out split"
+        raise UserError(f"corpus.sources: {what}; add text, lower corpus.heldout_fraction, or choose another corpus.seed")
 
 
 def _pack(
     corpus: settings.CorpusConfig, sources: list[TextSource], tokenizer: SentencePieceTokenizer, folder: Path, progress: bool
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Write both splits; their counts and digests, and the counts of each source."""
+    """Write both splits; what meta.json says of them, and the counts of each source.
+
+    The training split is one stream of tokens; the held-out one has a stream for each source, whose blocks are its own.
+    """
     length = corpus.block_length
-    packers = {split: Packer(length, tokenizer.separator, tokenizer.opener) for split in SPLITS}
+    train_packer = Packer(length, tokenizer.separator, tokenizer.opener)
+    held_counts: list[PackCounts] = []
     per_source: list[dict[str, Any]] = []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # that it may run on
     with (
@@ -120,32 +173,37 @@ def _pack(
         BlockWriter(folder / "heldout.arrow", length, tokenizer.vocab_size) as heldout,
         _bar("tokenising", "token", progress) as bar,
     ):
-        writers = {"train": train, "heldout": heldout}
         for source in sources:
             counts = {"documents": 0, "characters": 0, "tokens": 0}
-            for texts in _grouped(source, ENCODE_CHARS):
-                encoded = tokenizer.encode(texts, cores)
-                sides = [is_heldout(text, corpus.heldout_fraction, corpus.seed) for text in texts]
-                for split in SPLITS:
-                    packers[split].add([ids for ids, held in zip(encoded, sides, strict=True) if held == (split == "heldout")])
-                    if packers[split].ready:
-                        writers[split].append(*packers[split].take())
+            held_packer = Packer(length, tokenizer.separator, tokenizer.opener)
+            for group in _grouped(source, corpus):
+                encoded = tokenizer.encode([text for text, _ in group], cores)
+                for packer, writer, side in ((train_packer, train, False), (held_packer, heldout, True)):
+                    packer.add([ids for ids, (_, held) in zip(encoded, group, strict=True) if held == side])
+                    if packer.ready:
+                        writer.append(*packer.take())
                 tokens = sum(map(len, encoded))
-                counts["documents"] += len(texts)
-                counts["characters"] += sum(map(len, texts))
+                counts["documents"] += len(group)
+                counts["characters"] += sum(len(text) for text, _ in group)
                 counts["tokens"] += tokens
                 bar.update(tokens)
+            held_counts.append(held_packer.close())
             per_source.append({"name": source.name, **counts})
-    closed = {split: packers[split].close() for split in SPLITS}
+    closed = {"train": train_packer.close(), "heldout": total(held_counts)}
     _check_filled(corpus, closed)
-    return {split: {**asdict(closed[split]), "sha256": writers[split].digest} for split in SPLITS}, per_source
+    blocks = [(source.name, counts.blocks) for source, counts in zip(sources, held_counts, strict=True) if counts.blocks]
+    entries: dict[str, dict[str, Any]] = {
+        "train": {"shards": [train.shard]},
+        "heldout": {"shards": [heldout.shard], "sources": blocks},
+    }
+    return {split: {**asdict(closed[split]), **entry} for split, entry in entries.items()}, per_source
 
 
 def _check_filled(corpus: settings.CorpusConfig, splits: dict[str, PackCounts]) -> None:
     documents = sum(counts.documents for counts in splits.values())
     if documents == 0:
         raise UserError(f"corpus.sources: empty: no text in {', '.join(s.path or str(s.hub) for s in corpus.sources)}")
-    for split, setting in (("train", "add text"), ("heldout", "raise corpus.heldout_fraction, add text, or set window_chars")):
+    for split, setting in (("train", "add text"), ("heldout", "raise corpus.heldout_fraction, or add text")):
         counts = splits[split]
         if counts.blocks == 0:
             raise UserError(
@@ -154,16 +212,18 @@ def _check_filled(corpus: settings.CorpusConfig, splits: dict[str, PackCounts]) 
             )
 
 
-def _grouped(documents: TextSource, chars: int) -> Iterator[list[str]]:
-    """Lists of documents of about `chars` characters together."""
-    group: list[str] = []
-    held = 0
-    for document in documents:
-        group.append(document)
-        held += len(document)
-        if held >= chars:
-            yield group
-            group, held = [], 0
+def _grouped(source: TextSource, corpus: settings.CorpusConfig) -> Iterator[list[tuple[str, bool]]]:
+    """Lists of texts of about ENCODE_CHARS characters together, each with whether it is held out, as its document is."""
+    group: list[tuple[str, bool]] = []
+    size = 0
+    for document, texts in source.documents():
+        held = is_heldout(document, corpus.heldout_fraction, corpus.seed)
+        for text in texts:
+            group.append((text, held))
+            size += len(text)
+            if size >= ENCODE_CHARS:
+                yield group
+                group, size = [], 0
     if group:
         yield group
 

@@ -115,9 +115,10 @@ def train(tokenizer: settings.TokenizerConfig, documents: Iterable[str]) -> Sent
     Text outside the vocabulary falls back to bytes. Raises UserError if the text is empty or does not fit the vocab_size.
     """
     output = io.BytesIO()
+    failures: list[Exception] = []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=islice(sentences(documents), tokenizer.training_sentences),
+            sentence_iterator=islice(sentences(_kept(documents, failures)), tokenizer.training_sentences),
             model_writer=output,
             model_type=tokenizer.kind,
             vocab_size=tokenizer.vocab_size,
@@ -126,9 +127,24 @@ def train(tokenizer: settings.TokenizerConfig, documents: Iterable[str]) -> Sent
             minloglevel=2,
             **_STYLE[tokenizer.style],
         )
-    except RuntimeError as error:
+    except (RuntimeError, SystemError) as error:
+        if failures:
+            raise failures[0] from None
+        if isinstance(error, SystemError):
+            raise
         raise _explain(error, tokenizer.vocab_size) from error
+    if failures:  # it takes an iterator that fails for one that has ended
+        raise failures[0]
     return SentencePieceTokenizer(output.getvalue(), tokenizer.style, "corpus.tokenizer")
+
+
+def _kept(documents: Iterable[str], failures: list[Exception]) -> Iterator[str]:
+    """Documents, and what their iterator raises kept for `train`: sentencepiece hands on an error of its own in its place."""
+    try:
+        yield from documents
+    except Exception as error:
+        failures.append(error)
+        raise
 
 
 def sentences(documents: Iterable[str]) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from megapd.batch import Batch
 from megapd.errors import UserError
 from megapd.rng import Stream, below, bits, permute, scale
 from megapd.tasks import row_numbers, to_batch, training_samples
-from megapd.tasks.blocks import Blocks, read_meta
+from megapd.tasks.blocks import Split, content_digest, read_meta
 
 STYLES = {"mlm": "bert", "clm": "gpt"}
 HELDOUT_SEED = 0  # the held-out masks are the same for every run, whatever its seed
@@ -36,17 +35,12 @@ class TextTask:
         if style != wanted:
             needs = f"task.objective: {task.objective} needs a corpus of corpus.tokenizer.style {wanted}"
             raise UserError(f"{needs}, but {folder} has {style}; run `megapd prepare` with that style and another corpus.output")
-        self._train, self._heldout = Blocks(folder / "train.arrow"), Blocks(folder / "heldout.arrow")
-        for name, blocks in (("train", self._train), ("heldout", self._heldout)):
-            if len(blocks) != meta[name]["blocks"] or len(blocks) == 0:
-                found = f"{len(blocks)} blocks where meta.json counts {meta[name]['blocks']}"
-                raise UserError(f"{folder / name}.arrow: {found}; run `megapd prepare` again into an empty folder")
+        self._train, self._heldout = Split(folder, meta, "train"), Split(folder, meta, "heldout", shuffled=True)
         self._task, self._seed, self._global_batch = task, seed, global_batch
         self.vocab_size = self.classes = int(meta["tokenizer"]["vocab_size"])
         self.length = self._train.length
         self.vocabulary_digest: str = meta["tokenizer"]["digest"]
-        data = (meta["tokenizer"]["digest"], meta["train"]["sha256"], meta["heldout"]["sha256"])
-        self.data_digest = hashlib.sha256(" ".join(data).encode()).hexdigest()
+        self.data_digest = content_digest(meta)
         self.heldout_samples = len(self._heldout)
         special = np.zeros(self.vocab_size, dtype=np.bool_)
         special[list(meta["tokenizer"]["special"].values())] = True
@@ -64,14 +58,20 @@ class TextTask:
         blocks = permute(within, len(self._train), bits(self._seed, Stream.ORDER, epoch))
         return self._build(self._train, blocks, samples, samples, self._seed, Stream.SELECT_TRAIN, Stream.REPLACE_TRAIN)
 
-    def heldout(self, rows: range) -> Batch:
-        numbers = row_numbers(rows, self.heldout_samples)
+    def heldout(self, rows: range | NDArray[np.int64]) -> Batch:
+        numbers = row_numbers(rows, self.heldout_samples) if isinstance(rows, range) else rows
         streams = (Stream.SELECT_HELDOUT, Stream.REPLACE_HELDOUT)
         return self._build(self._heldout, numbers, -1 - numbers, numbers, HELDOUT_SEED, *streams)
 
+    def heldout_by_source(self, samples: int) -> dict[str, NDArray[np.int64]]:
+        """The numbers of the first `samples` held-out samples, by the name of the source that they are of."""
+        numbers = np.arange(samples)
+        owners = self._heldout.source_of(numbers)
+        return {name: numbers[owners == place] for place, (name, _) in enumerate(self._heldout.sources)}
+
     def _build(
         self,
-        source: Blocks,
+        source: Split,
         rows: NDArray[np.int64],
         sample_ids: NDArray[np.int64],
         draws: NDArray[np.int64],

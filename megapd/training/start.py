@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from megapd import registry
 from megapd.config import Config
 from megapd.errors import UserError
+from megapd.evaluation import check_samples
 from megapd.models import Learner, build_model
 from megapd.schedule.resolve import resolve_plan
 from megapd.tasks import Task, build_task
@@ -57,6 +58,7 @@ def start(
     callbacks: called after those that training.callbacks names; see `order`. allow_change, take_over: see `train`.
     """
     task = build_task(config)
+    check_samples(task, config.evaluation.samples)
     curriculum = None
     if config.teacher is not None:
         trajectory = open_trajectory(config)

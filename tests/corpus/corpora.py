@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from pathlib import Path
 
+from numpy.typing import NDArray
+
 from megapd.config import Config, load
 from megapd.corpus import prepare
+from megapd.corpus.pack import BlockWriter
+from megapd.files import sealed
+from megapd.tasks.blocks import FORMAT
 
 SYLLABLES = ("ka", "lo", "mi", "ter", "un", "pra", "sen", "vo", "gul", "is", "est", "or")
 
@@ -46,6 +52,24 @@ def settings(folder: Path, path: Path | str, style: str = "bert", *overrides: st
             *overrides,
         ],
     )
+
+
+def write_blocks(folder: Path, vocab_size: int, ids: NDArray, segments: NDArray, chunk: int = 1 << 20) -> BlockWriter:
+    """A corpus of these blocks [B, L] in the training split, and of the first few of them in the held-out one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    length = ids.shape[1]
+    writers = []
+    for split, rows in (("train", len(ids)), ("heldout", min(3, len(ids)))):
+        with BlockWriter(folder / f"{split}.arrow", length, vocab_size) as writer:
+            for first in range(0, rows, chunk):
+                writer.append(ids[first : min(rows, first + chunk)], segments[first : min(rows, first + chunk)])
+        writers.append(writer)
+    (folder / "tokenizer.model").write_bytes(b"none")
+    tokenizer = {"digest": hashlib.sha256(b"none").hexdigest(), "style": "gpt", "vocab_size": vocab_size, "special": {}}
+    splits = {name: {"shards": [writer.shard]} for name, writer in zip(("train", "heldout"), writers, strict=True)}
+    meta = {"format": FORMAT, "config": {"block_length": length}, "tokenizer": tokenizer, **splits}
+    (folder / "meta.json").write_text(sealed(meta))
+    return writers[0]
 
 
 def prepared(folder: Path, style: str = "bert", *overrides: str) -> Config:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from megapd.corpus import pack
 from megapd.corpus.pack import BlockWriter, Packer
 from megapd.tasks.blocks import Blocks
+from tests.corpus.corpora import write_blocks
 
 SEPARATOR, OPENER = 3, 2
 
@@ -67,11 +68,9 @@ def test_blocks_come_back_in_any_order(tmp_path, monkeypatch, length, vocab_size
     draw = np.random.default_rng(0)
     ids = draw.integers(0, vocab_size, (rows, length))
     segments = draw.integers(0, length, (rows, length))
-    path = tmp_path / "b.arrow"
-    with BlockWriter(path, length, vocab_size) as writer:
-        for first in range(0, rows, 25):
-            writer.append(ids[first : first + 25], segments[first : first + 25])
-    assert writer.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    path = tmp_path / "train.arrow"
+    writer = write_blocks(tmp_path, vocab_size, ids, segments, chunk=25)
+    assert writer.shard["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     blocks = Blocks(path)
     assert (len(blocks), blocks.length) == (rows, length)
     order = draw.integers(0, rows, 200) if rows else np.empty(0, dtype=np.int64)
@@ -91,10 +90,9 @@ def test_blocks_come_back_in_any_order(tmp_path, monkeypatch, length, vocab_size
 
 
 def test_reading_copies_nothing_but_the_rows(tmp_path):
-    path = tmp_path / "b.arrow"
+    path = tmp_path / "train.arrow"
     ids = np.arange(50_000 * 32).reshape(-1, 32) % 5000
-    with BlockWriter(path, 32, 5000) as writer:
-        writer.append(ids, np.zeros_like(ids))
+    write_blocks(tmp_path, 5000, ids, np.zeros_like(ids))
     before = pa.total_allocated_bytes()
     blocks = Blocks(path)
     assert np.array_equal(blocks.ids(np.array([49_999, 3])), ids[[49_999, 3]])

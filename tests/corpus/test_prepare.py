@@ -20,7 +20,7 @@ from megapd.files import sha256_file
 from megapd.tasks.blocks import Blocks
 from tests.corpus import corpora
 
-FILES = ["heldout.arrow", "meta.json", "tokenizer.model", "train.arrow"]
+FILES = ["heldout.arrow", "heldout.checks", "meta.json", "tokenizer.model", "train.arrow", "train.checks"]
 
 
 def stream(blocks: Blocks, opener: bool) -> list[int]:
@@ -47,7 +47,8 @@ def test_the_blocks_hold_every_document_in_order(tmp_path, style):
         counts = meta[split]
         assert len(expected) - len(got) == counts["dropped_tokens"] < 32
         assert (counts["documents"], counts["tokens"], counts["blocks"]) == (len(chosen), len(expected), len(blocks))
-        assert counts["sha256"] == sha256_file(folder / f"{split}.arrow")
+        (shard,) = counts["shards"]
+        assert (shard["blocks"], shard["sha256"]) == (len(blocks), sha256_file(folder / f"{split}.arrow"))
     (source,) = meta["sources"]
     assert source["documents"] == 60
     assert source["characters"] == sum(len(text) for text in texts)
@@ -73,8 +74,10 @@ def test_sources_are_counted_apart(tmp_path):
     config = corpora.settings(tmp_path, "", "bert", f"--corpus.sources={sources}")
     meta = json.loads((prepare(config, progress=False) / "meta.json").read_text())
     first, second = meta["sources"]
-    assert (first["name"], first["documents"]) == (str(tmp_path / "a.jsonl"), 25)
-    assert second["name"] == str(tmp_path / "b.txt")
+    assert (first["name"], first["documents"]) == ("a", 25)
+    assert second["name"] == "b"
+    assert [known["path"] for known in second["files"]] == [str(tmp_path / "b.txt")]
+    assert second["files"][0]["sha256"] == sha256_file(tmp_path / "b.txt")
     assert second["documents"] >= len("\n\n".join(texts[25:])) // 1000
 
 

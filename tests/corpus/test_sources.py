@@ -168,9 +168,10 @@ def test_a_hub_data_set(monkeypatch):
         return datasets.Dataset.from_dict({"body": TEXTS}).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("megapd.corpus.sources.newest_revision", lambda name: "abc")
     source = SourceConfig(hub="org/set", hub_config="en", split="validation", text_column="body")
     assert list(TextSource(source, 0)) == TEXTS
-    assert seen == [(("org/set", "en"), {"split": "validation", "streaming": True})]
+    assert seen == [(("org/set", "en"), {"split": "validation", "revision": "abc", "streaming": True})]
     with pytest.raises(UserError, match=r"corpus.sources\[2\].text_column: org/set has no column 'text'"):
         list(TextSource(SourceConfig(hub="org/set"), 2))
 
@@ -179,3 +180,63 @@ def test_an_unreachable_hub():
     with pytest.raises(UserError, match=r"corpus.sources\[1\]: nobody/nothing cannot be loaded") as caught:
         list(TextSource(SourceConfig(hub="nobody/nothing"), 1))
     assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for name in ("a.txt", "a.jsonl"):
+        text = "first line" if name == "a.txt" else json.dumps({"text": "first line"}) + "\n"
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert read(tmp_path / name) == ["first line"]
+
+
+def test_bytes_in_parquet_that_are_no_utf8(tmp_path):
+    raw = pa.array([b"before", b"caf\xe9 \xed\xa0\x80", b"after"], pa.binary())
+    column = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    before, between, after = read(tmp_path / "a.parquet")
+    assert (before, after) == ("before", "after")
+    assert between.startswith("caf\ufffd")
+
+
+@pytest.mark.parametrize("row", ['{"text": "a", "n": ' + "9" * 5000 + "}", '{"text": ' + "[" * 200_000, '{"text": 1e999}', "[1]"])
+def test_rows_that_cannot_be_read(tmp_path, row):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' + row + "\n")
+    with pytest.raises(UserError, match=r"a\.jsonl"):
+        read(tmp_path / "a.jsonl")
+
+
+def test_two_columns_of_one_name(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="several columns 'text'"):
+        read(tmp_path / "a.parquet")
+
+
+class Dropping:
+    """Rows of a hub whose server hangs up after every second one, `times` times."""
+
+    def __init__(self, times, rows=9):
+        self.times, self.rows = times, rows
+
+    def __iter__(self):
+        for number in range(self.rows):
+            if number % 2 and self.times:
+                self.times -= 1
+                raise ConnectionError("Server disconnected")
+            yield {"text": f"row {number}"}
+
+
+def test_a_hub_that_drops_is_asked_again(monkeypatch, caplog):
+    waited = []
+    monkeypatch.setattr("megapd.corpus.hub.time.sleep", waited.append)
+    monkeypatch.setattr("megapd.corpus.sources.newest_revision", lambda name: "abc")
+    source = Dropping(3)
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **settings: asked.append(settings["revision"]) or source)
+    assert list(TextSource(SourceConfig(hub="org/set"), 0)) == [f"row {number}" for number in range(9)]
+    assert waited == [1.0, 1.0, 1.0] or waited == [1.0, 3.0, 9.0]
+    assert set(asked) == {"abc"}
+    assert "broke off after" in caplog.text
+    source.times = 1000
+    with pytest.raises(UserError, match="org/set broke off after 1 rows, and 3 further attempts were in vain"):
+        list(TextSource(SourceConfig(hub="org/set"), 0))

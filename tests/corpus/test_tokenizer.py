@@ -98,3 +98,13 @@ def test_existing_models(models, tmp_path):
     path.write_bytes(b"not a model")
     with pytest.raises(UserError, match="not a sentencepiece model"):
         tokenizers.load(path, "bert")
+
+
+@pytest.mark.parametrize("after", [1, 40])
+def test_what_the_documents_raise_comes_out_as_it_is(after):
+    def broken():
+        yield from corpora.documents(after)
+        raise UserError("b.parquet: not a readable parquet file")
+
+    with pytest.raises(UserError, match=r"b\.parquet"):
+        tokenizers.train(TokenizerConfig(vocab_size=320), broken())
