@@ -283,7 +283,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _check_environment() -> None:
     known = {name.upper() for name in Config.model_fields}
     for variable in os.environ:
-        if variable.startswith(ENV_PREFIX):
+        if variable.startswith(ENV_PREFIX) and variable != "MEGAPD_CACHE":  # no setting: where digests are kept
             section = variable[len(ENV_PREFIX) :].split("__")[0]
             if section.upper() not in known:
                 raise UserError(f"{variable}: the configuration has no section {section.lower()!r}; unset the variable")
