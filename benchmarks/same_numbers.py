@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-CLOCK = ("seconds", "tok_per_sec", "mfu")
+CLOCK = ("seconds", "tok_per_sec", "mfu", "data_wait", "teacher_wait")
 ALWAYS = ["--telemetry.every=1", "--telemetry.wandb=disabled", "--telemetry.progress=false", "--evaluation.samples=16"]
 SYLLABLES = ("ka", "lo", "mi", "ter", "un", "pra", "sen", "vo", "gul", "is", "est", "or")
 
@@ -190,7 +190,8 @@ class Tree:
         found: dict[str, list[Any]] = {}
         for path in sorted(self._folder.glob("runs/*/metrics.jsonl")):
             lines = [json.loads(line) for line in path.read_text().splitlines()]
-            found[path.parent.name] = [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
+            numbers = [line for line in lines if line["kind"] != "run"]  # the first names the run by a random id
+            found[path.parent.name] = [{k: v for k, v in line.items() if k not in CLOCK} for line in numbers]
             for meta in sorted(path.parent.glob("trajectory/*/meta.json")):
                 found[path.parent.name].append({meta.parent.name: json.loads(meta.read_text())["digest"]})
         return found

@@ -34,7 +34,8 @@ def evaluate_run(config: Config, folder: Path) -> int:
     for step, values in _trajectory(config, trajectory, world) if trajectory.steps else _newest(config, folder, world):
         results.append({"step": step, **values})
         if world.rank == 0:
-            print(f"step {step:>9,}   loss {values['loss']:.6g}   accuracy {values['accuracy']:.6g}", flush=True)
+            told = "   ".join(f"{key} {value:.6g}" for key, value in values.items() if key != "samples")
+            print(f"step {step:>9,}   {told}", flush=True)
     if world.rank == 0 and not held(folder):
         write_atomic(folder / "evaluation.json", json.dumps(results, indent=1))
     return 0

@@ -74,23 +74,28 @@ def train_run(run: Run) -> bool:
             callback.start(run)
         while (step := run.step) < run.steps:
             # All ranks agree: the labelled positions of the global batch, whether to stop, whether the schedule changes.
-            batches = feed.get(step)
+            with run.waited.counted("data"):
+                batches = feed.get(step)
             change = teaching.next_change(step)
             labels = sum(batch.labelled for batch in batches)
             labelled, stops, changes = world.sum(labels, int(run.stop.pending()), int(change is not None))
             if changes:
                 teaching.take(change)
-            if stops or not teaching.came(step, run.stop.pending):
+            with run.waited.counted("teacher"):
+                came = not stops and teaching.came(step, run.stop.pending)
+            if not came:
                 break
             for callback in callbacks:
                 callback.before_step(run, step)
 
             # The teacher of this step, and its signals.
-            rotation = teaching.rotation(step)
+            with run.waited.counted("teacher"):
+                rotation = teaching.rotation(step)
             if rotation is not None:
                 for callback in callbacks:
                     callback.rotated(run, step, rotation)
-            signals, source = teaching.signals(step, batches)
+            with run.waited.counted("teacher"):
+                signals, source = teaching.signals(step, batches)
 
             # Forward and backward of each micro-batch, then one update.
             sums = torch.zeros(3, dtype=torch.float64, device=world.device)

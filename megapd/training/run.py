@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from megapd.config import Config
 from megapd.tasks import Task
@@ -139,6 +141,20 @@ class Progress:
 
 
 @dataclass
+class Waited:
+    """Seconds of this start in which the loop's thread waited: for a batch, or for the teacher (its checkpoint, its signals)."""
+
+    data: float = 0.0
+    teacher: float = 0.0
+
+    @contextmanager
+    def counted(self, what: Literal["data", "teacher"]) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        setattr(self, what, getattr(self, what) + time.perf_counter() - began)
+
+
+@dataclass
 class Run:
     """Everything the loop needs.
 
@@ -147,6 +163,7 @@ class Run:
     start      student steps done before: 0, or where the run resumes
     saved      student steps of the newest checkpoint, -1: none
     latest     last metrics of each kind that this start of the run made: train/loss, eval/accuracy
+    waited     how long the loop waited for data and for the teacher
     opened     what `close` closes
     """
 
@@ -164,6 +181,7 @@ class Run:
     saved: int
     opened: ExitStack
     latest: dict[str, float] = field(default_factory=dict)
+    waited: Waited = field(default_factory=Waited)
 
     @property
     def step(self) -> int:

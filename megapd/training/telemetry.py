@@ -20,10 +20,11 @@ PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "MI3
 
 
 class Meter(Callback):
-    """Adds to the metrics of a step that telemetry writes: tokens a second since the last, seconds in the loop, the MFU."""
+    """Adds to the metrics of a step that telemetry writes: tokens a second and seconds waited since the last, seconds in the
+    loop, the MFU."""
 
     def start(self, run: Run) -> None:
-        self._step = run.start
+        self._step, self._data, self._teacher = run.start, 0.0, 0.0
         self._tokens = run.config.training.global_batch * run.task.length
         share = run.task.labelled_per_sample / run.task.length
         self._flops = run.config.model.flops_per_token(classes=run.task.classes, length=run.task.length, labelled_share=share)
@@ -43,8 +44,9 @@ class Meter(Callback):
             return
         now = time.perf_counter()
         rate = (result.step - self._step) * self._tokens / (now - self._time)
-        self._step, self._time = result.step, now
-        result.metrics |= {"tok_per_sec": rate, "seconds": now - self._began}
+        data, teacher = run.waited.data - self._data, run.waited.teacher - self._teacher
+        self._step, self._time, self._data, self._teacher = result.step, now, run.waited.data, run.waited.teacher
+        result.metrics |= {"tok_per_sec": rate, "seconds": now - self._began, "data_wait": data, "teacher_wait": teacher}
         if self._peak_flops is not None:
             result.metrics["mfu"] = rate * self._flops / self._peak_flops
 

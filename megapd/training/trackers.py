@@ -10,6 +10,7 @@ from __future__ import annotations
 import netrc
 import os
 import secrets
+import sys
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -66,7 +67,7 @@ class ProgressBar(Tracker):
 
     def _say(self, text: str) -> None:
         if not self._bar.disable:
-            self._bar.write(text)
+            self._bar.write(text, file=sys.stderr)
 
 
 @trackers.register("wandb")

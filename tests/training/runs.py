@@ -17,7 +17,7 @@ from megapd.cli import main
 from megapd.processes.local import local_command
 from tests.forked import Forked, environment, run_ranks
 
-TIMINGS = ("seconds", "tok_per_sec", "mfu")
+TIMINGS = ("seconds", "tok_per_sec", "mfu", "data_wait", "teacher_wait")
 
 COMMON = [
     "--task.kind=parity",

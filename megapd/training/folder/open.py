@@ -42,10 +42,12 @@ class RunFolder:
     run      the run's id, the same on every rank
     resumed  whether it goes on, else it begins
     adopted  whether it was begun by a megapd whose files name no run
+    changed  settings that differ from those of the last start, each [before, now]; on rank 0
     """
 
     def __init__(self, run: str, *, resumed: bool, adopted: bool) -> None:
         self.run, self.resumed, self.adopted = run, resumed, adopted
+        self.changed: dict[str, list[Any]] = {}
         self.record: RunRecord | None = None
         self._lock: RunLock | None = None
         self._segment: dict[str, Any] = {}
@@ -164,7 +166,7 @@ def _open(
         record = _examine(config)
         opened, changed = _resume(config, record, digests, world, allow_change) if record else _begin(config, digests)
         opened._lock = lock
-        opened._segment = _segment(world.size, changed)
+        opened._segment, opened.changed = _segment(world.size, changed), changed
     except BaseException:
         lock.close()
         if made:
