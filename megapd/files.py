@@ -12,6 +12,7 @@ import ctypes
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -218,6 +219,20 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def parse_finite(text: bytes | str) -> Any:
+    """The tree in a JSON text. ValueError where it is none, holds NaN or an infinity, or is nested too deep."""
+
+    def number(literal: str) -> float:
+        if not math.isfinite(value := float(literal)):
+            raise ValueError(f"{literal} is no finite number")
+        return value
+
+    try:
+        return json.loads(text, parse_constant=number, parse_float=number)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
 
 
 def sha256_file(path: Path) -> str:

@@ -127,7 +127,7 @@ def safetensors_header(path: Path) -> tuple[int, dict[str, Any]]:
             first, end = entry["data_offsets"]
             if not 0 <= first <= end <= path.stat().st_size - 8 - length or not isinstance(entry["shape"], list):
                 raise ValueError("a tensor outside of the file")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: damaged, no safetensors file ({error}); fetch or copy the checkpoint again") from error
     return 8 + length, found
 
