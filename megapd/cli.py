@@ -97,6 +97,12 @@ def _evaluate(overrides: list[str], folder: Path) -> int:
 
 
 def _verify(overrides: list[str], folder: Path, accept: bool) -> int:
+    from megapd.trajectory.hugging_face import is_hugging_face
+
+    if is_hugging_face(str(folder)):
+        if accept:
+            raise UserError(f"--accept: {folder} is no registered trajectory, which alone has flags; import it first")
+        return _run("checkpoints.verify_published", _load(overrides), str(folder))
     if not folder.exists():
         return _run("trajectory.verify_checkpoints", _load(overrides), str(folder), accept=accept)
     if accept:
@@ -179,8 +185,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = _verb(actions, "list", "checkpoints.list_checkpoints", text, overrides=False)
     sub.add_argument("folder", type=Path, help="a trajectory's folder, or that of a run that wrote one")
     sub = _verb(actions, "verify", _verify, "hash every file again; exit code 1 if something is wrong")
-    text = "a trajectory's folder, that of its run, or a registered one's name"
-    sub.add_argument("folder", type=Path, metavar="FOLDER|NAME", help=text)
+    text = "a trajectory's folder, that of its run, a Hugging Face model (PATH/step_{step}), or a registered one's name"
+    sub.add_argument("folder", type=Path, metavar="FOLDER|hf:REPO|NAME", help=text)
     sub.add_argument("--accept", action="store_true", help="let what is flagged be scheduled all the same (registered ones)")
     text = "register checkpoints with the scheduler; again: what is new"
     sub = _verb(actions, "import", "trajectory.import_checkpoints", text)

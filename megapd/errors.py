@@ -51,6 +51,10 @@ class SignalMismatch(RunFailed):
     """A signal of another teacher, or for other tokens, than the step asks for."""
 
 
+class SignalNotFinite(RunFailed):
+    """A teacher's answer holds NaN or an infinity."""
+
+
 class SignalDamaged(RuntimeError):
     """A record whose bytes are not those that were written."""
 

@@ -12,6 +12,7 @@ import ctypes
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -220,6 +221,20 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def parse_finite(text: bytes | str) -> Any:
+    """The tree in a JSON text. ValueError where it is none, holds NaN or an infinity, or is nested too deep."""
+
+    def number(literal: str) -> float:
+        if not math.isfinite(value := float(literal)):
+            raise ValueError(f"{literal} is no finite number")
+        return value
+
+    try:
+        return json.loads(text, parse_constant=number, parse_float=number)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
 def sha256_file(path: Path) -> str:
     """Hexadecimal sha256 of a file's content, read in 256 KiB pieces."""
     with Path(path).open("rb") as file:
@@ -247,6 +262,15 @@ def temporary_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)  # an error that brought us here says more than a failing clean-up would
 
 
+def obey_umask(folder: Path) -> None:
+    """Let others read the files in `folder` as the umask does, of which the folder's own mode tells: safetensors leaves its files
+    to their owner alone."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
 def commit_folder(temporary: Path, final: Path) -> None:
     """Rename the folder `temporary` to `final`, both in one parent, with every file in it flushed first.
 
@@ -254,6 +278,7 @@ def commit_folder(temporary: Path, final: Path) -> None:
     moved aside first, and removed afterwards. After a crash at any moment no folder named `final` is incomplete.
     """
     assert temporary.parent == final.parent, "a rename across folders is not covered by one fsync"
+    obey_umask(temporary)
     for folder, _, files in os.walk(temporary):
         for name in (*files, ""):  # at last the folder itself
             fsync_path(Path(folder, name))

@@ -6,7 +6,7 @@ import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["MEGAPD_CACHE"] = os.path.join(tempfile.gettempdir(), "megapd-tests")  # not the user's own
+os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "megapd-tests")  # not the user's own
 
 import torch
 

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 from tqdm import tqdm
 
@@ -25,6 +26,8 @@ from megapd.teacher.stream import Stream
 from megapd.tiling import tile
 from megapd.trajectory import Checkpoints
 from megapd.world import World, join_world
+
+TELL_SECONDS = 10.0  # between lines, where there is no bar
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class RecordSummary:
     def __str__(self) -> str:
         return (
             f"{self.samples:,} samples: {self.recorded:,} recorded, {self.found:,} there before; {self.bytes:,} bytes, "
-            f"{self.bytes_per_position:,.1f} a labelled position; {self.seconds:.1f} s"
+            f"{self.bytes_per_position:,.1f} a labelled position; {self.seconds:.1f} s, "
+            f"{self.samples / max(self.seconds, 1e-9):,.1f} signals/s"
         )
 
     @property
@@ -89,7 +93,8 @@ def record(
     depth = config.teacher.depth if config.teacher is not None else 1
     ahead: deque[list[Batch]] = deque()
     upcoming = samples = 0
-    quiet = None if world.rank == 0 and config.telemetry.progress else True  # None: where stderr is a terminal
+    shown = world.rank == 0 and config.telemetry.progress
+    quiet, told = None if shown else True, began  # None: a bar where stderr is a terminal
     bar = tqdm(total=plan.steps, desc="record", unit=" steps", disable=quiet, file=sys.stderr, dynamic_ncols=True)
     try:
         for step in range(plan.steps):
@@ -102,6 +107,10 @@ def record(
                 _check(cache)
             samples += sum(batch.samples for batch in batches)
             bar.update()
+            now = time.perf_counter()
+            if shown and bar.disable and now - told >= TELL_SECONDS:
+                told = now
+                print(progress(step + 1, plan.steps, samples * world.size, now - began), flush=True)
         cache.flush()
         _check(cache)
     finally:
@@ -109,6 +118,12 @@ def record(
         cached.close()
     found, recorded, seconds = cache.counts["hits"], cache.counts["recorded"], time.perf_counter() - began
     return RecordSummary(samples, found, recorded, cache.positions, cache.written_bytes, seconds)
+
+
+def progress(done: int, steps: int, samples: int, seconds: float) -> str:
+    """A line for whoever has no terminal: `done` of `steps` steps, their samples' signals, in `seconds`."""
+    left = timedelta(seconds=round(seconds * (steps - done) / done))
+    return f"record: step {done:,} of {steps:,}, {samples:,} signals, {samples / seconds:,.1f} signals/s, {left} left"
 
 
 def _check(cache: SignalCache) -> None:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from http import HTTPStatus
+from pathlib import Path
+
 from megapd.config import Config
+from megapd.errors import UserError
 from megapd.interrupts import until_signalled
+from megapd.scheduler.client.http import Refusal
 from megapd.scheduler.local import open_api
 from megapd.scheduler.registry import import_trajectory, verify_trajectory, watch_trajectory
 
@@ -40,8 +46,19 @@ def import_checkpoints(
 
 def verify_checkpoints(config: Config, reference: str, *, accept: bool = False) -> int:
     """`megapd trajectory verify NAME [--accept]` of a registered trajectory; 1 if one is flagged and not accepted."""
-    with open_api(config.scheduler, retry_seconds=RETRY_SECONDS) as api:
-        flagged = verify_trajectory(api, reference, accept=accept)
+    looked = f"{reference}: there is no folder {Path(reference).absolute()}"
+    with ExitStack() as stack:
+        try:
+            api = stack.enter_context(open_api(config.scheduler, retry_seconds=RETRY_SECONDS))
+        except UserError as error:
+            raise UserError(f"{looked}, and no registered trajectory can be looked up: {error}") from error
+        try:
+            flagged = verify_trajectory(api, reference, accept=accept)
+        except Refusal as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
+            fix = "correct it, or register the trajectory with `megapd trajectory import FOLDER --as NAME`"
+            raise UserError(f"{looked}, and no registered trajectory of that name or digest; {fix}") from error
     for checkpoint in flagged:
         for flag in checkpoint["flags"]:
             accepted = f" (accepted by {flag['accepted_by']})" if flag["accepted_by"] else ""

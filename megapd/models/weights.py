@@ -74,7 +74,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; give the folder of a model saved with save_pretrained")
     try:
         tree = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a JSON object, got a {type(tree).__name__}")

@@ -22,4 +22,5 @@ from megapd.signals.signal import TeacherOutput as TeacherOutput
 from megapd.signals.signal import as_sent as as_sent
 from megapd.signals.signal import definition_of as definition_of
 from megapd.signals.signal import negotiate as negotiate
+from megapd.signals.signal import not_finite as not_finite
 from megapd.signals.signal import pack as pack

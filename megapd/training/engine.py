@@ -120,6 +120,8 @@ class Engine:
         """
         outputs: tuple[Tensor, Tensor] = self.deepspeed(batch, signal, max(denominator, 1))
         loss, stats = outputs
+        if signal is not None and signal.doubt is not None:
+            loss, stats = loss + signal.doubt, stats + signal.doubt
         # A loss of inf can have finite gradients; as NaN it reaches the gradient norm, where all ranks agree to skip the step.
         loss = loss * torch.where(torch.isfinite(loss.detach()), float(self.world.size), math.nan)
         self.deepspeed.backward(loss, scale_wrt_gas=False)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megapd.batch import Batch
 from megapd.config import Config
 from megapd.errors import DiskFailed, Diverged
 from megapd.training.feed import BatchFeed
@@ -103,7 +104,7 @@ def train_run(run: Run) -> bool:
                 sums += engine.accumulate(batch, signal, labelled)
             lr = learning_rate(config.lr, config.optimizer.lr, step, run.steps)
             applied = engine.step(lr)
-            count_nonfinite(run, applied, sums)
+            count_nonfinite(run, applied, sums, batches if source == "teacher" else None)
             run.progress.step += 1
 
             # What else there is to do.
@@ -121,8 +122,10 @@ def train_run(run: Run) -> bool:
     return finished
 
 
-def count_nonfinite(run: Run, applied: bool, sums: Tensor) -> None:
+def count_nonfinite(run: Run, applied: bool, sums: Tensor, taught: Sequence[Batch] | None = None) -> None:
     """Count skipped updates; raise Diverged after training.max_nonfinite non-finite ones in a row.
+
+    taught: the step's batches, of whose signals SignalNotFinite is raised if they were the cause.
 
     In fp16 an overflow of the scaled gradients with a finite loss is how the loss scale is found, not a divergence.
     """
@@ -134,6 +137,8 @@ def count_nonfinite(run: Run, applied: bool, sums: Tensor) -> None:
     if training.precision == "fp16" and not loss_broke:
         progress.overflows += 1
         return
+    if loss_broke and taught is not None:
+        run.teaching.accuse(progress.step, taught)
     progress.nonfinite += 1
     progress.nonfinite_in_a_row += 1
     if run.writes:

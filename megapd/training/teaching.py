@@ -11,10 +11,10 @@ from typing import Any, Literal, NamedTuple
 
 from megapd.batch import Batch
 from megapd.config import Config, TeacherConfig
-from megapd.errors import TeacherLost
+from megapd.errors import SignalNotFinite, TeacherLost
 from megapd.schedule.plan import Change, Plan
 from megapd.schedule.record import FILE, ScheduleRecord
-from megapd.signals import Signal
+from megapd.signals import Signal, not_finite
 from megapd.tasks import Task
 from megapd.teacher.cache.cache import SignalCache
 from megapd.teacher.setup import open_stream
@@ -74,6 +74,9 @@ class NoTeacher:
     def signals(self, step: int, batches: Sequence[Batch]) -> Taken:
         """The signals of `step`, or what the run does without them, the same on all ranks."""
         return Taken(repeat(None), "labels")
+
+    def accuse(self, step: int, batches: Sequence[Batch]) -> None:
+        """After a step whose loss was not finite: raises SignalNotFinite, on all ranks, where the teacher's signals are not."""
 
     def metrics(self, step: int, divergence: float) -> dict[str, Any]:
         """What a line of metrics says of the teacher of `step`; divergence: from it, the mean of the step."""
@@ -164,6 +167,12 @@ class Teaching(NoTeacher):
             messages = self._messages(wrong)
             raise wrong or RuntimeError(f"step {step}: another rank failed: {messages}")
         return self._without(step, batches, ranks_lost, failure) if ranks_lost else Taken(signals, "teacher")
+
+    def accuse(self, step: int, batches: Sequence[Batch]) -> None:
+        """The signals are asked for once more, so that a step whose loss is finite pays nothing for it."""
+        wrong = [not signal.finite() for signal in self.signals(step, batches).signals if signal is not None]
+        if self._world.sum(sum(wrong))[0]:
+            raise SignalNotFinite(f"step {step}: {not_finite(self.plan.checkpoint_at(step))}")
 
     def metrics(self, step: int, divergence: float) -> dict[str, Any]:
         counts = () if self._settings.on_failure == "wait" else ("steps_from_cache", "steps_from_labels")

@@ -9,7 +9,7 @@ dimensions. Published trajectories break the rule: pythia-12b's steps 50000 and 
 (github.com/EleutherAI/pythia issue 206), 76 of pythia-2.8b's step branches are one file (issue 205).
 
 Trust. A digest is one of bytes that were read. To read gigabytes at every start would cost minutes, so the digests of a published
-file are kept on this machine in MEGAPD_CACHE (default ~/.cache/megapd) under its path, and stand while its device, inode, size,
+file are kept on this machine in XDG_CACHE_HOME/megapd (default ~/.cache) under its path, and stand while its device, inode, size,
 mtime and ctime do: whoever writes to a file moves its ctime, which nobody can set back. A file that changed less than
 RACE_SECONDS before it was read is not kept, since a clock of the file system may not have ticked. What this cannot see is a disk
 that returns other bytes than were written; so the bytes that are to teach are hashed when they are taken up (`check_files`), and
@@ -38,7 +38,7 @@ from megapd.trajectory.pickles import load_pickle
 
 log = logging.getLogger(__name__)
 
-CACHE = "MEGAPD_CACHE"
+CACHE = "XDG_CACHE_HOME"
 FORMAT = "megapd-digests/1"
 CHUNK_BYTES = 1 << 20  # a whole number of values of every type
 RACE_SECONDS = 2.0
@@ -127,7 +127,7 @@ def safetensors_header(path: Path) -> tuple[int, dict[str, Any]]:
             first, end = entry["data_offsets"]
             if not 0 <= first <= end <= path.stat().st_size - 8 - length or not isinstance(entry["shape"], list):
                 raise ValueError("a tensor outside of the file")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: damaged, no safetensors file ({error}); fetch or copy the checkpoint again") from error
     return 8 + length, found
 
@@ -173,7 +173,7 @@ def _pickled(path: Path) -> tuple[dict[str, str], tuple[str, ...]]:
 
 
 def _index_file(real: Path) -> Path:
-    folder = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "megapd")
+    folder = Path(os.environ.get(CACHE) or Path.home() / ".cache") / "megapd"
     return folder / "digests" / f"{hashlib.sha256(str(real).encode()).hexdigest()[:32]}.json"
 
 

@@ -298,7 +298,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         tree = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{path}: missing; fetch or copy the checkpoint again") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged, not valid JSON ({error}); fetch or copy the checkpoint again") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: damaged, no JSON object; fetch or copy the checkpoint again")

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from megapd.errors import RunFailed, UserError
-from megapd.files import sha256_file
+from megapd.files import parse_finite, sha256_file
 from megapd.trajectory.digests import FileDigests, equal_weights, not_finite, read_digests
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def read_meta(path: Path) -> Checkpoint:
     """The checkpoint in folder `path`; UserError if its meta.json is missing, damaged or of another format."""
     meta = path / META
     try:
-        tree = json.loads(meta.read_bytes())
+        tree = parse_finite(meta.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{path}: it has no {META}, so it is no complete checkpoint; copy it again, or remove it") from error
     except ValueError as error:
@@ -127,12 +127,19 @@ def read_meta(path: Path) -> Checkpoint:
     missing = [key for key in KEYS if key not in tree]
     if missing:
         raise UserError(f"{meta}: damaged, it lacks {', '.join(missing)}; restore the checkpoint")
+    kinds = {"step": int, "config": dict, "vocabulary": str, "metrics": dict, "files": dict, "digest": str}
+    for key, kind in kinds.items():
+        if type(tree[key]) is not kind:
+            what = f"damaged, {key} is a {type(tree[key]).__name__}, not a {kind.__name__}"
+            raise UserError(f"{meta}: {what}; restore the checkpoint")
     if tree["step"] != parse_step(path.name):
         raise UserError(
             f"{meta}: it is of step {tree['step']}, but its folder is {path.name}; rename it {step_folder(tree['step'])}"
         )
     try:
         files = {name: File(entry["sha256"], entry["bytes"]) for name, entry in tree["files"].items()}
+        if outside := [name for name in files if Path(name).name != name]:
+            raise UserError(f"{meta}: damaged, {outside[0]!r} is not the name of a file beside it; restore the checkpoint")
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{meta}: damaged, `files` does not give a sha256 and bytes for each; restore the checkpoint") from error
     checkpoint = Checkpoint(tree["step"], path, tree["digest"], tree["vocabulary"], tree["config"], tree["metrics"], files)
@@ -225,7 +232,10 @@ class Trajectory(Checkpoints):
         if must_exist and not self.steps:
             incomplete = f" ({len(self.incomplete)} without {META})" if self.incomplete else ""
             found = f"no complete checkpoint in {folder}{incomplete}" if self.folder.is_dir() else f"no folder {folder}"
-            raise UserError(f"teacher.trajectory: {found}; name the trajectory folder of a teacher run, runs/NAME/trajectory")
+            fix = "name the trajectory folder of a teacher run, runs/NAME/trajectory"
+            if any((self.folder / step_folder(step) / "config.json").is_file() for step in self.incomplete):
+                fix = f"transformers' checkpoints are named {folder}/step_{{step}}"
+            raise UserError(f"teacher.trajectory: {found}; {fix}")
 
     def refresh(self) -> tuple[int, ...]:
         names = [entry.name for entry in self.folder.iterdir()] if self.folder.is_dir() else []

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapd.batch import Batch
-from megapd.signals import DTYPES, Signal, SignalSpec, as_sent, check_form, decode, encode, negotiate, valid_rows
+from megapd.signals import DTYPES, Head, Signal, SignalSpec, as_sent, check_form, decode, encode, negotiate, pack, valid_rows
 from megapd.signals.signal import quantize
 from tests.signals.examples import (
     CLASSES,
@@ -67,6 +67,33 @@ def test_a_moved_batch_hashes_nothing_again():
 
 
 # ---------------------------------------------------------------------------------------------------------- what is sent arrives
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("spec", "fields", "finite"),
+    [
+        (SignalSpec("dense"), {"values": [[0.0, -INF], [1.0, 2.0]]}, True),
+        (SignalSpec("dense"), {"values": [[0.0, NAN], [1.0, 2.0]]}, False),
+        (SignalSpec("dense"), {"values": [[0.0, INF], [1.0, 2.0]]}, False),
+        (SignalSpec("dense"), {"values": [[-INF, -INF], [1.0, 2.0]]}, False),
+        (SignalSpec("dense"), {"values": []}, True),
+        (SignalSpec("hidden"), {"values": [[0.0, -INF]], "head": True}, False),
+        (SignalSpec("hidden", "int8"), {"values": [[NAN, 1.0]], "head": True}, False),
+        (SignalSpec("topk", k=1), {"values": [[1]], "logprobs": [[0.0]], "log_rest": [-INF]}, True),
+        (SignalSpec("topk", k=1), {"values": [[1]], "logprobs": [[-1.0]], "log_rest": [NAN]}, False),
+        (SignalSpec("topk", k=1), {"values": [[1]], "logprobs": [[NAN]], "log_rest": [-1.0]}, False),
+        (SignalSpec("argmax"), {"values": [1, 0]}, True),
+        (SignalSpec("argmax"), {"values": [1, 0], "doubt": 0.0}, True),
+        (SignalSpec("argmax"), {"values": [1, 0], "doubt": NAN}, False),
+    ],
+)
+def test_what_is_no_number_is_found_packed_or_not(spec, fields, finite):
+    head = Head(torch.zeros(2, 2), None) if fields.pop("head", False) else None
+    signal = Signal(spec, "0" * 64, "", head=head, **{name: torch.tensor(value) for name, value in fields.items()})
+    assert signal.finite() == pack(signal).finite() == finite
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.kind}-{spec.encoding}")

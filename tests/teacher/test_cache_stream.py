@@ -1,8 +1,10 @@
 """The stream before the cache: what it asks of its source, and what it says where there is none."""
 
+from dataclasses import replace
+
 import pytest
 
-from megapd.errors import TeacherLost, UserError
+from megapd.errors import SignalNotFinite, TeacherLost, UserError
 from megapd.teacher.cache import CachedStream
 from tests.teacher.caching import (
     CLASSES,
@@ -107,3 +109,16 @@ def test_hidden_states_without_their_head_are_missing(tmp_path):
     stream.close()
     assert len(list(tmp_path.glob("*/*/head.arrow"))) == 3
     walk(replay(tmp_path, spec))
+
+
+def test_what_is_no_number_is_told_and_not_recorded(tmp_path):
+    class Broken(Source):
+        def signals(self, step, batches):
+            for signal in super().signals(step, batches):
+                yield replace(signal, values=signal.values * float("nan"))
+
+    stream = replay(tmp_path, SPECS[0], source=Broken(SPECS[0]))
+    with pytest.raises(SignalNotFinite, match=rf"^step 4: the signal of the teacher's step {PLAN.checkpoint_at(4)} holds NaN"):
+        list(stream.signals(4, tiles(4, 3)))
+    stream.close()
+    assert not list(tmp_path.rglob("part-*"))

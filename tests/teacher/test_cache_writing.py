@@ -2,13 +2,14 @@
 
 import logging
 import os
+import re
 import resource
 import time
 
 import pytest
 import torch
 
-from megapd.commands.record import record
+from megapd.commands.record import progress, record
 from megapd.config import load
 from megapd.errors import UserError
 from megapd.signals import as_sent
@@ -233,3 +234,36 @@ def test_leftovers_of_a_crash_are_removed_once_they_are_old(tmp_path):
     assert make_cache(tmp_path).lookup(digest(10), SPECS[0], batch) is not None
     assert young.exists()
     assert not old.exists()
+
+
+def test_parts_are_ordered_by_number_whatever_the_clock_says(tmp_path, monkeypatch):
+    """Of two rows of one sample the one that was written first counts, for every reader, though the clock was set back."""
+    spec, batch = SPECS[0], tiles(0, 3)[0]
+    first, second = answer(spec, 20, batch), answer(spec, 20, batch, noise=0.5)
+    one, other = make_cache(tmp_path), make_cache(tmp_path)
+    assert other.lookup(digest(20), spec, batch) is None  # before there is anything, so that it will record too
+    monkeypatch.setattr(other._reader, "refresh", lambda index: None)
+    monkeypatch.setattr(time, "time_ns", iter(range(10**18, 0, -(10**9))).__next__)
+    one.record(first, batch, CLASSES)
+    one.close()
+    other.record(second, batch, CLASSES)
+    other.close()
+    names = [path.name for path in parts(tmp_path)]
+    assert [name[:21] for name in names] == ["part-0000000000000001", "part-0000000000000002"]
+    assert torch.equal(make_cache(tmp_path).lookup(digest(20), spec, batch).values, as_sent(first).values)
+    # Parts that an earlier version named by the time stay before those to come.
+    (tmp_path / digest(20)).joinpath(*parts(tmp_path)[0].parts[-2:-1], "part-18a0000000000000-00.arrow").write_bytes(b"")
+    last = make_cache(tmp_path)
+    assert last._reader.next_number(last._reader.index(digest(20), spec)) == 0x18A0000000000001
+
+
+def test_without_a_terminal_a_line_is_told_now_and_then(tmp_path, config, task, capsys, monkeypatch):
+    monkeypatch.setattr("megapd.commands.record.TELL_SECONDS", 0.0)
+    loud = config.model_copy(update={"telemetry": config.telemetry.model_copy(update={"progress": True})})
+    record_all(loud, task, tmp_path, Source(SPECS[0]))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == STEPS
+    assert re.fullmatch(rf"record: step 1 of {STEPS}, {GLOBAL} signals, [\d,.]+ signals/s, \d+:\d\d:\d\d left", lines[0])
+    assert progress(250, 1000, 4000, 40.0) == "record: step 250 of 1,000, 4,000 signals, 100.0 signals/s, 0:02:00 left"
+    record_all(config, task, tmp_path / "quiet", Source(SPECS[0]))
+    assert capsys.readouterr().out == ""

@@ -1,24 +1,28 @@
 """A teacher's limits are held against the task in one place, whatever carries its signals, before a run's folder is made."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
+from safetensors.torch import save_file
 
 from megapd.commands.dry_run import dry_run
 from megapd.commands.record import record_signals
 from megapd.config import load
-from megapd.errors import UserError
+from megapd.errors import SignalNotFinite, UserError
 from megapd.models import Shape, build_teacher, checkpoint_shape
 from megapd.models.pretrained import OFFSET_POSITIONS
 from megapd.schedule.plan import Plan
 from megapd.tasks import build_task
+from megapd.teacher.engine.holders import Holder
 from megapd.teacher.limits import Demands, check_teachers, excess
 from megapd.training import train
 from megapd.trajectory import Checkpoint
 from tests.corpus import corpora
-from tests.teacher.serving import FakeReplica, FakeTrajectory, served
+from tests.teacher.serving import FakeReplica, FakeTrajectory, batches_of, served, stream_of
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
 MODELS = Path(transformers.__file__).parent / "models"
@@ -58,11 +62,17 @@ def configured(corpus, tmp_path):
 
 
 def write(folder, checkpoint):
-    """Its config.json beside something that stands for weights, which nobody is to read."""
+    """Its config.json beside a file that stands for weights."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(checkpoint.config["hugging_face"]))
-    (folder / "model.safetensors").write_text("no weights")
+    save_file({"w": torch.zeros(1)}, folder / "model.safetensors")
     return folder
+
+
+def save_bert(folder):
+    """One that transformers saves, its weights random."""
+    tree = {key: value for key, value in model("bert").config["hugging_face"].items() if key != "model_type"}
+    transformers.BertForMaskedLM(transformers.BertConfig(**tree)).save_pretrained(folder)
 
 
 # ------------------------------------------------------------------------------------------------------------------ the rule
@@ -208,8 +218,44 @@ def test_what_is_not_written_yet_is_not_looked_at(configured, tmp_path):
 
 def test_a_finished_model_teaches(configured, tmp_path, caplog):
     """A folder without a training step in its name, as most published models are."""
-    tree = {key: value for key, value in model("bert").config["hugging_face"].items() if key != "model_type"}
-    transformers.BertForMaskedLM(transformers.BertConfig(**tree)).save_pretrained(tmp_path / "some-bert-base")
+    save_bert(tmp_path / "some-bert-base")
     result = train(configured(f"--teacher.trajectory={tmp_path / 'some-bert-base'}"))
     assert (result.step, result.metrics["train/teacher_step"]) == (2, 1)
     assert "some-bert-base names no training step: it teaches as one finished model, called step 1" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------------- what is no number
+
+
+@pytest.mark.parametrize(
+    ("kind", "temperature"), [("dense", 1.0), ("hidden", 1.0), ("topk", 1.0), ("argmax", 0.0), ("sampled", 1.0)]
+)
+def test_a_signal_that_is_no_number_is_told_with_both_steps(configured, tmp_path, monkeypatch, kind, temperature):
+    """Not as a loss of NaN; and the ids that an argmax of NaN gives look right."""
+    save_bert(tmp_path / "step_9")
+    config = configured(
+        f"--teacher={{trajectory: '{tmp_path}/step_{{step}}', same_vocabulary: true, signal: {kind}}}",
+        f"--loss.teacher_temperature={temperature}",
+    )
+    answers = []
+    hidden = Holder.hidden
+
+    def broken(self, batch):
+        found = hidden(self, batch)
+        answers.append(batch)
+        return found if len(answers) < 2 else torch.where(torch.arange(len(found))[:, None] == 1, torch.nan, found)
+
+    monkeypatch.setattr(Holder, "hidden", broken)
+    with pytest.raises(SignalNotFinite, match=r"^step [01]: the signal of the teacher's step 9 holds NaN or an infinity; `m"):
+        train(config)
+
+
+def test_a_served_signal_that_is_no_number_is_told(monkeypatch):
+    monkeypatch.setattr("megapd.teacher.client.replicas.BACKOFF", (0.02, 0.1))
+    replica = FakeReplica()
+    expected = replica.expected
+    replica.expected = lambda *asked: replace(expected(*asked), values=expected(*asked).values * torch.nan)
+    with served(replica) as server, stream_of(server) as stream:
+        with pytest.raises(SignalNotFinite, match=r"^step 5: the signal of the teacher's step 20 holds NaN"):
+            stream.signals(5, batches_of(5))
+        assert stream.counts["refused"] > 0

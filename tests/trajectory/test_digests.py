@@ -43,9 +43,9 @@ def save(folder, found, form="sharded"):
 
 @pytest.fixture(autouse=True)
 def index(tmp_path, monkeypatch):
-    monkeypatch.setenv("MEGAPD_CACHE", str(tmp_path / "index"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "index"))
     monkeypatch.setattr(digests, "_known", {})
-    return tmp_path / "index" / "digests"
+    return tmp_path / "index" / "megapd" / "digests"
 
 
 # ------------------------------------------------------------------------------------------------------------- what is equal
@@ -178,5 +178,5 @@ def test_an_unchanged_file_is_not_read_again(tmp_path, monkeypatch, index):
     for entry in index.iterdir():  # a damaged index is none
         entry.write_text("{")
     assert at_a_new_start() == read_digests(path)
-    monkeypatch.setenv("MEGAPD_CACHE", "/proc/none")  # nor is one that cannot be written
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")  # nor is one that cannot be written
     assert at_a_new_start() == read_digests(path)

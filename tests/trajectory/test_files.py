@@ -10,6 +10,8 @@ import pytest
 from megapd import files
 from megapd.files import commit_folder, sha256_file, temporary_folder, write_atomic
 
+from .checkpoints import write
+
 
 def test_write_atomic_replaces_and_makes_folders(tmp_path):
     path = tmp_path / "a" / "b.txt"
@@ -120,3 +122,18 @@ def test_temporary_folder_clears_leftovers_of_the_dead_alone(tmp_path):
         with temporary_folder(tmp_path / "final") as again:
             assert list(again.iterdir()) == []
     assert not own.exists()  # nothing was committed
+
+
+@pytest.mark.parametrize(("umask", "files_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
+def test_a_colleague_may_read_what_the_umask_lets_him(tmp_path, umask, files_mode, folder_mode):
+    """safetensors itself leaves its files to the owner alone."""
+    before = os.umask(umask)
+    try:
+        write(tmp_path / "trajectory", 5)
+        write_atomic(tmp_path / "x", "data")
+    finally:
+        os.umask(before)
+    found = {path.relative_to(tmp_path).as_posix(): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert found.pop("trajectory") == found.pop("trajectory/step_5") == folder_mode
+    assert len(found) == 4
+    assert set(found.values()) == {files_mode}

@@ -119,7 +119,7 @@ def test_damaged_files_are_named(folder, victim, damage):
         (lambda meta: meta.update(format="megapd-trajectory/9"), "its format is 'megapd-trajectory/9'"),
         (lambda meta: meta.update(step=7), "it is of step 7, but its folder is step_100"),
         (lambda meta: meta.update(digest="0" * 64), "digest 0000"),
-        (lambda meta: meta.update(files=[]), "`files`"),
+        (lambda meta: meta.update(files=[]), "files is a list"),
         (lambda meta: meta["files"].pop("model-00001-of-00004.safetensors"), "is not that of the files listed"),
     ],
 )

@@ -2,7 +2,7 @@
 
     FOLDER/<teacher's digest>/<16 hex of the blake2b of SignalSpec.parameters>/
         parameters.json            what the folder's name stands for
-        part-<time>-<random>.arrow Arrow IPC file of one record batch (megapd.signals.arrow), a row a sample
+        part-<number>-<random>.arrow Arrow IPC file of one record batch (megapd.signals.arrow), a row a sample
         head.arrow                 hidden states alone: the head they go with (megapd.signals.encode_head)
         damaged-...                a file found damaged, set aside
         *.tmp-*                    being written, or left by a crash
@@ -233,8 +233,9 @@ class SignalCache:
         if pending is None:
             return
         record = pending.record()
-        # The time comes first, so that names sort by it, and the earliest of a sample's rows is the same for every reader.
-        name = f"part-{time.time_ns():016x}-{secrets.token_hex(4)}.arrow"
+        # Counted, so that names sort in the order of writing whatever a clock says: the earliest of a sample's rows is the same
+        # for every reader. Of two processes that take one number the names' ends decide.
+        name = f"part-{self._reader.next_number(pending.index):016x}-{secrets.token_hex(4)}.arrow"
         pending.index.add([(name, samples_of(record))])
         self._writer.add_part(pending.index, name, record)
 

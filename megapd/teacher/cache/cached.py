@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 
 from megapd.batch import Batch
-from megapd.errors import UserError
+from megapd.errors import SignalNotFinite, UserError
 from megapd.schedule.plan import Plan
-from megapd.signals import Head, Signal, SignalSpec
+from megapd.signals import Head, Signal, SignalSpec, not_finite
 from megapd.teacher.cache.cache import SignalCache
 from megapd.teacher.stream import Stream
 from megapd.trajectory import Checkpoint, Checkpoints
@@ -91,7 +91,7 @@ class CachedStream:
             if self._source is None:
                 raise self._missing(step, checkpoint, batches, missing)
             given = iter(self._source.signals(step, missing))
-        return self._answers(checkpoint, zip(batches, found, asked, strict=True), given)
+        return self._answers(step, checkpoint, zip(batches, found, asked, strict=True), given)
 
     def close(self) -> None:
         try:
@@ -113,7 +113,7 @@ class CachedStream:
         return found if digests == [batch.digest for batch in batches] else self._lookup(checkpoint, batches)
 
     def _answers(
-        self, checkpoint: Checkpoint, found: Iterable[tuple[Batch, Signal | None, bool]], given: Iterator[Signal]
+        self, step: int, checkpoint: Checkpoint, found: Iterable[tuple[Batch, Signal | None, bool]], given: Iterator[Signal]
     ) -> Iterator[Signal]:
         for batch, cached, ask in found:
             fresh = next(given) if ask else None  # taken, and not used, where another rank alone lacked it
@@ -122,6 +122,8 @@ class CachedStream:
             else:
                 assert fresh is not None
                 fresh.check(checkpoint.digest, batch)
+                if not fresh.finite():  # recording waits for the device anyway
+                    raise SignalNotFinite(f"step {step}: {not_finite(checkpoint.step)}")
                 signal = self._cache.record(fresh, batch, self._classes)
             signal.check(checkpoint.digest, batch)
             yield self._with_head(signal, batch.ids.device)

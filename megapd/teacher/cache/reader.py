@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -21,6 +23,7 @@ from megapd.teacher.cache.parts import Index, read_records, rows_of, samples_of
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_NUMBER = re.compile(r"(?:damaged-)?part-([0-9a-f]{16})-[0-9a-f]+\.arrow")
 HEAD = "head.arrow"
 OPEN_PARTS = 256  # memory maps held; views of a dropped one keep it alive
 HEADS_HELD = 2
@@ -67,6 +70,14 @@ class Reader:
                 if record is not None:
                     found.append((name, samples_of(record)))
         index.add(found)
+
+    def next_number(self, index: Index) -> int:
+        """One more than of any part there was. Earlier versions have nanoseconds for a number: their parts stay the first."""
+        names = list(index.seen)
+        with contextlib.suppress(OSError):  # no folder yet, or none that can be written either: the writer tells
+            names += os.listdir(index.folder)
+        numbers = (_NUMBER.fullmatch(name) for name in names)
+        return 1 + max((int(found[1], 16) for found in numbers if found), default=0)
 
     def part(self, index: Index, name: str) -> pa.RecordBatch | None:
         """The rows of a part, mapped; None if it has gone or is damaged, and then it is not asked for again."""

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.flight as flight
 
 from megapd.config import TeacherConfig
-from megapd.errors import SignalDamaged, SignalMismatch, TeacherLost, UserError
+from megapd.errors import SignalDamaged, SignalMismatch, SignalNotFinite, TeacherLost, UserError
 from megapd.network import backoff, check_transport, client_tls, read_secret
 from megapd.teacher.client.probe import Reach, reach
 from megapd.teacher.wire.calls import parse_json
@@ -49,7 +49,7 @@ Failure = RefusalKind | Reach | Literal["damaged"]
 
 # Failures that are counted and logged, by counter; all but damaged are final once every replica repeats them.
 COUNTED: dict[Failure, str] = {"wrong_teacher": "wrong_teacher", "damaged": "damaged"}
-COUNTED |= dict.fromkeys(("token", "certificate", "silent", "invalid", "memory"), "refused")
+COUNTED |= dict.fromkeys(("token", "certificate", "silent", "invalid", "memory", "not_finite"), "refused")
 
 
 class Endpoints(Protocol):
@@ -179,7 +179,8 @@ class Replicas:
         """What `do(replica, seconds)` returns, at most `seconds` each time, with the first replica that has it.
 
         deadline: monotonic time after which it is too late, None while that is not known. Raises TeacherLost then, or as soon as
-        every replica refuses for good; SignalMismatch if that is because each has another teacher; CancelledError once closed.
+        every replica refuses for good; SignalMismatch if that is because each has another teacher, SignalNotFinite if it is
+        because the answer is not finite; CancelledError once closed.
         """
         verdicts: dict[str, _Verdict] = {}
         later: dict[str, float] = {}  # of this question alone
@@ -281,6 +282,9 @@ class Replicas:
         wrong = [verdict.message for verdict in final if verdict.failure == "wrong_teacher"]
         if wrong:
             raise SignalMismatch(f"{what}: {wrong[0]}")
+        broken = [verdict.message for verdict in final if verdict.failure == "not_finite"]
+        if broken:
+            raise SignalNotFinite(f"{what}: {broken[0]}")
         unreached = "teacher.certificate, teacher.root_certificate, teacher.token: no replica takes a connection: "
         token = "teacher.token: every replica refuses the bearer token: "
         hints: dict[Failure, str] = {"token": token, "certificate": unreached, "silent": unreached}

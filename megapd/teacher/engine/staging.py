@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import threading
@@ -107,6 +108,7 @@ class Staging:
         share, of = (self._world.rank, self._world.size) if self._sharded else (0, 1)
         check_files(checkpoint, share, of)
         tensors = read_parts(self._trajectory, checkpoint, self._holder.model, self._holder.parts)
+        check_weights(tensors, checkpoint, self._options)
         staged = stage(tensors, self._world.device, self._options.dtype, on_device=self._options.resident > 1)
         hidden = self._holder.trial(staged, canary(checkpoint).to(self._world.device))
         if hidden is not None and not finite(hidden):
@@ -119,6 +121,21 @@ class Staging:
         if error is not None and not isinstance(error, CancelledError) and (step, str(error)) not in self._told:
             self._told.add((step, str(error)))
             log.error("teacher: the checkpoint of step %d, which is to teach later, cannot be used: %s", step, error)
+
+
+def check_weights(tensors: Mapping[str, Tensor], checkpoint: Checkpoint, options: TeacherOptions) -> None:
+    """UserError where a weight is NaN or an infinity, or becomes one in the teacher's precision. 9 ms of 100 MB on a core."""
+    largest = torch.finfo(options.dtype).max
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        low, high = (float(bound) for bound in tensor.aminmax())  # NaN, if any is
+        if not (math.isfinite(low) and math.isfinite(high)):
+            fix = "schedule another checkpoint, or fetch it again"
+            raise UserError(f"{checkpoint.path}: step {checkpoint.step}: {name} holds NaN or an infinity; {fix}")
+        if max(-low, high) > largest:
+            what = f"{checkpoint.path}: step {checkpoint.step}: {name} has {max(-low, high):.3g}, beyond {options.precision}"
+            raise UserError(f"teacher.precision: {what}; choose bf16 or fp32")
 
 
 def stage(tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype, *, on_device: bool) -> dict[str, Tensor]:
@@ -144,7 +161,7 @@ def _give_way() -> None:
 
 
 def finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
+    return not tensor.numel() or all(map(math.isfinite, map(float, tensor.aminmax())))
 
 
 def not_finite(checkpoint: Checkpoint) -> UserError:

@@ -108,7 +108,9 @@ class Teacher:
         else:
             found = self._answer(batch, spec)
         head = self.head() if spec.definition.with_head else None
-        signal = Signal(spec, self.held.digest, batch.digest, found.values, head, found.logprobs, found.log_rest)
+        doubt = self._doubt if spec.hides_nan else None
+        named = (spec, self.held.digest, batch.digest)
+        signal = Signal(*named, found.values, head, found.logprobs, found.log_rest, doubt=doubt)
         return signal if self.world.device.type == "cpu" else pack(signal)
 
     @torch.no_grad()
@@ -127,11 +129,14 @@ class Teacher:
         self._staging.close()
 
     _holder: Holder
+    _doubt: Tensor | None = None  # see Signal.doubt, of the last answers
     _tested = False
     _gathered: tuple[str, Head] | None = None  # (teacher's digest, its whole head)
 
     def _answer(self, batch: Batch, spec: SignalSpec) -> Answer:
         hidden = self._holder.hidden(batch)
+        if spec.hides_nan:
+            self._doubt = (hidden * 0.0).sum()
         if spec.definition.with_head:
             return Answer(hidden)  # without the head, which ranks may have to gather
         with self._holder.head() as (head, shard):

@@ -22,7 +22,7 @@ import pyarrow.flight as flight
 
 from megapd.errors import UserError
 from megapd.models import Shape, checkpoint_shape
-from megapd.signals import encode
+from megapd.signals import encode, not_finite
 from megapd.teacher.server.dispatch import Answer, Dispatcher, Job, Replica
 from megapd.teacher.server.metrics import Metrics
 from megapd.teacher.wire.calls import encode_catalogue, parse_head_question, parse_json, parse_teacher
@@ -141,6 +141,8 @@ class TeacherFlight(flight.FlightServerBase):  # type: ignore[misc] # pyarrow ha
 
     def respond(self, request: Request, answer: Answer) -> pa.RecordBatch:
         """The record batch that goes back. On the handler's thread, so that the engine's goes on with the next forward pass."""
+        if not answer.signal.finite():
+            raise Refused("not_finite", not_finite(request.step))
         return encode(answer.signal, request.batch, answer.classes)
 
     # ------------------------------------------------------------------------------------------------------- actions

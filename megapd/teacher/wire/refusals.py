@@ -20,6 +20,7 @@ RefusalKind = Literal[
     "small",  # the client's shared memory does not hold the answer
     "busy",  # the queue is full: come again
     "draining",  # about to end: ask another replica
+    "not_finite",  # the answer holds NaN or an infinity
     "failed",  # the answer could not be made
 ]
 

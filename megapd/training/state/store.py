@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megapd.errors import UserError
-from megapd.files import check_run, fsync_path, sealed, sha256_file, unsealed, write_atomic, writing
+from megapd.files import check_run, fsync_path, obey_umask, sealed, sha256_file, unsealed, write_atomic, writing
 from megapd.training.engine import Engine
 from megapd.training.state.files import holds_state, read_state, write_state
 from megapd.world import World
@@ -63,6 +63,7 @@ class CheckpointStore:
         if self.world.rank == 0:
             manifest = {"step": step, "run": self.run, "layout": self._layout(engine), "files": entries}
             write_atomic(temporary / MANIFEST, sealed(manifest))
+            obey_umask(temporary)
             for folder in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
                 fsync_path(folder)
             if final.exists():  # a resumed run that came by again after a fallback
