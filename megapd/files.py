@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 from megapd.errors import DiskFailed, UserError
 
 TEMPORARY_INFIX = ".tmp-"
+MANY_BYTES = 1 << 26  # a disk with as many free is hardly the one that a library found to be full
 FEW_BYTES = 1 << 20  # a disk with fewer free, or read-only, is why a library failed that does not say what stopped it
 
 _FULL, _READ_ONLY, _FORBIDDEN = "full", "read-only", "forbidden"
@@ -67,7 +68,7 @@ def disk_failure(error: BaseException, path: Path | None = None) -> str | None:
     if number is None and any(_is_silent(link) for link in chain):
         free, files, read_only = _space(path)
         number = errno.EROFS if read_only else errno.ENOSPC if free < FEW_BYTES or files == 0 else errno.EIO
-    return None if number is None else _told(path, number)
+    return None if number is None else _told(path, number, sure=isinstance(named, str | bytes))
 
 
 def _is_silent(error: BaseException) -> bool:
@@ -90,13 +91,15 @@ def _number(error: BaseException) -> int | None:
     return None
 
 
-def _told(path: Path, number: int) -> str:
+def _told(path: Path, number: int, *, sure: bool = False) -> str:
+    """sure: the error itself names `path`."""
     free, files, _ = _space(path)
     disk = f"the disk at {_mount(path)}"
     space = f"{free:,} bytes free" + ("" if files is None else f", {files:,} more files")
     match _DISK_ERRORS.get(number):
         case "full":
-            return f"{path}: {os.strerror(number).lower()}: {disk} has {space}; make space there, or choose another folder"
+            other = ", or on that of TMPDIR or HF_HOME," if not sure and free > MANY_BYTES and files != 0 else ","
+            return f"{path}: {os.strerror(number).lower()}: {disk} has {space}; make space there{other} or choose another folder"
         case "read-only":
             return f"{path}: {disk} is read-only; mount it for writing, or choose another folder"
         case "forbidden":
