@@ -73,22 +73,22 @@ def disk_failure(error: BaseException, path: Path | None = None) -> str | None:
 
 def _is_silent(error: BaseException) -> bool:
     """Whether it is what torch.save and SQLite say where they could not write, without a reason."""
-    code = getattr(getattr(error, "orig", error), "sqlite_errorname", "")
-    return code == "SQLITE_CANTOPEN" or (isinstance(error, RuntimeError) and bool(_TORCH.search(str(error))))
+    return _sqlite(error) == "SQLITE_CANTOPEN" or (isinstance(error, RuntimeError) and bool(_TORCH.search(str(error))))
 
 
 def _number(error: BaseException) -> int | None:
     """The errno by which a disk is to blame for an error, None if it is not."""
     if isinstance(error, OSError):
         return error.errno if error.errno in _DISK_ERRORS or error.errno in _UNCLEAR else None
-    name = type(error).__name__
-    if name == "SafetensorError" and (found := re.search(r"\(os error (\d+)\)", str(error))):
+    if type(error).__name__ == "SafetensorError" and (found := re.search(r"\(os error (\d+)\)", str(error))):
         return int(found[1]) if int(found[1]) in _DISK_ERRORS or int(found[1]) in _UNCLEAR else None
-    if name == "OperationalError":  # sqlite3's, and SQLAlchemy's around it
-        codes = {"SQLITE_FULL": errno.ENOSPC, "SQLITE_READONLY": errno.EROFS, "SQLITE_IOERR": errno.EIO}
-        code = getattr(getattr(error, "orig", error), "sqlite_errorname", "")
-        return next((number for begin, number in codes.items() if code.startswith(begin)), None)
-    return None
+    codes = {"SQLITE_FULL": errno.ENOSPC, "SQLITE_READONLY": errno.EROFS, "SQLITE_IOERR": errno.EIO}
+    return next((number for begin, number in codes.items() if _sqlite(error).startswith(begin)), None)
+
+
+def _sqlite(error: BaseException) -> str:
+    """The name that SQLite has for its error, or for the one that SQLAlchemy wraps; "" of all others."""
+    return str(getattr(getattr(error, "orig", error), "sqlite_errorname", ""))
 
 
 def _told(path: Path, number: int, *, sure: bool = False) -> str:

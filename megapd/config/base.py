@@ -13,7 +13,6 @@ from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, Pyd
 from megapd.errors import MASK, UserError, hide, masked, masked_tree
 from megapd.registry import Registry
 
-
 # Hexadecimal, base64 or what `megapd scheduler token` prints; no name of a file, which has a folder or a suffix.
 _TOKEN = re.compile(r"[\w+-]{32,}=*|[\w+/-]{30,}={1,2}", re.ASCII)
 
@@ -67,8 +66,8 @@ class DatabaseURL(Secret[str]):
 
     def __init__(self, secret_value: str) -> None:
         super().__init__(secret_value)
-        user, _, _ = secret_value.partition("://")[2].rpartition("@")
-        self._password = user.partition(":")[2]
+        scheme, _, place = secret_value.partition("://")
+        self._password = "" if scheme == "sqlite" else place.rpartition("@")[0].partition(":")[2]
         hide(self._password)
 
     def _display(self) -> str:
