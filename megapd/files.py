@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 from megapd.errors import DiskFailed, UserError
 
 TEMPORARY_INFIX = ".tmp-"
+MANY_BYTES = 1 << 26  # a disk with as many free is hardly the one that a library found to be full
 FEW_BYTES = 1 << 20  # a disk with fewer free, or read-only, is why a library failed that does not say what stopped it
 
 _FULL, _READ_ONLY, _FORBIDDEN = "full", "read-only", "forbidden"
@@ -68,36 +69,38 @@ def disk_failure(error: BaseException, path: Path | None = None) -> str | None:
     if number is None and any(_is_silent(link) for link in chain):
         free, files, read_only = _space(path)
         number = errno.EROFS if read_only else errno.ENOSPC if free < FEW_BYTES or files == 0 else errno.EIO
-    return None if number is None else _told(path, number)
+    return None if number is None else _told(path, number, sure=isinstance(named, str | bytes))
 
 
 def _is_silent(error: BaseException) -> bool:
     """Whether it is what torch.save and SQLite say where they could not write, without a reason."""
-    code = getattr(getattr(error, "orig", error), "sqlite_errorname", "")
-    return code == "SQLITE_CANTOPEN" or (isinstance(error, RuntimeError) and bool(_TORCH.search(str(error))))
+    return _sqlite(error) == "SQLITE_CANTOPEN" or (isinstance(error, RuntimeError) and bool(_TORCH.search(str(error))))
 
 
 def _number(error: BaseException) -> int | None:
     """The errno by which a disk is to blame for an error, None if it is not."""
     if isinstance(error, OSError):
         return error.errno if error.errno in _DISK_ERRORS or error.errno in _UNCLEAR else None
-    name = type(error).__name__
-    if name == "SafetensorError" and (found := re.search(r"\(os error (\d+)\)", str(error))):
+    if type(error).__name__ == "SafetensorError" and (found := re.search(r"\(os error (\d+)\)", str(error))):
         return int(found[1]) if int(found[1]) in _DISK_ERRORS or int(found[1]) in _UNCLEAR else None
-    if name == "OperationalError":  # sqlite3's, and SQLAlchemy's around it
-        codes = {"SQLITE_FULL": errno.ENOSPC, "SQLITE_READONLY": errno.EROFS, "SQLITE_IOERR": errno.EIO}
-        code = getattr(getattr(error, "orig", error), "sqlite_errorname", "")
-        return next((number for begin, number in codes.items() if code.startswith(begin)), None)
-    return None
+    codes = {"SQLITE_FULL": errno.ENOSPC, "SQLITE_READONLY": errno.EROFS, "SQLITE_IOERR": errno.EIO}
+    return next((number for begin, number in codes.items() if _sqlite(error).startswith(begin)), None)
 
 
-def _told(path: Path, number: int) -> str:
+def _sqlite(error: BaseException) -> str:
+    """The name that SQLite has for its error, or for the one that SQLAlchemy wraps; "" of all others."""
+    return str(getattr(getattr(error, "orig", error), "sqlite_errorname", ""))
+
+
+def _told(path: Path, number: int, *, sure: bool = False) -> str:
+    """sure: the error itself names `path`."""
     free, files, _ = _space(path)
     disk = f"the disk at {_mount(path)}"
     space = f"{free:,} bytes free" + ("" if files is None else f", {files:,} more files")
     match _DISK_ERRORS.get(number):
         case "full":
-            return f"{path}: {os.strerror(number).lower()}: {disk} has {space}; make space there, or choose another folder"
+            other = ", or on that of TMPDIR or HF_HOME," if not sure and free > MANY_BYTES and files != 0 else ","
+            return f"{path}: {os.strerror(number).lower()}: {disk} has {space}; make space there{other} or choose another folder"
         case "read-only":
             return f"{path}: {disk} is read-only; mount it for writing, or choose another folder"
         case "forbidden":

@@ -67,7 +67,8 @@ def read_secret(path: Path, setting: str) -> bytes:
     try:
         secret = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{setting}: {path}: {error.strerror or error}; name a file that can be read") from error
+        shown = path if path.suffix or path.parent != Path(".") else "what is given"  # it may be the secret itself
+        raise UserError(f"{setting}: {shown}: {error.strerror or error}; name a file that can be read") from error
     hide(secret.decode("latin-1").strip())
     return secret
 

@@ -1,8 +1,13 @@
+from typing import Literal
+
 import pytest
 import yaml
+from pydantic import SecretStr
 
-from megapd.config import Config, ExplicitConfig, RangeConfig, dump, load
+from megapd.config import Config, ExplicitConfig, RangeConfig, TaskConfig, complete, dump, load, public_tree
 from megapd.errors import UserError
+from megapd.registry import tasks
+from megapd.training.folder.settings import changed_settings
 
 TAUGHT = "teacher: {trajectory: x}\nschedule: {policy: one_shot}\n"
 MODEL = "model: {kind: gpt, layers: 2, hidden: 32, heads: 2}\n"
@@ -127,3 +132,58 @@ def test_defaults_are_a_whole_run():
     config = load(None)
     assert isinstance(config, Config)
     assert config.folder.name == "run"
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """A task of another package that has a secret."""
+
+    class GuardedConfig(TaskConfig):
+        kind: Literal["guarded"] = "guarded"
+        key: SecretStr = SecretStr("")
+        source: str = ""
+
+    monkeypatch.setitem(tasks._entries, "guarded", GuardedConfig)
+
+
+def test_secrets_of_other_packages_are_masked(tmp_path, guarded):
+    given = "task: {kind: guarded, key: planted-key, source: 'https://me:planted-word@host/x'}\n"
+    config = load(write(tmp_path, given))
+    assert config.task.key.get_secret_value() == "planted-key"
+    assert "planted" not in dump(config) + str(public_tree(config))
+    masked = public_tree(config)
+    assert masked["task"]["key"] == "**********"
+    assert complete(masked) == (masked, [])
+    assert load(write(tmp_path, dump(config))).task.kind == "guarded"
+    changed = load(write(tmp_path, given.replace("planted-key", "another-key")))
+    assert changed_settings(tmp_path, masked, changed, []) == {}  # it is not compared
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://u:w0rd@h:1/n", "postgresql://u:**********@h:1/n"),
+        ("postgresql://u:w/0@r?d@h/n", "postgresql://u:**********@h/n"),
+        ("postgresql://u@h/n?password=w0rd", "postgresql://u@h/n?password=**********"),
+        ("sqlite:////a:b@c/d.db", "sqlite:////a:b@c/d.db"),
+    ],
+)
+def test_a_database_is_shown_without_its_password(url, shown):
+    config = load(None, [f"--scheduler.database={url}"])
+    assert str(config.scheduler.database) == public_tree(config)["scheduler"]["database"] == shown
+    assert "w0rd" not in repr(config)
+    again = load(None, [f"--scheduler.database={shown}"])
+    if shown == url:
+        assert again.scheduler.database.reveal("scheduler.database") == url
+        return
+    with pytest.raises(UserError, match=r"^scheduler\.database: .*MEGAPD_SCHEDULER__DATABASE"):
+        again.scheduler.database.reveal("scheduler.database")
+
+
+@pytest.mark.parametrize("token", ["megapd_" + "x" * 43, "0123456789abcdef" * 4, "abc/" * 10 + "abc="])
+def test_a_token_in_the_place_of_its_file(token):
+    for setting in ("scheduler.token", "teacher.token"):
+        with pytest.raises(UserError, match="this looks like a token") as error:
+            load(None, ["--teacher.trajectory=x", "--schedule.policy=one_shot", f"--{setting}={token}"])
+        assert token not in str(error.value)
+    load(None, ["--scheduler.token=secrets/production/scheduler/administrator"])

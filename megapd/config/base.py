@@ -13,6 +13,9 @@ from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, Pyd
 from megapd.errors import MASK, UserError, hide, masked, masked_tree
 from megapd.registry import Registry
 
+# Hexadecimal, base64 or what `megapd scheduler token` prints; no name of a file, which has a folder or a suffix.
+_TOKEN = re.compile(r"[\w+-]{32,}=*|[\w+/-]{30,}={1,2}", re.ASCII)
+
 
 class Section(BaseModel):
     """A branch of the tree: immutable, and closed to keys it does not know."""
@@ -63,8 +66,8 @@ class DatabaseURL(Secret[str]):
 
     def __init__(self, secret_value: str) -> None:
         super().__init__(secret_value)
-        user, _, _ = secret_value.partition("://")[2].rpartition("@")
-        self._password = user.partition(":")[2]
+        scheme, _, place = secret_value.partition("://")
+        self._password = "" if scheme == "sqlite" else place.rpartition("@")[0].partition(":")[2]
         hide(self._password)
 
     def _display(self) -> str:
@@ -95,7 +98,7 @@ def public_tree(section: BaseModel) -> dict[str, Any]:
 
 def check_token_file(setting: str, path: Path | None) -> None:
     """ValueError, which does not show it, if it looks like a token where the name of a token's file should be."""
-    if path is not None and re.fullmatch(r"[\w+=-]{32,}", str(path), re.ASCII) and not path.exists():
+    if path is not None and _TOKEN.fullmatch(str(path)) and not path.exists():
         hide(str(path))
         raise ValueError(f"{setting}: this looks like a token; write it into a file that you alone can read, and name that file")
 
