@@ -96,6 +96,10 @@ def _evaluate(overrides: list[str], folder: Path) -> int:
     return _run("evaluate.evaluate_run", _load(overrides, folder / "config.yaml"), folder)
 
 
+def _branch(overrides: list[str], **options: Any) -> int:
+    return _run("branch.branch_run", overrides, **options)
+
+
 def _verify(overrides: list[str], folder: Path, accept: bool) -> int:
     from megapd.trajectory.hugging_face import is_hugging_face
 
@@ -219,6 +223,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--at", type=int, metavar="STEP", help="student step that it begins at; default: as soon as can be")
     sub.add_argument("--note", default="", help="kept with it")
     sub.add_argument("--accept", action="store_true", help="though it names flagged checkpoints")
+
+    sub = _verb(verbs, "branch", _branch, "another run that goes on from a run's checkpoint; settings that differ follow")
+    sub.add_argument("folder", type=Path, metavar="RUN", help="a run's folder")
+    sub.add_argument("--as", dest="name", required=True, metavar="NAME", help="of the new run, which lies beside it")
+    sub.add_argument("--at", type=int, metavar="STEP", help="a step that has a checkpoint; default: the newest")
 
     sub = _verb(verbs, "evaluate", _evaluate, "held-out loss and accuracy of a run's checkpoints")
     sub.add_argument("folder", type=Path, help="a run's folder: runs/NAME")

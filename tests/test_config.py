@@ -7,6 +7,7 @@ from pydantic import SecretStr
 from megapd.config import Config, ExplicitConfig, RangeConfig, TaskConfig, complete, dump, load, public_tree
 from megapd.errors import UserError
 from megapd.registry import tasks
+from megapd.tasks import build_task
 from megapd.training.folder.settings import changed_settings
 
 TAUGHT = "teacher: {trajectory: x}\nschedule: {policy: one_shot}\n"
@@ -92,7 +93,7 @@ def test_dump_is_a_configuration(tmp_path):
 )
 def test_refusals_name_the_setting_in_one_line(tmp_path, text, overrides, setting):
     with pytest.raises(UserError, match=r".") as refusal:
-        load(write(tmp_path, text), overrides)
+        load(write(tmp_path, text or "name: given\n"), overrides)
     assert setting in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
@@ -187,3 +188,79 @@ def test_a_token_in_the_place_of_its_file(token):
             load(None, ["--teacher.trajectory=x", "--schedule.policy=one_shot", f"--{setting}={token}"])
         assert token not in str(error.value)
     load(None, ["--scheduler.token=secrets/production/scheduler/administrator"])
+
+
+# ------------------------------------------------------------------------------------------------- mistakes, told in a line
+
+
+def told(path, *overrides):
+    with pytest.raises(UserError) as raised:
+        load(path, list(overrides))
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("content", ["", "# nothing\n", "{}\n", "---\n"])
+def test_a_file_without_settings(tmp_path, content):
+    (tmp_path / "c.yaml").write_text(content)
+    assert f"{tmp_path / 'c.yaml'}: holds no settings" in told(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("content", ["seed: 1\nname: a\nseed: 2\n", "model:\n  kind: mlp\n  width: 3\n  width: 4\n"])
+def test_a_key_that_stands_twice(tmp_path, content):
+    (tmp_path / "c.yaml").write_text(content)
+    key, first, second = ("seed", 1, 3) if content.startswith("seed") else ("width", 3, 4)
+    assert f"the key {key!r} stands in line {first} and again in line {second}" in told(tmp_path / "c.yaml")
+
+
+def test_a_key_that_stands_twice_on_the_command_line():
+    assert "--model" in told(None, "--model={kind: mlp, kind: gpt}")
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("--optimizer.lrr=0.1", "optimizer.lr"),
+        ("--traning.steps=4", "training"),
+        ("--model={kind: gpt, layer: 2}", "model.layers"),
+        ("--schedule={policy: equal, checkpints: 2, steps: 3}", "schedule.checkpoints"),
+        ("--teacher={trajectory: t, server: {replica: 2}}", "teacher.server.replicas"),
+    ],
+)
+def test_the_setting_that_was_meant(override, meant):
+    others = ["--teacher.trajectory=t"] if override.startswith("--schedule") else []
+    others += ["--schedule={policy: one_shot}"] if override.startswith("--teacher") else []
+    assert f"unknown setting; did you mean {meant}" in told(None, override, *others)
+
+
+def test_a_setting_like_no_other_is_only_unknown():
+    message = told(None, "--optimizer.zzzzzz=1")
+    assert "optimizer.zzzzzz: unknown setting" in message
+    assert "did you mean" not in message
+
+
+def test_a_variable_that_was_meant(monkeypatch):
+    monkeypatch.setenv("MEGAPD_TRANING__STEPS", "4")
+    assert "did you mean TRAINING" in told(None)
+
+
+def test_another_kind_replaces_the_files_section(tmp_path, monkeypatch):
+    path = tmp_path / "c.yaml"
+    path.write_text("task: {kind: text, objective: clm}\nmodel: {kind: gpt, layers: 3, hidden: 32, heads: 2}\n")
+    config = load(path, ["--model={kind: mlp, width: 9}", "--task.kind=parity"])
+    assert (config.model.kind, config.model.width, config.task.kind) == ("mlp", 9, "parity")
+    assert (
+        load(path, ["--model.kind=gpt", "--model.hidden=64"]).model.layers == 3
+    )  # the same kind: the file's other settings stay
+    assert "layers" not in load(path, ["--model.kind=mlp", "--task.kind=parity"]).model.model_fields_set
+    monkeypatch.setenv("MEGAPD_MODEL__KIND", "mlp")
+    monkeypatch.setenv("MEGAPD_TASK__KIND", "parity")
+    assert load(path).model.kind == "mlp"
+
+
+def test_a_corpus_without_a_task(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("corpus: {output: here, sources: [{path: a.txt}]}\n")
+    config = load(path)  # enough for `megapd prepare`
+    with pytest.raises(UserError, match=r"task: the configuration has a corpus, and no task .*; add task: \{kind: text"):
+        build_task(config)

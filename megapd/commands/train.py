@@ -59,7 +59,7 @@ class Console(Callback):
             self._say(ending(self._run, result, time.perf_counter() - self._began, self._saved))
 
     def _say(self, lines: list[str]) -> None:
-        if self._speaks:
+        if self._speaks and lines:
             print("\n".join(lines), flush=True)
 
 

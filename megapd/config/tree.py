@@ -3,7 +3,8 @@
     model:                             MEGAPD_MODEL__WIDTH=100          --model.width=100
       width: 50
 
-Later sources win. A key the tree does not know is an error, wherever it comes from. The resolved tree is saved in
+Later sources win; a section of which they have another kind (model.kind, schedule.policy) they replace. A key that the tree does
+not know, or a file has twice, is an error, wherever it comes from. The resolved tree is saved in
 the run's folder and with every checkpoint of its trajectory.
 """
 
@@ -13,13 +14,14 @@ import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from megapd.config.base import Section, problem, public_tree
+from megapd.config import text
+from megapd.config.base import OpenSection, Section, problem, public_tree
 from megapd.config.distillation import LossConfig, ScheduleConfig, SchedulerConfig, TeacherConfig
 from megapd.config.learning import CorpusConfig, MLPConfig, ModelConfig, ParityConfig, TaskConfig
 from megapd.errors import UserError
@@ -208,9 +210,10 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
     global _from_file
     tree = {} if path is None else _read_yaml(Path(path))
     _check_environment()
-    _from_file = tree
+    given = parse_overrides(overrides or [])
+    _from_file = _of_another_kind(tree, given)
     try:
-        return Config(**parse_overrides(overrides or []))
+        return Config(**given)
     except ValidationError as error:
         raise UserError(_one_line(error, path)) from error
     except SettingsError as error:  # a variable that should hold a section, as JSON, and does not
@@ -262,10 +265,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file")
     try:
-        tree: Any = yaml.safe_load(path.read_text())
+        tree: Any = text.parse(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    tree = {} if tree is None else tree
+    if tree in (None, {}):
+        raise UserError(f"{path}: holds no settings; write some, or leave the file out for the defaults")
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of sections, got a {type(tree).__name__}")
     for key in tree:
@@ -286,8 +290,24 @@ def _check_environment() -> None:
     for variable in os.environ:
         if variable.startswith(ENV_PREFIX) and variable not in NO_SETTINGS:
             section = variable[len(ENV_PREFIX) :].split("__")[0]
-            if section.upper() not in known and variable != "MEGAPD_CACHE":  # of trajectory/digests.py
-                raise UserError(f"{variable}: the configuration has no section {section.lower()!r}; unset the variable")
+            if section.upper() not in known:
+                near = text.meant(section.upper(), iter(known))
+                raise UserError(f"{variable}: the configuration has no section {section.lower()!r}; unset the variable{near}")
+
+
+def _of_another_kind(tree: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The file's tree without the sections of which the environment or the command line has another kind."""
+    kept = dict(tree)
+    for name, field in Config.model_fields.items():
+        for part in (field.annotation, *get_args(field.annotation)):
+            if not (isinstance(part, type) and issubclass(part, OpenSection) and isinstance(tree.get(name), dict)):
+                continue
+            section, variable = given.get(name), f"{ENV_PREFIX}{name}__{part.tag}".upper()
+            chosen = section.get(part.tag) if isinstance(section, dict) else None
+            chosen = chosen or os.environ.get(variable)
+            if chosen is not None and chosen != tree[name].get(part.tag):
+                kept.pop(name, None)
+    return kept
 
 
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:
@@ -304,7 +324,7 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
             if not isinstance(branch, dict):
                 raise UserError(f"--{name}: {section!r} is given a value elsewhere on the command line")
         try:
-            branch[leaf] = yaml.safe_load(value)
+            branch[leaf] = text.parse(value)
         except yaml.YAMLError as error:
             raise UserError(f"--{name}: {value!r} is not valid YAML") from error
     return tree
@@ -316,7 +336,7 @@ def _one_line(error: ValidationError, path: str | Path | None) -> str:
         where = ".".join(map(str, found["loc"]))
         message = found["msg"].removeprefix("Value error, ")
         if found["type"] == "extra_forbidden":
-            message = "unknown setting"
+            message = "unknown setting" + text.meant(where, text.names(Config))
         elif found["type"] not in ("value_error", "missing") and not isinstance(found["input"], dict):
             message += f" (got {found['input']!r})"
         parts.append(f"{where}: {message}" if where else message)

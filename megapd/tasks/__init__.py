@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from megapd.batch import Batch
 from megapd.config import Config
+from megapd.errors import UserError
 
 
 class Task(Protocol):
@@ -42,7 +43,10 @@ class Task(Protocol):
 
 
 def build_task(config: Config) -> Task:
-    """The task of a run. Raises UserError where text has no fitting corpus."""
+    """The task of a run. Raises UserError where text has no fitting corpus, or a corpus no task that reads it."""
+    if "corpus" in config.model_fields_set and "task" not in config.model_fields_set:
+        what = "the configuration has a corpus, and no task that would read it"
+        raise UserError(f"task: {what}; add task: {{kind: text, objective: mlm}} for BERT, or clm for GPT")
     task: Task = config.task.build(config.seed, config.training.global_batch, config.corpus.output)
     return task
 

@@ -69,6 +69,14 @@ class MetricsFile:
             os.close(self._file)
 
 
+def branch_lines(source: Path, target: Path, run: str, step: int) -> str:
+    """Write the lines of `source` up to `step` as those of another run; their digest."""
+    lines = [line for line in recorded(source, step) if line["kind"] != "run"]
+    whole = _bytes([{"kind": "run", "step": 0, "id": run}, *lines])
+    write_atomic(target, whole)
+    return hashlib.sha256(whole).hexdigest()
+
+
 def tell_changed(path: Path, step: int, digest: str) -> None:
     """Warn if the lines of metrics.jsonl up to `step` are not those that had `digest`; "": it is not known."""
     _tell_changed(path, recorded(path, step), step, digest)
