@@ -18,4 +18,4 @@ def resolve_plan(config: Config, trajectory: Checkpoints, schedule: ScheduleConf
     # Models of transformers come without metrics, and to describe one is to fetch and hash it.
     metrics_of = None if isinstance(trajectory, HuggingFaceTrajectory) else lambda step: trajectory.checkpoint(step).metrics
     plan = build_plan(schedule, available=trajectory.steps, steps=config.training.steps, metrics_of=metrics_of)
-    return replace(plan, warnings=(*trajectory.notes, *plan.warnings))
+    return replace(plan, warnings=(*trajectory.notes(plan.teachers), *plan.warnings))

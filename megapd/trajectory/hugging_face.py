@@ -7,13 +7,14 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
 from megapd.errors import UserError
 from megapd.trajectory.digests import Weights, equal_weights, known_digests, not_finite, read_digests
+from megapd.trajectory.known_faults import known_fault_warnings
 from megapd.trajectory.reader import META, Checkpoint, Checkpoints, File
 
 log = logging.getLogger(__name__)
@@ -156,10 +157,9 @@ class HuggingFaceTrajectory(Checkpoints):
                 if problem not in told:
                     log.warning(problem)
 
-    @property
-    def notes(self) -> tuple[str, ...]:
+    def notes(self, teachers: Sequence[int]) -> tuple[str, ...]:
         if self._placeholder or self._given or self._step_in_name() is not None:
-            return ()
+            return tuple(known_fault_warnings(self._pattern, teachers))
         what = f"{self.spec} names no training step: it teaches as one finished model, called step {FINISHED}"
         return (f"teacher.trajectory: {what}; teacher.steps can tell another, and {{step}} in the name stands for several",)
 

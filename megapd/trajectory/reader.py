@@ -22,7 +22,7 @@ import re
 import time
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,9 +166,8 @@ class Checkpoints(ABC):
         self.steps: tuple[int, ...] = ()
         self.incomplete: tuple[int, ...] = ()
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a user may not know of how the trajectory was read, one line each."""
+    def notes(self, teachers: Sequence[int]) -> tuple[str, ...]:
+        """What a user may not know of the trajectory, and of the steps of it that are to teach, one line each."""
         return ()
 
     @abstractmethod

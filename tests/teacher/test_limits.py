@@ -51,6 +51,7 @@ def configured(corpus, tmp_path):
             "--task={kind: text, objective: mlm, corpus: " + str(corpus) + "}",
             "--model={kind: bert, layers: 1, hidden: 16, heads: 2}",
             "--training={steps: 2, global_batch: 4}",
+            "--evaluation.samples=8",
             "--telemetry={wandb: disabled, progress: false}",
             f"--runs_dir={tmp_path / 'runs'}",
             "--teacher.same_vocabulary=true",

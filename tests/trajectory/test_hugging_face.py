@@ -88,9 +88,13 @@ def test_one_folder_has_the_step_of_its_name(tmp_path, name, step):
     trajectory = HuggingFaceTrajectory(str(folder), ())
     assert trajectory.steps == (step,)
     assert trajectory.checkpoint(step).path == folder
-    told = [note for note in trajectory.notes if f"{folder} names no training step" in note and "called step 1;" in note]
-    assert len(told) == len(trajectory.notes) == (step == 1)
-    assert HuggingFaceTrajectory(str(folder), (77,)).notes == ()
+    told = [
+        note
+        for note in trajectory.notes(trajectory.steps)
+        if f"{folder} names no training step" in note and "called step 1;" in note
+    ]
+    assert len(told) == len(trajectory.notes(trajectory.steps)) == (step == 1)
+    assert HuggingFaceTrajectory(str(folder), (77,)).notes((77,)) == ()
     assert HuggingFaceTrajectory(str(folder), (77,)).checkpoint(77).path == folder
     with pytest.raises(UserError, match=r"^teacher\.steps: 2 steps, but teacher\.trajectory .* has no \{step\}"):
         HuggingFaceTrajectory(str(folder), (1, 2))
