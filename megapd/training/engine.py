@@ -97,9 +97,7 @@ class Engine:
         if training.zero_stage == 3 and compiled:
             # Hooks inside a compiled block break its graph 21 times; with the block as the unit that is gathered there are none.
             deepspeed.utils.set_z3_leaf_modules(learner, [Block])
-        with redirect_stdout(
-            StringIO()
-        ):  # where sums are in fp32 at stage 1, DeepSpeed prints 18 lines of memory
+        with redirect_stdout(StringIO()):  # where sums are in fp32 at stage 1, DeepSpeed prints 18 lines of memory
             self.deepspeed, *_ = deepspeed.initialize(
                 model=learner,
                 optimizer=_optimizer(learner, optimizer, fused=world.device.type == "cuda"),
