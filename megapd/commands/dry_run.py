@@ -74,13 +74,16 @@ def memory_lines(config: Config, task: Task, parameters: int, micro_batch: int, 
 
     States follow the ZeRO paper (arXiv 1910.02054, figure 1): weights and gradients in the run's precision; fp32 copies of the
     weights in mixed precision; two fp32 moments for AdamW, one for SGD with momentum. Stage 1 divides the optimizer's part by
-    the ranks, 2 the gradients' too, 3 the weights' too.
+    the ranks, 2 the gradients' too, 3 the weights' too. Gradients of several micro-batches are summed in fp32, at stage 1 beside
+    those of the micro-batch itself.
     """
     stage = config.training.zero_stage
     width = 4 if config.training.precision == "fp32" else 2
+    several = config.training.global_batch > micro_batch * ranks
+    grad_width = 4 + (2 if stage == 1 else 0) if several and width == 2 else width
     moments = 8 if config.optimizer.kind == "adamw" else (4 if config.optimizer.momentum else 0)
     weights = parameters * width / (ranks if stage == 3 else 1)
-    gradients = parameters * width / (ranks if stage >= 2 else 1)
+    gradients = parameters * grad_width / (ranks if stage >= 2 else 1)
     optimizer = parameters * (moments + (0 if width == 4 else 4)) / (ranks if stage >= 1 else 1)
     parts = {
         "weights": weights,

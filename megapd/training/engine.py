@@ -6,8 +6,9 @@ import json
 import math
 import pickle
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from importlib import resources
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,13 @@ class Engine:
         if training.zero_stage == 3 and compiled:
             # Hooks inside a compiled block break its graph 21 times; with the block as the unit that is gathered there are none.
             deepspeed.utils.set_z3_leaf_modules(learner, [Block])
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=learner,
-            optimizer=_optimizer(learner, optimizer, fused=world.device.type == "cuda"),
-            config=deepspeed_config(training, self.tiling),
-            dist_init_required=False,
-        )
+        with redirect_stdout(StringIO()):  # where sums are in fp32 at stage 1, DeepSpeed prints 18 lines of memory
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=learner,
+                optimizer=_optimizer(learner, optimizer, fused=world.device.type == "cuda"),
+                config=deepspeed_config(training, self.tiling),
+                dist_init_required=False,
+            )
         if training.zero_stage == 0 and not _plain(training):
             # DeepSpeed's 16-bit optimizer makes its state with an update of zero gradients, which leaves AdamW's step count at 1:
             # the first real update would be a quarter too small.

@@ -161,7 +161,7 @@ def main(output: Path) -> None:
         half = [*own, "--training.precision=bf16", "--training.micro_batch=1"]
         results[f"nonfinite{stage}"] = world.gather(skip_nonfinite(load(None, own), world))
         results[f"nonfinite{stage}-half"] = world.gather(skip_nonfinite(load(None, half), world))
-        results[f"error{stage}"] = gradient_error(load(None, [*half, "--training.global_batch=256"]), world)
+        results[f"error{stage}"] = gradient_error(load(None, [*half, "--training.global_batch=64"]), world)
     results["callbacks"] = resumed(output.parent / "fp32", world, "--training.zero_stage=2")
     half = ["--training.zero_stage=1", "--training.precision=bf16", "--training.micro_batch=2"]
     results["callbacks-half"] = resumed(output.parent / "bf16", world, *half)
