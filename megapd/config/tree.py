@@ -286,7 +286,7 @@ def _check_environment() -> None:
     for variable in os.environ:
         if variable.startswith(ENV_PREFIX) and variable not in NO_SETTINGS:
             section = variable[len(ENV_PREFIX) :].split("__")[0]
-            if section.upper() not in known and variable != "MEGAPD_CACHE":  # of trajectory/digests.py
+            if section.upper() not in known:
                 raise UserError(f"{variable}: the configuration has no section {section.lower()!r}; unset the variable")
 
 
