@@ -27,7 +27,6 @@ from megapd.config.learning import CorpusConfig, MLPConfig, ModelConfig, ParityC
 from megapd.errors import UserError
 
 ENV_PREFIX = "MEGAPD_"
-NO_SETTINGS = ("MEGAPD_CACHE",)  # where this machine keeps digests, see megapd.trajectory.digests
 
 # Settings that there were. A run's config.yaml may name them: they are dropped, and a resumed run does not compare them.
 RETIRED_SETTINGS = ("teacher.data_port", "teacher.server.data_port")
@@ -288,7 +287,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _check_environment() -> None:
     known = {name.upper() for name in Config.model_fields}
     for variable in os.environ:
-        if variable.startswith(ENV_PREFIX) and variable not in NO_SETTINGS:
+        if variable.startswith(ENV_PREFIX):
             section = variable[len(ENV_PREFIX) :].split("__")[0]
             if section.upper() not in known:
                 near = text.meant(section.upper(), iter(known))
