@@ -29,8 +29,14 @@ Record = dict[str, Any]
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # they change when the colours have run out: 49 runs are told apart
 SIZE, DPI = (10.0, 3.93), 140  # inches and dots an inch: 1400 x 550 pixels
+ROW_HEIGHT = 2.7  # inches of a row of panels
+PANELS = (  # kind of line, number in it, what the axis says
+    ("train", "loss", "training loss"),
+    ("eval", "loss", "held-out loss"),
+    ("eval", "accuracy", "held-out accuracy"),
+    ("train", "divergence", "divergence from the teacher"),
+)
 GRID, AXIS, TEXT = "#e8e8e8", "#b0b0b0", "#404040"
-DASHES = (0, (3.5, 1.5))
 NOISY = 150  # points of a training curve; of more, the running mean is drawn over the faint raw curve
 CROWDED = 40  # points of a held-out curve; of more, their markers are left out
 
@@ -63,7 +69,8 @@ def steps_to_accuracy(metrics: Sequence[Record], threshold: float) -> int | None
 
 
 def plot_runs(run_folders: Sequence[Path], output: Path) -> list[Path]:
-    """Loss and held-out accuracy of several runs against steps done; rotations are thin vertical lines in the run's colour.
+    """Curves of several runs against steps done: training loss, held-out loss, held-out accuracy, the divergence from the teacher
+    where there is one; below them, a strip a run that says which of the teacher's steps teaches when.
 
     Writes `output` (a PNG; the suffix is added if it lacks) and the CSV of the same name with columns run, kind, step, metric,
     value: every number in the runs' metrics, with an empty value where one was not finite. Returns both paths. Raises UserError
@@ -71,43 +78,88 @@ def plot_runs(run_folders: Sequence[Path], output: Path) -> list[Path]:
     """
     runs = {name: current(read_metrics(folder)) for name, folder in _names(run_folders).items()}
     for name, records in runs.items():
-        if not records:
+        if all(record["kind"] == "run" for record in records):
             raise UserError(f"{name}: its {METRICS} is empty; let the run write a line first (telemetry.every)")
-    figure, (losses, accuracies) = new_figure(2)
-    runs_legend = []
-    for number, (name, records) in enumerate(runs.items()):
-        colour, marker = PALETTE[number % len(PALETTE)], MARKERS[number // len(PALETTE) % len(MARKERS)]
-        _training_curve(losses, *series(records, "train", "loss"), colour)
-        _held_out_curve(losses, *series(records, "eval", "loss"), colour, marker, DASHES)
-        _held_out_curve(accuracies, *series(records, "eval", "accuracy"), colour, marker, "-")
-        rotations = rotation_steps(records)
-        for axes in (losses, accuracies):
-            for step in rotations:
-                axes.axvline(step, color=colour, linewidth=0.7, alpha=0.35 if len(rotations) <= 24 else 0.18, zorder=0)
-        runs_legend.append(Line2D([], [], color=colour, linewidth=1.8, marker=marker, markersize=4, label=name))
-    label_axes(losses, "loss")
-    label_axes(accuracies, "held-out accuracy")
-    _log_if_positive(losses, runs)
-    smoothed = any(series(records, "train", "loss")[0].size > NOISY for records in runs.values())
-    kinds = [
-        Line2D([], [], color=TEXT, linewidth=1.6, label="training (running mean)" if smoothed else "training"),
-        Line2D([], [], color=TEXT, linewidth=1.3, linestyle=DASHES, marker="o", markersize=3.5, label="held out"),
-    ]
-    if any(map(rotation_steps, runs.values())):
-        kinds.append(Line2D([], [], color=TEXT, linewidth=0.7, alpha=0.6, marker="|", markersize=9, ls="", label="rotation"))
-    losses.legend(handles=kinds, loc="best", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none", labelcolor=TEXT)
-    columns = max(1, min(len(runs), 120 // (6 + max(map(len, runs)))))  # about 120 characters fit beside each other
-    figure.legend(handles=runs_legend, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, labelcolor=TEXT)
-
+    picture = save(runs_figure(runs), output)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(("run", "kind", "step", "metric", "value"))
     for name, records in runs.items():
         writer.writerows((name, *row) for row in tidy(records))
-    picture = save(figure, output)
     numbers = picture.with_suffix(".csv")
     write_atomic(numbers, table.getvalue())
     return [picture, numbers]
+
+
+def runs_figure(runs: dict[str, list[Record]]) -> Figure:
+    """The picture of `plot_runs`, of each run's lines. Its axes are labelled with what they show."""
+    shown = [panel for panel in PANELS if any(series(records, panel[0], panel[1])[0].size for records in runs.values())]
+    taught = [name for name, records in runs.items() if any(record["kind"] == "rotation" for record in records)]
+    rows = -(-len(shown) // 2)
+    strip = 0.2 * len(taught) + 0.5 if taught else 0.0  # inches
+    figure = Figure(figsize=(SIZE[0], rows * ROW_HEIGHT + strip + 0.4), dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(rows + bool(taught), 2, height_ratios=[ROW_HEIGHT] * rows + [strip] * bool(taught))
+    first: Axes | None = None
+    for number, (kind, metric, label) in enumerate(shown):
+        wide = number == len(shown) - 1 and number % 2 == 0
+        place = grid[number // 2, :] if wide else grid[number // 2, number % 2]
+        axes = first = figure.add_subplot(place, sharex=first)
+        for run, records in enumerate(runs.values()):
+            colour, marker = _style(run)
+            if kind == "train":
+                _training_curve(axes, *series(records, kind, metric), colour)
+            else:
+                _held_out_curve(axes, *series(records, kind, metric), colour, marker, "-")
+        noisy = kind == "train" and any(series(records, kind, metric)[0].size > NOISY for records in runs.values())
+        label_axes(axes, label + (" (running mean)" if noisy else ""))
+        if kind == "train":
+            _log_if_positive(axes, [series(records, kind, metric)[1] for records in runs.values()])
+    if taught:
+        _strips(figure.add_subplot(grid[rows, :], sharex=first), {name: runs[name] for name in taught})
+    handles = []
+    for run, name in enumerate(runs):
+        colour, marker = _style(run)
+        handles.append(Line2D([], [], color=colour, linewidth=1.8, marker=marker, markersize=4, label=name))
+    columns = max(1, min(len(runs), 120 // (6 + max(map(len, runs)))))  # about 120 characters fit beside each other
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, labelcolor=TEXT)
+    return figure
+
+
+def _style(run: int) -> tuple[str, str]:
+    """Colour and marker of a run by its number."""
+    return PALETTE[run % len(PALETTE)], MARKERS[run // len(PALETTE) % len(MARKERS)]
+
+
+def _strips(axes: Axes, runs: dict[str, list[Record]]) -> None:
+    """A row a run, of the teacher's steps that taught it: the darker, the later; named where there is room."""
+    spans = {name: list(taught_spans(records)) for name, records in runs.items()}
+    latest = max(teacher for row in spans.values() for _, _, teacher in row) or 1
+    width = max(end for row in spans.values() for _, end, _ in row) or 1
+    for row, found in enumerate(spans.values()):
+        for start, end, teacher in found:
+            shade = 0.12 + 0.68 * teacher / latest
+            axes.barh(row, end - start, left=start, height=0.8, color=str(1.0 - shade), edgecolor="white", linewidth=0.6)
+            label = EngFormatter(sep="")(teacher)
+            if (end - start) / width > 0.014 * len(label):
+                ink = "white" if shade > 0.4 else TEXT
+                axes.text((start + end) / 2, row, label, ha="center", va="center", fontsize=8, color=ink, clip_on=True)
+    label_axes(axes, "")
+    axes.set_xlabel("steps; in the bars, the step of the teacher that teaches", fontsize=9, color=TEXT)
+    axes.set_yticks(range(len(spans)), list(spans))
+    axes.set_ylim(len(spans) - 0.5, -0.5)
+    axes.grid(False)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
+def taught_spans(records: Sequence[Record]) -> Iterator[tuple[int, int, int]]:
+    """(first step, end, teacher's step) of each stretch that one checkpoint taught, up to the last step on record."""
+    last = max(record["step"] for record in records)
+    rotations = [(record["step"], record["teacher_step"]) for record in records if record["kind"] == "rotation"]
+    kept = [rotation for place, rotation in enumerate(rotations) if place == 0 or rotation[1] != rotations[place - 1][1]]
+    for (start, teacher), end in zip(kept, [*(step for step, _ in kept[1:]), max(last, kept[-1][0])], strict=True):
+        yield start, end, teacher
 
 
 def plot_plan(plan: Plan, output: Path) -> Path:
@@ -148,17 +200,6 @@ def series(records: Sequence[Record], kind: str, metric: str) -> tuple[np.ndarra
         (r["step"], math.nan if r[metric] is None else float(r[metric])) for r in records if r["kind"] == kind and metric in r
     ]
     return np.array([s for s, _ in found], dtype=np.int64), np.array([v for _, v in found], dtype=np.float64)
-
-
-def rotation_steps(records: Sequence[Record]) -> list[int]:
-    """Student steps at which another checkpoint began to teach; neither the first checkpoint nor one named again by a resume."""
-    steps, before = [], None
-    for record in records:
-        if record["kind"] == "rotation":
-            if before is not None and record["teacher_step"] != before:
-                steps.append(record["step"])
-            before = record["teacher_step"]
-    return steps
 
 
 def tidy(records: Sequence[Record]) -> Iterator[tuple[str, int, str, float | int | None]]:
@@ -236,8 +277,8 @@ def label_axes(axes: Axes, y: str, x: str = "steps") -> None:
         spine.set_color(AXIS)
 
 
-def _log_if_positive(axes: Axes, runs: dict[str, list[Record]]) -> None:
-    values = np.concatenate([series(records, kind, "loss")[1] for records in runs.values() for kind in ("train", "eval")])
+def _log_if_positive(axes: Axes, curves: Sequence[np.ndarray]) -> None:
+    values = np.concatenate(curves)
     values = values[np.isfinite(values)]
     if values.size == 0 or values.min() <= 0:
         return

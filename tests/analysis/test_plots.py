@@ -13,10 +13,11 @@ from megapd.analysis.plots import (
     plot_plan,
     plot_runs,
     read_metrics,
-    rotation_steps,
     running_mean,
+    runs_figure,
     series,
     steps_to_accuracy,
+    taught_spans,
     tidy,
 )
 from megapd.config import MatchedConfig
@@ -131,10 +132,10 @@ def test_a_resumed_run_keeps_the_later_lines():
     assert current(first + from_start) == [evaluation(10, 0.1), *from_start]
 
 
-def test_rotation_steps_are_the_changes():
-    records = [rotation(0, 100), rotation(20, 200), rotation(33, 200), train(35, 1.0), rotation(40, 300)]
-    assert rotation_steps(records) == [20, 40]
-    assert rotation_steps([train(1, 0.1)]) == []
+def test_spans_of_the_teachers():
+    """A checkpoint that is named again, by a resume, goes on."""
+    records = [rotation(0, 100), train(10, 0.1), rotation(10, 100), rotation(20, 200), rotation(40, 100), train(50, 0.1)]
+    assert list(taught_spans(records)) == [(0, 20, 100), (20, 40, 200), (40, 50, 100)]
 
 
 @pytest.mark.parametrize("window", [1, 3, 5, 9])
@@ -160,8 +161,7 @@ def test_plot_runs_writes_the_picture_and_its_numbers(tmp_path):
     written = plot_runs(folders, tmp_path / "plots" / "curves.png")
     assert written == [tmp_path / "plots" / "curves.png", tmp_path / "plots" / "curves.csv"]
     assert {p.name for p in (tmp_path / "plots").iterdir()} == {"curves.png", "curves.csv"}
-    picture = matplotlib.image.imread(written[0])
-    assert picture.shape[:2] == (550, 1400)
+    assert matplotlib.image.imread(written[0]).shape[1] == 1400
     header, *rows = rows_of(written[1])
     assert header == ["run", "kind", "step", "metric", "value"]
     expected = [("progressive", *row) for row in tidy(RUN)] + [("tau0.5", *row) for row in tidy(other)]
@@ -172,16 +172,30 @@ def test_plot_runs_writes_the_picture_and_its_numbers(tmp_path):
     assert not any("teacher" in row for row in rows)  # digests are no numbers
 
 
-def test_plot_shows_curves_and_rotations_in_the_runs_colours(tmp_path):
-    one = matplotlib.image.imread(plot_runs([run_folder(tmp_path / "a", RUN)], tmp_path / "one.png")[0])
-    blue = np.array([0x00, 0x72, 0xB2]) / 255
-    assert (np.abs(one[..., :3] - blue).max(-1) < 0.02).sum() > 200
-    moved = [{**r, "step": 25} if r == rotation(20, 200) else r for r in RUN]
-    elsewhere = matplotlib.image.imread(plot_runs([run_folder(tmp_path / "moved" / "a", moved)], tmp_path / "two.png")[0])
-    rows, columns = np.nonzero((one != elsewhere).any(-1))
-    # A line from bottom to top in each of the two panels left its place for another: four narrow columns, nothing else.
-    assert len(np.unique(columns)) < 40
-    assert len(np.unique(rows)) > 400
+def test_what_has_another_scale_has_a_panel_of_its_own():
+    """The held-out loss is on a linear axis; who taught when is a strip, a row a run; no legend lies on data."""
+    taught = [*RUN, train(40, 0.01, divergence=0.2), train(50, 0.005, divergence=0.1)]
+    figure = runs_figure({"a": taught, "b": [train(10, 0.5), evaluation(10, 0.5)], "c": taught})
+    panels = {axes.get_ylabel(): axes for axes in figure.axes}
+    assert list(panels) == ["training loss", "held-out loss", "held-out accuracy", "divergence from the teacher", ""]
+    assert {label: axes.get_yscale() for label, axes in panels.items() if label} == {
+        "training loss": "log",
+        "held-out loss": "linear",
+        "held-out accuracy": "linear",
+        "divergence from the teacher": "log",
+    }
+    assert [len(axes.lines) for axes in panels.values()] == [3, 3, 3, 3, 0]
+    strip = panels[""]
+    assert [label.get_text() for label in strip.get_yticklabels()] == ["a", "c"]
+    assert [(bar.get_x(), bar.get_width()) for bar in strip.patches] == [(0, 20), (20, 30)] * 2
+    assert [text.get_text() for text in strip.texts] == ["100", "200"] * 2
+    assert not any(axes.get_legend() for axes in figure.axes)
+    assert all(text.get_fontsize() >= 8 for axes in figure.axes for text in [*axes.texts, *axes.get_xticklabels()])
+
+
+def test_runs_that_nothing_teaches_have_no_strip():
+    figure = runs_figure({"b": [train(10, 0.5), evaluation(10, 0.5)]})
+    assert [axes.get_ylabel() for axes in figure.axes] == ["training loss", "held-out loss", "held-out accuracy"]
 
 
 def test_a_picture_is_the_same_each_time(tmp_path):
@@ -207,7 +221,7 @@ def test_a_picture_is_the_same_each_time(tmp_path):
 def test_odd_runs_are_drawn(tmp_path, records):
     picture, numbers = plot_runs([run_folder(tmp_path / "r", records)], tmp_path / "x")
     assert picture.name == "x.png"
-    assert matplotlib.image.imread(picture).shape[:2] == (550, 1400)
+    assert matplotlib.image.imread(picture).shape[1] == 1400
     assert len(rows_of(numbers)) == 1 + len(list(tidy(records)))
 
 
