@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from megapd.errors import UserError
+from megapd.errors import DiskFailed, UserError
 from megapd.files import write_atomic
 from megapd.trajectory.pickles import load_pickle
 
@@ -191,8 +191,8 @@ def _to_index(entry: Path, real: Path, state: list[int], found: FileDigests) -> 
     tree = {"format": FORMAT, "path": str(real), "state": state, **found._asdict()}
     try:
         write_atomic(entry, json.dumps(tree))
-    except OSError as error:
-        text = f"{CACHE}: {entry.parent} cannot be written ({error.strerror}): published weights are hashed again at each start"
+    except (DiskFailed, OSError) as error:
+        text = f"{CACHE}: {entry.parent} cannot be written ({error}): published weights are hashed again at each start"
         if text not in _told:
             _told.add(text)
             log.warning(text)

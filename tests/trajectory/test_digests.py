@@ -1,5 +1,6 @@
 """Digests by file and by tensor: what equal ones tell, what is read again and what is not."""
 
+import errno
 import hashlib
 import json
 import os
@@ -152,7 +153,7 @@ def test_a_damaged_header_is_told(tmp_path, content):
         read_digests(path)
 
 
-def test_an_unchanged_file_is_not_read_again(tmp_path, monkeypatch, index):
+def test_an_unchanged_file_is_not_read_again(tmp_path, monkeypatch, index, caplog):
     path = save(tmp_path / "step_1", tensors(1), "one") / "model.safetensors"
     reads = []
     monkeypatch.setattr(digests, "read_digests", lambda path: reads.append(path.name) or read_digests(path))
@@ -180,3 +181,11 @@ def test_an_unchanged_file_is_not_read_again(tmp_path, monkeypatch, index):
     assert at_a_new_start() == read_digests(path)
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")  # nor is one that cannot be written
     assert at_a_new_start() == read_digests(path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("MEGAPD_CACHE", str(tmp_path / "full"))
+    monkeypatch.setattr("megapd.files.os.replace", full)
+    assert at_a_new_start() == read_digests(path)
+    assert "no space left on device: the disk at" in caplog.text
