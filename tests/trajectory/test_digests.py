@@ -185,7 +185,7 @@ def test_an_unchanged_file_is_not_read_again(tmp_path, monkeypatch, index, caplo
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setenv("MEGAPD_CACHE", str(tmp_path / "full"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "full"))
     monkeypatch.setattr("megapd.files.os.replace", full)
     assert at_a_new_start() == read_digests(path)
     assert "no space left on device: the disk at" in caplog.text
