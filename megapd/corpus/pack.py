@@ -6,6 +6,7 @@ so no position is padding; in BERT's style each block opens with [CLS], and the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 from collections.abc import Iterable
@@ -122,25 +123,31 @@ class BlockWriter:
         self._vocab_size, self._path = vocab_size, path
         self._weights, self._blocks = check_weights(length), 0
         self._page, self._pages = np.empty((0, len(COLUMNS)), dtype=np.uint64), bytearray()
-        self._file = _HashingFile(path)
-        self._checks = path.with_suffix(".checks").open("wb")
-        self._writer = pa.ipc.new_file(pa.PythonFile(self._file, mode="w"), self._schema)
+        with contextlib.ExitStack() as opened:  # closed where what follows fails, as on a full disk
+            self._file = opened.enter_context(_HashingFile(path))
+            self._checks = opened.enter_context(path.with_suffix(".checks").open("wb"))
+            self._writer = pa.ipc.new_file(pa.PythonFile(self._file, mode="w"), self._schema)
+            self._opened = opened.pop_all()
         self.shard: dict[str, Any] = {}
 
     def __enter__(self) -> BlockWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if kind is None:
-            if self._held_rows:
-                self._write(self._held_rows)
-            self._writer.close()
-            self._check(np.empty((0, self._length), dtype=np.int64), np.empty((0, self._length), dtype=np.int64), last=True)
-            self._checks.write(self._pages)
-            root = hashlib.sha256(self._pages).hexdigest()
-            self.shard = {"file": self._path.name, "blocks": self._blocks, "sha256": self._file.hash.hexdigest(), "root": root}
-        self._file.close()  # after an error half a file, of no use to anyone: no footer
-        self._checks.close()
+        with self._opened:  # after an error half a file, of no use to anyone: no footer
+            if kind is None:
+                if self._held_rows:
+                    self._write(self._held_rows)
+                self._writer.close()
+                self._check(np.empty((0, self._length), dtype=np.int64), np.empty((0, self._length), dtype=np.int64), last=True)
+                self._checks.write(self._pages)
+                root = hashlib.sha256(self._pages).hexdigest()
+                self.shard = {
+                    "file": self._path.name,
+                    "blocks": self._blocks,
+                    "sha256": self._file.hash.hexdigest(),
+                    "root": root,
+                }
 
     def append(self, ids: NDArray[Any], segments: NDArray[Any]) -> None:
         """ids, all below the vocabulary's size, and segments [blocks, length]."""
