@@ -96,6 +96,10 @@ def _evaluate(overrides: list[str], folder: Path) -> int:
     return _run("evaluate.evaluate_run", _load(overrides, folder / "config.yaml"), folder)
 
 
+def _doctor(overrides: list[str], source: Path | None) -> int:
+    return _run("doctor.examine_all", overrides, source)
+
+
 def _branch(overrides: list[str], **options: Any) -> int:
     return _run("branch.branch_run", overrides, **options)
 
@@ -224,6 +228,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--note", default="", help="kept with it")
     sub.add_argument("--accept", action="store_true", help="though it names flagged checkpoints")
 
+    sub = _verb(verbs, "doctor", _doctor, "look at machines, disk, data, teacher and run, and train nothing; exit code 0 or 2")
+    sub.add_argument("source", type=Path, nargs="?", metavar="CONFIG|RUN", help="a YAML file, or a run's folder")
     sub = _verb(verbs, "branch", _branch, "another run that goes on from a run's checkpoint; settings that differ follow")
     sub.add_argument("folder", type=Path, metavar="RUN", help="a run's folder")
     sub.add_argument("--as", dest="name", required=True, metavar="NAME", help="of the new run, which lies beside it")

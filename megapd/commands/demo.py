@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from megapd.analysis.plots import plot_runs, read_metrics, steps_to_accuracy
+from megapd.analysis.plots import METRICS, plot_runs, read_metrics, steps_to_accuracy
+from megapd.commands.progress import Progress
 from megapd.errors import UserError
 from megapd.files import write_atomic
 from megapd.processes.local import launch_local
@@ -39,10 +40,16 @@ def run_demo(folder: Path) -> int:
     console = Console()
     _clear(folder)
     seconds: dict[str, float] = {}
+    steps = {name: _settings(name)["training"]["steps"] for name in RUNS}
+    progress = Progress("demo", sum(steps.values()), "steps", stream=sys.stdout)
     for together in STAGES:
-        console.print("training " + " and ".join(f"{name} (ranks: {RANKS.get(name, 1)})" for name in together), highlight=False)
+        progress.say("training " + " and ".join(f"{name} (ranks: {RANKS.get(name, 1)})" for name in together))
         with ThreadPoolExecutor(len(together)) as pool:
             futures = {name: pool.submit(_train, name, folder) for name in together}
+            while wait(futures.values(), timeout=1.0).not_done:
+                made = {name: _last_step(folder / name) for name in RUNS}
+                told = ", ".join(f"{name} {made[name]:,} of {steps[name]:,}" for name in together)
+                progress.update(sum(made.values()), told)
         seconds |= {name: future.result() for name, future in futures.items()}
     summary = summarise(folder, seconds)
     write_atomic(folder / "summary.json", json.dumps(summary, indent=1))
@@ -77,6 +84,17 @@ def summarise(folder: Path, seconds: dict[str, float]) -> dict[str, Any]:
     return summary
 
 
+def _settings(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((resources.files("megapd.configs") / "demo" / f"{name}.yaml").read_text())
+    return found
+
+
+def _last_step(run: Path) -> int:
+    """Student steps on record of a run that is under way, 0 before its first line."""
+    lines = read_metrics(run) if (run / METRICS).exists() else []
+    return max((line["step"] for line in lines), default=0)
+
+
 def _clear(folder: Path) -> None:
     """Make way for a new demo: an earlier one's runs go, in a folder that it marked as its own."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +112,7 @@ def _train(name: str, folder: Path) -> float:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with resources.as_file(resources.files("megapd.configs") / "demo" / f"{name}.yaml") as config:
         arguments = ["train", str(config), f"--runs_dir={folder}"]
-        if "teacher" in yaml.safe_load(config.read_text()):
+        if "teacher" in _settings(name):
             arguments.append(f"--teacher.trajectory={folder / 'teacher' / 'trajectory'}")
         log = folder / f"{name}.log"
         if ranks > 1:

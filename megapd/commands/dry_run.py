@@ -18,6 +18,7 @@ from megapd.teacher.locate import open_trajectory
 from megapd.teacher.setup import describe_signal, signal_spec
 from megapd.tiling import tile
 from megapd.training import build_student
+from megapd.training.folder import check_room, room_for
 from megapd_kernels import default_chunk_bytes
 
 GIB = 2**30
@@ -65,6 +66,8 @@ def dry_run(config: Config) -> str:
         if trajectory.incomplete:
             lines.append(f"               incomplete, and not counted: steps {', '.join(map(str, trajectory.incomplete))}")
         lines += ["", describe_plan(plan)]
+    free, need = check_room(config, total) / GIB, room_for(config, total) / GIB
+    lines += ["", f"disk           {need:.4f} GiB of checkpoints and trajectory, {free:.1f} GiB free in {config.runs_dir}"]
     lines += ["", "expected memory a rank", *memory_lines(config, task, total, tiling.micro_batch, ranks, teacher_bytes)]
     return "\n".join(lines)
 

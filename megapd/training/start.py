@@ -13,14 +13,14 @@ from megapd import registry
 from megapd.config import Config
 from megapd.errors import UserError
 from megapd.evaluation import check_samples
-from megapd.models import Learner, build_model
+from megapd.models import Learner, build_model, parameter_count
 from megapd.schedule.resolve import resolve_plan
 from megapd.tasks import Task, build_task
 from megapd.teacher.limits import check_teachers
 from megapd.teacher.locate import open_trajectory
 from megapd.training.callbacks import Checkpointer, Evaluation, Guard, TrajectoryWriter
 from megapd.training.engine import Engine, start_world
-from megapd.training.folder import agree, open_folder, write_config
+from megapd.training.folder import agree, check_room, open_folder, write_config
 from megapd.training.run import Callback, Progress, Run, StopRequest
 from megapd.training.state import CheckpointStore
 from megapd.training.teaching import open_teaching
@@ -72,6 +72,7 @@ def start(
             opened.callback(callback.close)
         learner = build_student(config, task)
         world = start_world()
+        world.on_first(lambda: check_room(config, parameter_count(learner)[0]))
         digests = {"data": task.data_digest, "vocabulary": task.vocabulary_digest}
         agree(world, config, digests)
         if curriculum is not None and world.rank == 0:

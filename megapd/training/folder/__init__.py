@@ -2,9 +2,10 @@
 
 from megapd.training.folder.branch import branch
 from megapd.training.folder.lock import held
-from megapd.training.folder.metrics import METRICS, MetricsFile, numbers, recorded, tell_changed
-from megapd.training.folder.open import RunFolder, agree, check_config, open_folder, write_config
+from megapd.training.folder.metrics import METRICS, MetricsFile, changed_lines, numbers, recorded, tell_changed
+from megapd.training.folder.open import RunFolder, agree, check_config, examine, open_folder, seen_by_all, write_config
 from megapd.training.folder.record import RunRecord, read_record
+from megapd.training.folder.room import check_room, room_for
 
 __all__ = [
     "METRICS",
@@ -13,12 +14,17 @@ __all__ = [
     "RunRecord",
     "agree",
     "branch",
+    "changed_lines",
     "check_config",
+    "check_room",
+    "examine",
     "held",
     "numbers",
     "open_folder",
     "read_record",
     "recorded",
+    "room_for",
+    "seen_by_all",
     "tell_changed",
     "write_config",
 ]

@@ -82,6 +82,11 @@ def tell_changed(path: Path, step: int, digest: str) -> None:
     _tell_changed(path, recorded(path, step), step, digest)
 
 
+def changed_lines(path: Path, step: int, digest: str) -> bool:
+    """Whether `tell_changed` would warn."""
+    return _differ(recorded(path, step), step, digest)
+
+
 def recorded(path: Path, step: int) -> list[dict[str, Any]]:
     """The good lines of metrics.jsonl that belong to the first `step` student steps."""
     return _until(_parse(path.read_bytes())[0], step) if path.exists() else []
@@ -128,8 +133,12 @@ def _aside(path: Path) -> Path:
 
 
 def _tell_changed(path: Path, lines: list[dict[str, Any]], step: int, digest: str) -> None:
-    if digest and hashlib.sha256(_bytes(_until(lines, step))).hexdigest() != digest:
+    if _differ(lines, step, digest):
         log.warning("%s: its lines up to step %d are not those that the run wrote", path, step)
+
+
+def _differ(lines: list[dict[str, Any]], step: int, digest: str) -> bool:
+    return bool(digest) and hashlib.sha256(_bytes(_until(lines, step))).hexdigest() != digest
 
 
 def _bytes(lines: Iterable[Mapping[str, Any]]) -> bytes:

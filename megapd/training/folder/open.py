@@ -127,9 +127,7 @@ def open_folder(
     run, resumed, adopted, token = world.on_first(on_first)
     found = opened[0] if opened else RunFolder(run, resumed=resumed, adopted=adopted)
     try:
-        blind = [told for told in world.gather(_unseen(config.folder / "lock", token, world.rank)) if told]
-        if blind:
-            raise UserError(f"runs_dir: {blind[0]}; it must be one folder, on a file system that all machines share")
+        seen_by_all(world, config.folder / "lock", token)
     except BaseException:
         found.close()
         raise
@@ -163,7 +161,7 @@ def _open(
     except OSError as error:
         raise UserError(f"runs_dir: cannot write to {folder}: {error}") from error
     try:
-        record = _examine(config)
+        record = examine(config)
         opened, changed = _resume(config, record, digests, world, allow_change) if record else _begin(config, digests)
         opened._lock = lock
         opened._segment, opened.changed = _segment(world.size, changed), changed
@@ -176,7 +174,7 @@ def _open(
     return opened, lock
 
 
-def _examine(config: Config) -> RunRecord | None:
+def examine(config: Config) -> RunRecord | None:
     """The record of the run that the folder holds, made if an older megapd began it; None: none. UserError if a piece lacks."""
     folder = config.folder
     record, saved = read_record(folder), _read_config(folder)
@@ -304,6 +302,12 @@ def _check_same(folder: Path, saved: Mapping[str, Any], recorded: Mapping[str, A
 def _steps(folder: Path) -> list[int]:
     names: Iterable[str] = (path.name.removeprefix("step_") for path in (folder / CHECKPOINTS).glob("step_*"))
     return sorted(int(name) for name in names if name.isdigit())
+
+
+def seen_by_all(world: World, path: Path, token: str) -> None:
+    """UserError on all ranks unless each sees in the file `path` the token that rank 0 wrote there. A collective."""
+    if blind := [told for told in world.gather(_unseen(path, token, world.rank)) if told]:
+        raise UserError(f"runs_dir: {blind[0]}; it must be one folder, on a file system that all machines share")
 
 
 def _unseen(path: Path, token: str, rank: int) -> str:

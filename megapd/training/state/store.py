@@ -111,6 +111,10 @@ class CheckpointStore:
             )
         return None
 
+    def problem(self, step: int) -> str | None:
+        """What is wrong with the checkpoint of `step`, None if it is whole."""
+        return self._problem(self.folder / f"step_{step}")
+
     def load(self, engine: Engine, folder: Path) -> dict[str, Any]:
         """Give the engine the state of a whole checkpoint; what the run carried in it. UserError as `restore`."""
         former, now = not holds_state(folder), self._layout(engine)
