@@ -92,7 +92,8 @@ def start(
             raise UserError(f"training.steps: {config.training.steps}, but {config.folder} has made {progress.step}; give more")
         teaching = open_teaching(config, task, world, curriculum, restored, folder)
         opened.callback(teaching.close)
-        world.on_first(lambda: write_config(config.folder, config))
+        if progress.step < config.training.steps:  # else run.json keeps the settings that it has, see RunFolder.begin
+            world.on_first(lambda: write_config(config.folder, config))
         stop = StopRequest(config.folder / "stop", watches_file=world.rank == 0)
         first, saved = progress.step, int(restored.get("step", -1))
         return Run(config, world, task, engine, teaching, folder, store, stop, whole, progress, first, saved, opened.pop_all())

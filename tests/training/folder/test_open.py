@@ -145,7 +145,7 @@ def test_a_run_of_a_megapd_without_run_json_goes_on(folder, caplog):
     for path in [run / "schedule.json", *run.glob("*/step_*/meta.json"), *run.glob("checkpoints/step_*/manifest.json")]:
         tree = json.loads(path.read_text())
         del tree["run"]
-        tree.pop("digest", None) if path.name == "schedule.json" else None
+        tree.pop("digest", None) if path.name in ("schedule.json", "manifest.json") else None
         path.write_text(json.dumps(tree))
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines[1:]))
@@ -314,6 +314,13 @@ def test_whose_numbers_the_second_version_changes(settings, ranks, device, sums,
     found = " ".join(numerics.affected(load(None, settings), world, 1))
     assert ("micro-batches and ranks" in found, "norms and embeddings" in found) == (sums, norms)
     assert not numerics.affected(load(None, settings), world, 2)
+
+
+def test_a_complete_run_started_again_with_other_settings_is_as_it_was(folder):
+    before = content(folder / "one")
+    for setting in ("--telemetry.every=3", "--telemetry.every=1"):
+        assert main(student(folder, "one", setting)) == 0
+        assert content(folder / "one") == before
 
 
 def test_the_seed_of_the_teacher_is_warned_of(folder, caplog):
