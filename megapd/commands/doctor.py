@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from megapd.errors import UserError, masked
 from megapd.processes.checks import Check, checks
 from megapd.training import start_world
 
+FILE_COLUMNS = 500  # in a log a check is one line
 STYLES = {"ok": "green", "warning": "yellow", "FAULT": "bold red"}
 
 
@@ -34,7 +36,7 @@ def show(found: list[Check]) -> None:
     table.add_column(overflow="fold")
     for check in found:
         table.add_row(check.name, f"[{STYLES[check.state]}]{check.state}[/]", escape(masked(check.found)))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else FILE_COLUMNS)
     console.print(table, highlight=False)
     faults, warnings = (sum(check.state == state for check in found) for state in ("FAULT", "warning"))
     console.print(f"{len(found)} checks, {faults} faults, {warnings} warnings", highlight=False)

@@ -25,7 +25,7 @@ from megapd.training.folder.lock import FILE as LOCK
 from megapd.training.folder.lock import RunLock
 from megapd.training.folder.metrics import METRICS, MetricsFile, named_run
 from megapd.training.folder.record import FILE, RunRecord, new_record, read_record
-from megapd.training.folder.settings import LOCAL_SETTINGS, changed_settings
+from megapd.training.folder.settings import FREE_SETTINGS, LOCAL_SETTINGS, changed_settings
 from megapd.trajectory import named_runs
 from megapd.world import World
 
@@ -294,7 +294,8 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
 def _check_same(folder: Path, saved: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
     there, wanted = flatten(complete(saved)[0]), flatten(complete(recorded)[0])
     for key in sorted(there.keys() | wanted.keys()):
-        if there.get(key) != wanted.get(key):
+        # What may always differ is written to one after the other: a crash may come between.
+        if there.get(key) != wanted.get(key) and not key.startswith(FREE_SETTINGS):
             what = f"{folder / CONFIG} has {key} {there.get(key)!r}, {FILE} beside it {wanted.get(key)!r}"
             raise UserError(f"{what}; restore the file that was changed, and give other settings to `megapd train` instead")
 
