@@ -228,6 +228,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--note", default="", help="kept with it")
     sub.add_argument("--accept", action="store_true", help="though it names flagged checkpoints")
 
+    text = "every setting with its type, default and meaning"
+    sub = _verb(verbs, "settings", "settings.show_settings", text, overrides=False)
+    sub.add_argument("section", nargs="?", help="of these alone, as in: megapd settings optimizer")
     sub = _verb(verbs, "doctor", _doctor, "look at machines, disk, data, teacher and run, and train nothing; exit code 0 or 2")
     sub.add_argument("source", type=Path, nargs="?", metavar="CONFIG|RUN", help="a YAML file, or a run's folder")
     sub = _verb(verbs, "branch", _branch, "another run that goes on from a run's checkpoint; settings that differ follow")

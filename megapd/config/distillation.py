@@ -105,7 +105,9 @@ class TeacherConfig(Section):
     resident: int | None = Field(
         None, ge=1, description="checkpoints held at once, for students steps apart; default 1, served 2"
     )
-    carrier: Literal["colocated", "served", "shared_memory", "cached"] = "colocated"
+    carrier: Literal["colocated", "served", "shared_memory", "cached"] = Field(
+        "colocated", description="how signals come: from the student's process, by network, by memory of the host, from disk"
+    )
     cache: Path | None = Field(None, description="folder of recorded signals: read first, and what it lacks is added")
     endpoints: tuple[str, ...] = Field(
         (), description="replicas' grpc[+tls]://HOST:PORT; none: those with a lease at scheduler.url"
@@ -227,14 +229,14 @@ class MatchedConfig(ScheduleConfig):
 
     policy: Literal["matched"] = "matched"
     refresh: int = Field(ge=1, description="R, student steps between rotations")
-    speed: float = Field(1.0, gt=0.0)
+    speed: float = Field(1.0, gt=0.0, description="teacher steps a student step")
 
 
 class RangeConfig(Section):
     """From student step `start` on, the checkpoint of the teacher's step `checkpoint` teaches."""
 
-    start: int = Field(ge=0)
-    checkpoint: int = Field(ge=0)
+    start: int = Field(ge=0, description="student step from which the checkpoint teaches")
+    checkpoint: int = Field(ge=0, description="step of the teacher's checkpoint")
 
 
 @policies.register("explicit")
@@ -264,8 +266,8 @@ class FollowConfig(ScheduleConfig):
     builder = "megapd.schedule.policies:follow"
 
     policy: Literal["follow"] = "follow"
-    refresh: int = Field(ge=1)
-    speed: float = Field(1.0, gt=0.0)
+    refresh: int = Field(ge=1, description="R, student steps between rotations")
+    speed: float = Field(1.0, gt=0.0, description="teacher steps a student step")
     last: int = Field(ge=1, description="the last step of the teacher run, whose checkpoint ends the trajectory")
     timeout_seconds: float = Field(3600.0, gt=0.0, description="longest wait for one checkpoint")
 
@@ -319,7 +321,7 @@ class AdaptiveConfig(ScheduleConfig):
 
     policy: Literal["adaptive"] = "adaptive"
     checkpoints: int | None = Field(None, ge=1, description="N, chosen by `spacing`")
-    spacing: Literal["equal", "geometric"] = "equal"
+    spacing: Literal["equal", "geometric"] = Field("equal", description="of the chosen checkpoints' steps")
     teachers: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="the checkpoints' steps, instead of `checkpoints`")
     metric: Literal["accuracy", "divergence"] = Field("accuracy", description="held out; or of the training steps reported")
     window: int = Field(5, ge=1, description="reports whose mean the next one is compared with")
@@ -349,9 +351,11 @@ class LossConfig(Section):
     """alpha * CE(labels) + (1 - alpha) * divergence(teacher, student) + z_loss * (log normaliser)^2, averaged over the labelled
     positions; see megapd_kernels.LossOptions."""
 
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "tvd", "soft_cross_entropy"] = "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "tvd", "soft_cross_entropy"] = Field(
+        "forward_kl", description="between the teacher's distribution and the student's"
+    )
     teacher_temperature: float = Field(1.0, ge=0.0, description="0: the teacher's argmax, exactly")
-    student_temperature: float = Field(1.0, gt=0.0)
+    student_temperature: float = Field(1.0, gt=0.0, description="of the student's softmax in the divergence")
     alpha: float = Field(0.0, ge=0.0, le=1.0, description="weight of the labels' cross entropy")
     beta: float = Field(0.5, gt=0.0, lt=1.0, description="the teacher's share in the mixture of the JSD")
     scale_t2: bool = Field(False, description="multiply the divergence by student_temperature ** 2")

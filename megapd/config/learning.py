@@ -20,8 +20,8 @@ class SourceConfig(Section):
     hub: str | None = Field(None, description="name of a data set on the Hugging Face hub, e.g. wikimedia/wikipedia")
     hub_config: str | None = Field(None, description="configuration of the hub data set, e.g. 20231101.en")
     revision: str | None = Field(None, description="commit, tag or branch of the hub data set; default: the newest, on record")
-    split: str = "train"
-    text_column: str = "text"
+    split: str = Field("train", description="of the hub data set")
+    text_column: str = Field("text", description="column or key that holds the text of a row")
     window_chars: int | None = Field(None, ge=1000, description="cut longer documents (books) into windows of about this length")
 
     @model_validator(mode="after")
@@ -34,9 +34,9 @@ class SourceConfig(Section):
 class TokenizerConfig(Section):
     """The sentencepiece model that `prepare` trains, or an existing one that it copies."""
 
-    kind: Literal["unigram", "bpe"] = "unigram"
+    kind: Literal["unigram", "bpe"] = Field("unigram", description="how sentencepiece chooses pieces")
     style: Literal["bert", "gpt"] = Field("bert", description="special tokens: [PAD] [UNK] [CLS] [SEP] [MASK], or <|endoftext|>")
-    vocab_size: int = Field(8192, ge=64)
+    vocab_size: int = Field(8192, ge=64, description="pieces, special tokens included")
     model: Path | None = Field(None, description="use this sentencepiece model instead of training one")
     training_sentences: int = Field(1_000_000, ge=100, description="lines that the tokenizer is trained on at most")
 
@@ -44,12 +44,12 @@ class TokenizerConfig(Section):
 class CorpusConfig(Section):
     """What `megapd prepare` builds."""
 
-    output: Path = Path("corpora/default")
+    output: Path = Field(Path("corpora/default"), description="folder that `megapd prepare` makes and task text reads")
     sources: tuple[SourceConfig, ...] = ()
     tokenizer: TokenizerConfig = TokenizerConfig()
     block_length: int = Field(128, ge=8, description="tokens a block")
     heldout_fraction: float = Field(0.01, gt=0.0, lt=0.5, description="share of the documents kept for evaluation")
-    seed: int = 0
+    seed: int = Field(0, description="chooses the held-out documents")
 
 
 class ModelConfig(OpenSection):
@@ -91,7 +91,7 @@ class MLPConfig(ModelConfig):
     builder = "megapd.models.mlp:build"
 
     kind: Literal["mlp"] = "mlp"
-    width: int = Field(50, ge=1)
+    width: int = Field(50, ge=1, description="units of the hidden layer")
 
     @property
     def head_width(self) -> int:
@@ -117,13 +117,13 @@ class TransformerConfig(ModelConfig):
     builder = "megapd.models.transformer:build"
 
     kind: Literal["gpt", "bert"]
-    layers: int = Field(4, ge=1)
-    heads: int = Field(4, ge=1)
-    hidden: int = Field(256, ge=1)
+    layers: int = Field(4, ge=1, description="blocks of attention and MLP")
+    heads: int = Field(4, ge=1, description="of attention, in each block; divide hidden")
+    hidden: int = Field(256, ge=1, description="width of the hidden states")
     ffn: int | None = Field(None, ge=1, description="width of the feed-forward layer; default 4 * hidden")
     max_length: int | None = Field(None, ge=1, description="learned positions; default: the task's length")
     tied: bool = Field(True, description="the head shares the embedding's weight")
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = Field(False, description="compute activations again in backward, to save their memory")
     compile: bool = Field(False, description="torch.compile each block")
 
     @model_validator(mode="after")
@@ -184,8 +184,8 @@ class ParityConfig(TaskConfig):
     builder = "megapd.tasks.parity:ParityTask"
 
     kind: Literal["parity"] = "parity"
-    dimension: int = Field(50, ge=1)
-    degree: int = Field(5, ge=1)
+    dimension: int = Field(50, ge=1, description="d, coordinates of x")
+    degree: int = Field(5, ge=1, description="k, coordinates in a support")
     seed: int = Field(0, description="chooses the hidden support; teacher and student must share it")
 
     @model_validator(mode="after")
@@ -202,10 +202,10 @@ class HierarchicalParityConfig(TaskConfig):
     builder = "megapd.tasks.parity:HierarchicalParityTask"
 
     kind: Literal["hierarchical_parity"] = "hierarchical_parity"
-    dimension: int = Field(100, ge=1)
-    degree: int = Field(5, ge=1)
-    labels: int = Field(8, ge=2)
-    seed: int = 0
+    dimension: int = Field(100, ge=1, description="d, coordinates of x")
+    degree: int = Field(5, ge=1, description="k, coordinates in a support")
+    labels: int = Field(8, ge=2, description="classes of y")
+    seed: int = Field(0, description="chooses the hidden supports; teacher and student must share it")
 
     @model_validator(mode="after")
     def _supports_fit(self) -> HierarchicalParityConfig:
@@ -225,7 +225,7 @@ class TextConfig(TaskConfig):
     builder = "megapd.tasks.text:TextTask"
 
     kind: Literal["text"] = "text"
-    objective: Literal["mlm", "clm"] = "mlm"
+    objective: Literal["mlm", "clm"] = Field("mlm", description="masked tokens (BERT), or the next token (GPT)")
     corpus: Path | None = Field(None, description="folder that `megapd prepare` wrote; default: corpus.output")
     mask_rate: float = Field(0.3, gt=0.0, lt=1.0, description="share of the positions selected for prediction (mlm)")
     mask_token_share: float = Field(0.8, ge=0.0, le=1.0, description="of the selected, share replaced by the mask token")

@@ -36,12 +36,12 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class OptimizerConfig(Section):
-    kind: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(1e-3, gt=0.0, allow_inf_nan=False)
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0.0)
+    kind: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with momentum")
+    lr: float = Field(1e-3, gt=0.0, allow_inf_nan=False, description="peak learning rate")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW: decay of its two moments")
+    eps: float = Field(1e-8, gt=0.0, description="AdamW: added to the root of the second moment")
     weight_decay: float = Field(0.0, ge=0.0, description="applied to matrices, not to biases and norms")
-    momentum: float = Field(0.0, ge=0.0, lt=1.0)
+    momentum: float = Field(0.0, ge=0.0, lt=1.0, description="of SGD")
 
     @model_validator(mode="after")
     def _has_momentum(self) -> OptimizerConfig:
@@ -53,7 +53,7 @@ class OptimizerConfig(Section):
 class LearningRateConfig(Section):
     """Warm-up, then a decay to `final` times the peak."""
 
-    kind: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    kind: Literal["constant", "linear", "cosine", "wsd"] = Field("constant", description="how it goes after the warm-up")
     warmup: float = Field(0.0, ge=0.0, description="steps; below 1, a share of the run")
     final: float = Field(0.0, ge=0.0, le=1.0, description="learning rate at the end, as a share of the peak")
     decay: float = Field(0.2, gt=0.0, description="wsd: steps of the decay at the end; below 1, a share of the run")
@@ -66,11 +66,11 @@ class LearningRateConfig(Section):
 
 
 class TrainingConfig(Section):
-    steps: int = Field(1000, ge=1)
+    steps: int = Field(1000, ge=1, description="student steps; may grow when a run goes on")
     global_batch: int = Field(256, ge=1, description="samples a step, over all ranks")
     micro_batch: int | None = Field(None, ge=1, description="samples a forward and rank; default: no accumulation")
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what ZeRO shards: nothing, optimizer, gradients too, weights too")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of weights and activations; the optimizer's are fp32")
     clip: float = Field(0.0, ge=0.0, description="largest gradient norm; 0: no clipping")
     max_nonfinite: int = Field(10, ge=1, description="stop after this many non-finite steps in a row")
     prefetch: int = Field(2, ge=1, description="steps whose batches are built ahead")
@@ -95,7 +95,7 @@ class CheckpointConfig(Section):
     """Resumable checkpoints: parameters, optimizer, counters."""
 
     every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only when stopped and at the end")
-    keep: int = Field(2, ge=1)
+    keep: int = Field(2, ge=1, description="how many stay, the newest")
     resume: bool = Field(True, description="continue the run's folder where it stopped")
 
 
@@ -104,7 +104,7 @@ class TrajectoryWriterConfig(Section):
 
     every: int = Field(0, ge=0, description="steps between checkpoints; 0: only those of `steps`")
     steps: tuple[Annotated[int, Field(ge=1)], ...] = Field((), description="further steps at which one is written")
-    shard_bytes: int = Field(2 << 30, ge=1 << 12)
+    shard_bytes: int = Field(2 << 30, ge=1 << 12, description="largest file of a checkpoint's weights")
 
     def check_steps(self, steps: int) -> None:
         """ValueError unless every checkpoint asked for lies within a run of `steps`."""
@@ -115,15 +115,15 @@ class TrajectoryWriterConfig(Section):
 
 class EvaluationConfig(Section):
     every: int = Field(0, ge=0, description="steps between evaluations on held-out data; 0: only at the end")
-    samples: int = Field(1024, ge=1)
+    samples: int = Field(1024, ge=1, description="held-out samples of an evaluation, at most those that there are")
     micro_batch: int | None = Field(None, ge=1, description="samples a forward; default: the training micro-batch")
 
 
 class TelemetryConfig(Section):
     every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     wandb: Literal["auto", "offline", "disabled"] = Field("auto", description="auto: online when logged in, else offline")
-    project: str = "megapd"
-    progress: bool = True
+    project: str = Field("megapd", description="of the run's page at wandb")
+    progress: bool = Field(True, description="a bar on a terminal, lines elsewhere")
     trackers: tuple[str, ...] = Field(("wandb", "progress"), description="where metrics go beside metrics.jsonl")
     peak_tflops: float | None = Field(None, gt=0.0, description="a device's peak, for the MFU; default: known by its name")
 
@@ -136,7 +136,7 @@ class Config(BaseSettings):
     )
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder is runs_dir/name")
-    runs_dir: Path = Path("runs")
+    runs_dir: Path = Field(Path("runs"), description="where the folders of runs lie; a run is runs_dir/name")
     seed: int = Field(0, ge=0, lt=1 << 63, description="initial weights, order of the data, masks")
     corpus: CorpusConfig = CorpusConfig()
     task: TaskConfig = ParityConfig()

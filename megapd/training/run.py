@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,7 +25,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Notices SIGTERM, SIGUSR1, the file `stop` in the run's folder, or `request`.
+    """Notices SIGTERM, SIGUSR1, the file `stop` in the run's folder, or `request`; outside a process' main thread, where Python
+    hands no signal, only the latter two.
 
     The loop sums it over all ranks at each step boundary, so that they stop together. The handlers only set a flag: the launcher
     signals ranks one after the other, up to 30 s apart, and one that acted alone would leave the others in a collective.
@@ -44,8 +46,9 @@ class StopRequest:
         return self.reason is not None
 
     def __enter__(self) -> None:
+        numbers = SIGNALS if threading.current_thread() is threading.main_thread() else ()
         self._before = {
-            number: signal.signal(number, lambda received, _: self.request(signal.Signals(received).name)) for number in SIGNALS
+            number: signal.signal(number, lambda received, _: self.request(signal.Signals(received).name)) for number in numbers
         }
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

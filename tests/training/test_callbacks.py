@@ -2,6 +2,7 @@
 
 import json
 import typing
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -186,3 +187,10 @@ def test_it_may_have_other_bases():
     class Whole(Generic[int]): ...
 
     assert [Generic.name, Whole.name] == ["Generic", "Whole"]
+
+
+def test_a_run_in_a_thread(tmp_path):
+    """Python hands signals to the main thread alone; elsewhere a run is stopped by its file or a callback."""
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(megapd.train, settings(tmp_path, "--training.steps=3")).result()
+    assert (result.finished, result.step) == (True, 3)
