@@ -31,6 +31,9 @@ def evaluate_run(config: Config, folder: Path) -> int:
     check_config(folder)
     world, results = start_world(), []
     trajectory = Trajectory(folder / "trajectory", must_exist=False)
+    if trajectory.incomplete:
+        which = ", ".join(f"step_{step}" for step in trajectory.incomplete)
+        raise UserError(f"{folder / 'trajectory'}: {which} lack what describes them; restore it, or remove those folders")
     for step, values in _trajectory(config, trajectory, world) if trajectory.steps else _newest(config, folder, world):
         results.append({"step": step, **values})
         if world.rank == 0:

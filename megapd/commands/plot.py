@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megapd.analysis.plots import plot_runs
-from megapd.training.folder import METRICS, read_record, tell_changed
+from megapd.files import check_run
+from megapd.training.folder import METRICS, named_run, read_record, tell_changed
 
 
 def plot(folders: Sequence[Path], output: Path | None) -> int:
@@ -14,6 +15,7 @@ def plot(folders: Sequence[Path], output: Path | None) -> int:
     for folder in folders:
         record = read_record(folder)
         if record is not None:
+            check_run(folder / METRICS, named_run(folder / METRICS), record.id)
             tell_changed(folder / METRICS, record.saved, record.lines)
     for written in plot_runs(folders, output or folders[0] / "plots" / "curves.png"):
         print(written)

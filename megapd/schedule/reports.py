@@ -42,14 +42,16 @@ class ReportLog:
         """
         self._path, self._run, self._subject = path, run, subject
         self.reports: tuple[Report, ...] = ()
-        if not path.exists():
-            self._check(*rests)
+        self._rests, former = rests, path.with_name(FORMER_FILE).exists()  # `take_former` checks what it takes
+        if not path.exists() and not former:
+            self._check()
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = _open_locked(path)
         try:
             self.reports, _, whole = _read(path, FORMAT, run, subject)
-            self._check(*rests)
+            if not former:
+                self._check()
             self._cut(whole)
             self.sync()
             fsync_path(path.parent)
@@ -73,7 +75,8 @@ class ReportLog:
         """Of the first `count` reports, which are on record: sha256, hexadecimal."""
         return hashlib.sha256(json.dumps([asdict(report) for report in self.reports[:count]]).encode()).hexdigest()
 
-    def _check(self, count: int, digest: str) -> None:
+    def _check(self) -> None:
+        count, digest = self._rests
         if count and (len(self.reports) < count or self.digest(count) != digest):
             what = f"{self._path}: its first {count} reports, on which this run's checkpoint rests, are gone or others"
             raise UserError(f"{what}; restore it from a copy, or start a run of another name")
@@ -98,6 +101,7 @@ class ReportLog:
             self._cut(0)
             for report in reports:
                 self.append(report)
+            self._check()
             self.sync()
             keep(decisions)
             former.unlink()

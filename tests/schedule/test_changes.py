@@ -11,7 +11,7 @@ from dataclasses import asdict
 import pytest
 
 from megapd.config import OneShotConfig
-from megapd.errors import UserError
+from megapd.errors import DiskFailed, UserError
 from megapd.schedule.changes import ChangeLog, open_embedded
 from megapd.schedule.plan import Decision, Report, Version, resolved
 from megapd.schedule.policies import build_plan
@@ -201,7 +201,7 @@ def test_a_full_disk_leaves_the_log_whole(tmp_path, monkeypatch):
     log = open_log(path)
     write = os.write
     monkeypatch.setattr("megapd.schedule.reports.os.write", lambda file, data: write(file, data[:7]))
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DiskFailed, match=r"r\.jsonl: no space left"):
         log.append(Report(10, 0.5))
     assert log.reports == ()
     monkeypatch.undo()

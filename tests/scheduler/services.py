@@ -76,7 +76,7 @@ def serving(settings: SchedulerConfig) -> Iterator[Served]:
         if errors:
             raise errors[0]
         scheme = "http" if settings.certificate is None else "https"
-        yield Served(f"{scheme}://127.0.0.1:{ports[0]}", settings.database)
+        yield Served(f"{scheme}://127.0.0.1:{ports[0]}", settings.database.get_secret_value())
     finally:
         stop.set()
         thread.join(30)

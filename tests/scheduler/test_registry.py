@@ -310,13 +310,13 @@ def test_the_verbs_import_probe_and_verify(tmp_path, capsys):
     assert all(abs(loss - math.log(2)) < 0.3 for loss in losses)  # untrained, two classes
     capsys.readouterr()
     for name in (None, None, "ann"):
-        assert create_token(given, "run", name) == 0
+        assert create_token(given, "run", name, None) == 0
     tokens = capsys.readouterr().out.split()
     assert len(set(tokens)) == 3
     assert revoke_token(given, "run-2") == 0
     assert list_tokens(given) == 0
     assert capsys.readouterr().out.splitlines() == ["ann  run", "run  run"]
     with pytest.raises(UserError):
-        create_token(given, "root", None)
+        create_token(given, "root", None, None)
     with pytest.raises(UserError):
-        create_token(given, "read", "ann")
+        create_token(given, "read", "ann", None)

@@ -2,7 +2,7 @@
 
 from megapd.training.folder.branch import branch
 from megapd.training.folder.lock import held
-from megapd.training.folder.metrics import METRICS, MetricsFile, changed_lines, numbers, recorded, tell_changed
+from megapd.training.folder.metrics import METRICS, MetricsFile, changed_lines, named_run, numbers, recorded, tell_changed
 from megapd.training.folder.open import RunFolder, agree, check_config, examine, open_folder, seen_by_all, write_config
 from megapd.training.folder.record import RunRecord, read_record
 from megapd.training.folder.room import check_room, room_for
@@ -19,6 +19,7 @@ __all__ = [
     "check_room",
     "examine",
     "held",
+    "named_run",
     "numbers",
     "open_folder",
     "read_record",
