@@ -11,7 +11,7 @@ import torch
 from megapd.config import Config
 from megapd.errors import UserError
 from megapd.evaluation import held_out
-from megapd.files import write_atomic
+from megapd.files import check_run, write_atomic
 from megapd.models import copy_weights
 from megapd.signals import DTYPES
 from megapd.tasks import build_task
@@ -19,7 +19,7 @@ from megapd.tiling import tile
 from megapd.training import CheckpointStore, build_student, start_world, student_engine
 from megapd.training.folder import check_config, held, read_record
 from megapd.training.state import StateReader, holds_state
-from megapd.trajectory import Trajectory
+from megapd.trajectory import Trajectory, named_runs
 from megapd.world import World
 
 
@@ -29,6 +29,9 @@ def evaluate_run(config: Config, folder: Path) -> int:
     Rank 0 prints a line each and writes evaluation.json into the folder, unless a process trains the run.
     """
     check_config(folder)
+    if (record := read_record(folder)) is not None:
+        for path, named in named_runs(folder / "trajectory"):
+            check_run(path, named, record.id)
     world, results = start_world(), []
     trajectory = Trajectory(folder / "trajectory", must_exist=False)
     if trajectory.incomplete:

@@ -57,8 +57,13 @@ class Runs:
 
     home: Path
 
-    def arguments(self, runs_dir: Path) -> list[str]:
-        own = [f"--runs_dir={runs_dir}", "--name=s", "--seed=1", f"--teacher.trajectory={self.home / 'teacher' / 'trajectory'}"]
+    def arguments(self, runs_dir: Path, seed: int = 1) -> list[str]:
+        own = [
+            f"--runs_dir={runs_dir}",
+            "--name=s",
+            f"--seed={seed}",
+            f"--teacher.trajectory={self.home / 'teacher' / 'trajectory'}",
+        ]
         every = ["--evaluation.every=2", "--checkpoint.every=15", "--trajectory.every=20", "--checkpoint.keep=2"]
         return ["train", *runs.COMMON, *own, *every, "--model.width=8", f"--schedule={ADAPTIVE}", f"--training.steps={STEPS}"]
 
@@ -70,11 +75,13 @@ class Runs:
 def make_runs(home: Path) -> Runs:
     found = Runs(home)
     runs.teacher(home, steps=STEPS, every=15)
-    for name in ("killed", "other"):
+    for name, seed in (("killed", 1), ("other", 2)):
         with contextlib.suppress(Killed):
-            megapd.train(load(None, found.arguments(home / name)[1:]), [Ending(home / name / "s", home / f"{name} older" / "s")])
-    for name in ("whole", "other whole"):
-        assert main(found.arguments(home / name)) == 0
+            megapd.train(
+                load(None, found.arguments(home / name, seed)[1:]), [Ending(home / name / "s", home / f"{name} older" / "s")]
+            )
+    for name, seed in (("whole", 1), ("other whole", 2)):
+        assert main(found.arguments(home / name, seed)) == 0
     return found
 
 
