@@ -1,5 +1,6 @@
 """What long tasks and runs tell on their way."""
 
+import importlib
 import io
 import json
 
@@ -7,11 +8,17 @@ import pytest
 
 from megapd.cli import main
 from megapd.commands.progress import Progress, duration, scaled
+from megapd.teacher.server import Metrics
 
 RUN = [
     *("--task.kind=parity", "--task.dimension=10", "--task.degree=2", "--model.kind=mlp", "--training.global_batch=16"),
     *("--telemetry.every=2", "--telemetry.wandb=disabled", "--evaluation.samples=16", "--checkpoint.every=4", "--name=r"),
 ]
+
+
+def told(capfd):
+    """Lines on stdout, without what DeepSpeed says there when it is imported."""
+    return [line for line in capfd.readouterr().out.splitlines() if "real_accelerator" not in line]
 
 
 def test_a_line_each_ten_seconds_with_what_is_left():
@@ -44,7 +51,7 @@ def test_three_digits(number, text):
 def test_a_run_off_a_terminal_tells_its_start_its_way_and_its_end(tmp_path, capfd):
     arguments = ["train", *RUN, f"--runs_dir={tmp_path}"]
     assert main([*arguments, "--training.steps=6"]) == 0
-    said = capfd.readouterr().out.splitlines()
+    said = told(capfd)
     first = next(number for number, line in enumerate(said) if line.startswith("step "))
     assert 6 <= first <= 10
     assert said[0].endswith(str(tmp_path / "r"))
@@ -62,12 +69,22 @@ def test_a_run_off_a_terminal_tells_its_start_its_way_and_its_end(tmp_path, capf
     assert sum(line["data_wait"] + line["teacher_wait"] for line in train) <= train[-1]["seconds"]
 
     assert main([*arguments, "--training.steps=6"]) == 0
-    said = capfd.readouterr().out.splitlines()
+    said = told(capfd)
     assert said[-1] == f"{tmp_path / 'r'} is complete: 6 of 6 steps"
 
     assert main([*arguments, "--training.steps=8", "--telemetry.progress=false", "--telemetry.every=4"]) == 0
-    said = capfd.readouterr().out.splitlines()
+    said = told(capfd)
     assert f"resuming at step 6 of 8 from {tmp_path / 'r' / 'checkpoints' / 'step_6'}" in said
     assert any(line.startswith("changed since the last start: ") and "training.steps 6 -> 8" in line for line in said)
     assert not any(line.startswith("step ") for line in said)
     assert said[-4].startswith("finished: 8 of 8 steps, 2 of them now, in ")
+
+
+def test_a_teacher_tells_what_it_answered(monkeypatch):
+    serving = importlib.import_module("megapd.teacher.server.serve")  # the room's face has a function of that name
+    monkeypatch.setattr(serving, "TELL_SECONDS", 0.01)
+    metrics, heard = Metrics(), []
+    end = serving._telling(metrics, heard.append)
+    metrics.tokens.inc(128)
+    end()
+    assert heard[-1] == 128

@@ -7,12 +7,27 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megapd.commands.progress import Progress
 from megapd.config import Config
 from megapd.corpus import prepare, verify
+from megapd.tasks.blocks import read_meta
 
 
 def prepare_corpus(config: Config) -> int:
-    print(prepare(config, progress=sys.stderr.isatty()))
+    """`megapd prepare CONFIG`: bars on a terminal, else a line each ten seconds; at the end what was made."""
+    progress = Progress("prepare")
+    beside = sys.stderr.isatty()
+
+    def told(what: str, done: int) -> None:
+        progress.update(done, what)
+
+    folder = prepare(config, progress=beside, told=(lambda what, done: None) if beside else told)
+    meta = read_meta(folder)
+    blocks = {split: meta[split]["blocks"] for split in ("train", "heldout")}
+    tokens = sum(source["tokens"] for source in meta["sources"])
+    made = f"{tokens:,} tokens of {len(meta['sources'])} sources: {blocks['train']:,} blocks, {blocks['heldout']:,} held out"
+    progress.close(made)
+    print(folder)
     return 0
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from megapd.commands.progress import Progress
 from megapd.config import Config
 from megapd.errors import UserError
 from megapd.files import write_private
@@ -14,7 +15,7 @@ from megapd.interrupts import until_signalled
 from megapd.network import server_address
 from megapd.scheduler.local import existing_store
 from megapd.scheduler.server import serve
-from megapd.scheduler.store import ROLES, Store, Unavailable, tokens
+from megapd.scheduler.store import ROLES, Store, Unavailable, runs, tokens, trajectories
 
 
 def serve_scheduler(config: Config) -> int:
@@ -22,12 +23,23 @@ def serve_scheduler(config: Config) -> int:
     settings = config.scheduler
     scheme = "http" if settings.certificate is None else "https"
 
+    progress = Progress("scheduler")
+
     def ready(port: int) -> None:
         print(f"megapd: scheduler on {server_address(scheme, settings.host, port)}", file=sys.stderr, flush=True)
+        progress.say(f"store {settings.database}, leases of {settings.lease_seconds:g} s")
 
     with until_signalled() as stop:
         serve(settings, stop, ready=ready)
+    with _opened(existing_store(settings)) as store:
+        progress.close(f"ended; its store has {_counts(store)}")
     return 0
+
+
+def _counts(store: Store) -> str:
+    many = 1 << 30
+    found = store.read(lambda c: (len(runs.list_runs(c, "", many)), len(trajectories.list_trajectories(c, "", many))))
+    return f"{found[0]:,} runs and {found[1]:,} trajectories"
 
 
 def create_token(config: Config, role: str, name: str | None, output: Path | None) -> int:

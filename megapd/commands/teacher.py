@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from megapd.commands.progress import Progress
 from megapd.config import Config
 from megapd.errors import UserError
 from megapd.interrupts import ENDING
@@ -52,7 +53,22 @@ def _serve(config: Config) -> None:
     if world.rank > 0:
         replica.follow()
         return
+    progress, before = Progress("teacher", unit="tokens answered", seconds=0.0), 0
+
+    def ready(port: int) -> None:
+        print(f"megapd: teaching on port {port}", file=sys.stderr, flush=True)
+        assert config.teacher is not None
+        where = f"{config.teacher.trajectory}, {len(trajectory.steps)} checkpoints"
+        progress.say(f"{where}, {config.teacher.sharding} on {world.size} ranks, {world.device.type}")
+
+    def told(tokens: int) -> None:
+        nonlocal before
+        if tokens != before:
+            progress.update(tokens)
+        before = tokens
+
     try:
-        serve(config, replica, ready=lambda port: print(f"megapd: teaching on port {port}", file=sys.stderr, flush=True))
+        serve(config, replica, ready=ready, told=told)
     finally:
         replica.close()
+    progress.close(f"ended, {before:,} tokens answered")

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,13 @@ from megapd.files import commit_folder, sealed, temporary_folder, write_atomic
 from megapd.rng import Stream, bits, permute
 from megapd.tasks.blocks import FORMAT, META, MODEL, read_meta
 
+Told = Callable[[str, int], object]
 ENCODE_CHARS = 1 << 21  # characters tokenised at once; larger buys no speed
 
 log = logging.getLogger(__name__)
 
 
-def prepare(config: settings.Config, progress: bool = True) -> Path:
+def prepare(config: settings.Config, progress: bool = True, told: Told = lambda what, done: None) -> Path:
     """Build corpus.output from corpus.sources and return it; nothing is there until all of it is.
 
     The held-out split takes a share of the documents, by a hash of their text keyed by corpus.seed: duplicates, and the windows
@@ -38,7 +39,8 @@ def prepare(config: settings.Config, progress: bool = True) -> Path:
     split.
 
     Raises UserError for sources that cannot be read or are empty, text that does not fit the vocabulary, splits without a whole
-    block, and an output folder made with other settings or of other text. progress: bars on stderr.
+    block, and an output folder made with other settings or of other text. progress: bars on stderr. told: called now and then
+    with what is done and how far it is, documents or tokens.
     """
     corpus = config.corpus
     if not corpus.sources:
@@ -53,9 +55,9 @@ def prepare(config: settings.Config, progress: bool = True) -> Path:
     with temporary_folder(output) as temporary:
         # Before they are read: what changes meanwhile is then found to be another file.
         files = [[fingerprint(file) for file in source.files] for source in sources]
-        tokenizer = _tokenizer(corpus, sources, progress)
+        tokenizer = _tokenizer(corpus, sources, progress, told)
         write_atomic(temporary / MODEL, tokenizer.model)
-        splits, per_source = _pack(corpus, sources, tokenizer, temporary, progress)
+        splits, per_source = _pack(corpus, sources, tokenizer, temporary, progress, told)
         origins = [{"revision": source.revision, "files": known} for source, known in zip(sources, files, strict=True)]
         meta = {
             "format": FORMAT,
@@ -113,7 +115,7 @@ def _check_files(corpus: settings.CorpusConfig, source: settings.SourceConfig, s
         )
 
 
-def _tokenizer(corpus: settings.CorpusConfig, sources: list[TextSource], progress: bool) -> SentencePieceTokenizer:
+def _tokenizer(corpus: settings.CorpusConfig, sources: list[TextSource], progress: bool, told: Told) -> SentencePieceTokenizer:
     wanted = corpus.tokenizer
     if wanted.model is not None:
         tokenizer = tokenizers.load(wanted.model, wanted.style)
@@ -121,7 +123,14 @@ def _tokenizer(corpus: settings.CorpusConfig, sources: list[TextSource], progres
             log.warning("corpus.tokenizer.vocab_size: ignored, %s has %d pieces", wanted.model, tokenizer.vocab_size)
         return tokenizer
     with _bar("training the tokenizer", "document", progress, _training_documents(corpus, sources)) as documents:
-        return tokenizers.train(wanted, documents)
+        return tokenizers.train(wanted, _counted(documents, told))
+
+
+def _counted(documents: Iterable[str], told: Told) -> Iterator[str]:
+    for number, document in enumerate(documents, start=1):
+        told("documents for the tokenizer", number)
+        yield document
+    told("training the tokenizer", 0)
 
 
 def _training_documents(corpus: settings.CorpusConfig, sources: list[TextSource]) -> Iterator[str]:
@@ -157,7 +166,12 @@ def _training_documents(corpus: settings.CorpusConfig, sources: list[TextSource]
 
 
 def _pack(
-    corpus: settings.CorpusConfig, sources: list[TextSource], tokenizer: SentencePieceTokenizer, folder: Path, progress: bool
+    corpus: settings.CorpusConfig,
+    sources: list[TextSource],
+    tokenizer: SentencePieceTokenizer,
+    folder: Path,
+    progress: bool,
+    told: Told,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Write both splits; what meta.json says of them, and the counts of each source.
 
@@ -167,6 +181,7 @@ def _pack(
     train_packer = Packer(length, tokenizer.separator, tokenizer.opener)
     held_counts: list[PackCounts] = []
     per_source: list[dict[str, Any]] = []
+    done = 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # that it may run on
     with (
         BlockWriter(folder / "train.arrow", length, tokenizer.vocab_size) as train,
@@ -187,6 +202,8 @@ def _pack(
                 counts["characters"] += sum(len(text) for text, _ in group)
                 counts["tokens"] += tokens
                 bar.update(tokens)
+                done += tokens
+                told("tokens packed", done)
             held_counts.append(held_packer.close())
             per_source.append({"name": source.name, **counts})
     closed = {"train": train_packer.close(), "heldout": total(held_counts)}

@@ -35,6 +35,11 @@ class Metrics:
         self.resident = Gauge("resident", "Checkpoints in memory", **own)
         self.draining = Gauge("draining", "1 once the server is about to end", **own)
 
+    @property
+    def answered(self) -> int:
+        """Tokens answered since the start."""
+        return int(self.registry.get_sample_value("megapd_teacher_tokens_total") or 0)
+
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True

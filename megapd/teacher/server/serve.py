@@ -22,6 +22,7 @@ from megapd.teacher.server.flight import TeacherFlight
 from megapd.teacher.server.metrics import Metrics, MetricsServer
 from megapd.teacher.wire.secrets import read_bearer
 
+TELL_SECONDS = 10.0
 log = logging.getLogger(__name__)
 
 
@@ -30,6 +31,7 @@ def serve(
     replica: Replica,
     *,
     ready: Callable[[int], None] | None = None,
+    told: Callable[[int], None] | None = None,
     stop: threading.Event | None = None,
     flight_class: type[TeacherFlight] = TeacherFlight,
 ) -> None:
@@ -37,7 +39,8 @@ def serve(
 
     With scheduler.url the replica holds a lease, given back after the drain, which begins when students were sent elsewhere.
     The calling thread is the engine's: the only one that calls replica.signal, head and idle. ready: called with the port once
-    requests are taken. Raises UserError where a setting or a file it names cannot be used. The replica is left open.
+    requests are taken; told: from another thread each TELL_SECONDS, and at the end, with the tokens answered. Raises UserError
+    where a setting or a file it names cannot be used. The replica is left open.
     """
     if config.teacher is None:
         raise UserError("teacher: the configuration has no such section; name teacher.trajectory, whose checkpoints are served")
@@ -66,7 +69,28 @@ def serve(
             stop = _drained(stop, stack.enter_context(_lease(config, server.port, dispatcher)))
         if ready is not None:
             ready(server.port)
+        if told is not None:
+            stack.callback(_telling(metrics, told))
         dispatcher.run(stop, options.drain_seconds)
+
+
+def _telling(metrics: Metrics, told: Callable[[int], None]) -> Callable[[], None]:
+    """Tell the tokens answered until what is returned is called, and then once more."""
+    ended = threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(TELL_SECONDS):
+            told(metrics.answered)
+        told(metrics.answered)
+
+    thread = threading.Thread(target=tell, name="teacher-tells", daemon=True)
+    thread.start()
+
+    def end() -> None:
+        ended.set()
+        thread.join()
+
+    return end
 
 
 def _lease(config: Config, port: int, dispatcher: Dispatcher) -> ReplicaLease:
