@@ -2,10 +2,17 @@
 
 from megapd.cli import main
 from megapd.commands.settings import settings
+from megapd.registry import models, policies, tasks
+
+
+def _is_own(kind):
+    return kind.__module__.startswith("megapd.")
 
 
 def test_every_setting_has_a_meaning():
-    found = list(settings())
+    """Of megapd's own kinds: other tests register theirs."""
+    own = {name for registry in (models, policies, tasks) for name in registry.names() if _is_own(registry.get(name))}
+    found = [one for one in settings() if not one.kind or set(one.kind.split(", ")) & own]
     assert len(found) > 120
     assert [one.name for one in found if not one.meaning] == []
     assert [one.name for one in found if not one.type] == []

@@ -235,6 +235,22 @@ def test_another_number_of_ranks_goes_on(long_student, tmp_path):
         assert line == (pytest.approx(wanted, abs=1e-5) if line["step"] > 280 and line["kind"] != "rotation" else wanted)
 
 
+def test_one_rank_evaluates_what_two_wrote(long_student, tmp_path):
+    """And changes nothing but evaluation.json, though the newest checkpoint is damaged."""
+    folder, _, undisturbed = long_student
+    run = tmp_path / "undisturbed"
+    shutil.copytree(folder / "undisturbed", run)
+    damage_flip(run / "checkpoints" / "step_300")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert main(["evaluate", str(run)]) == 0
+    (found,) = json.loads((run / "evaluation.json").read_text())
+    (wanted,) = [line for line in undisturbed if line["kind"] == "eval" and line["step"] == found["step"]]
+    assert found["step"] == 280
+    assert found["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "evaluation.json"}
+    assert after == before
+
+
 def test_the_recorded_schedule_is_kept(trajectory, tmp_path, capsys):
     """A checkpoint that changed under a run, digest and all, must not teach the rest of it."""
     copy = tmp_path / "trajectory"
