@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 
 from megapd.config import Config
-from megapd.errors import UserError
+from megapd.errors import DiskFailed
+from megapd.files import disk_failure
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -25,12 +28,12 @@ def room_for(config: Config, parameters: int) -> int:
 
 
 def check_room(config: Config, parameters: int) -> int:
-    """Bytes that are free. UserError where they would not take one checkpoint."""
+    """Bytes that are free. DiskFailed where they would not take one checkpoint."""
     place = config.folder
     while not place.exists():
         place = place.parent
     free, need = shutil.disk_usage(place).free, checkpoint_bytes(config, parameters)
     if free < need:
-        what = f"a checkpoint takes {need / 2**30:.2f} GiB, and {place} has {free / 2**30:.2f} GiB free"
-        raise UserError(f"runs_dir: {what}; make room, or choose another disk")
+        told = disk_failure(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), place)
+        raise DiskFailed(f"runs_dir: a checkpoint takes {need:,} bytes, {told}")
     return free
