@@ -25,8 +25,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megapd.files import write_atomic
-from megapd_kernels.rows.triton_dense import NUMBERS, dense_rows
-from megapd_kernels.rows.triton_math import launch_shape
+from megapd_kernels import JSD, ForwardKL, LossOptions, Mixture, ReverseKL
+from megapd_kernels.divergences import NAMES, Divergence
+from megapd_kernels.rows.triton_dense import dense_rows
+from megapd_kernels.rows.triton_math import launch_shape, unit
 from megapd_kernels.rows.triton_student import student_rows
 
 VOCABULARIES = (32768, 50304, 128256, 151936, 262144)
@@ -47,26 +49,51 @@ class Variant:
     flags: tuple[tuple[str, Any], ...]
 
 
+def divergences() -> dict[str, Mixture]:
+    """Every registered one that has Triton, JSD also where its logarithm needs care, and a weighted sum."""
+    alone: dict[str, Divergence] = {name: kind() for name, kind in NAMES.items()}
+    alone["jsd_ends"] = JSD(0.01)
+    found = {name: LossOptions(one).mixture for name, one in alone.items() if one.element() is not None}
+    return {**found, "forward_kl+reverse_kl": 0.7 * ForwardKL() + 0.3 * ReverseKL()}
+
+
+def elements(mixture: Mixture) -> dict[str, Any]:
+    """The kernel's constants that say which divergences it computes."""
+    each = [element for _, member in mixture.members if (element := member.element()) is not None]
+    return {
+        "TERMS": tuple(element.term for element in each),
+        "SLOPES": tuple(element.slope or unit for element in each),
+        "ONLINE": each[0].online if len(each) == 1 else 0,
+    }
+
+
 def variants(registers: int | None = None) -> list[Variant]:
     """One row a kernel, divergence, type and phase: bare, and with everything that adds registers."""
     found: dict[Variant, None] = {}
-    everything = {"LABELS": True, "WEIGHTS": True, "SMOOTH": True}
+    everything = {"LABELS": True, "WEIGHTS": True, "LABEL_WEIGHTS": True, "SMOOTH": True, "OUTPUTS": True, "SHAPE": 2}
     for classes, (logits, gradient), full in itertools.product(VOCABULARIES, TYPES, (False, True)):
         block, compiler = launch_shape(classes, two_softmaxes=full)
         if registers is not None:
             compiler = {**compiler, "maxnreg": registers}
         extras = everything if full else dict.fromkeys(everything, False)
-        for divergence, number in NUMBERS.items():
-            common = {"DIVERGENCE": number, "SHARE": True, "ONE": full, "APART": full, **extras}
+        for divergence, mixture in divergences().items():
+            common = {
+                "DIVERGENCE": divergence,
+                "SHARE": True,
+                "ONE": full,
+                "APART": full,
+                **extras,
+                "TEACHER_SHAPE": extras["SHAPE"],
+            }
             for phase, flags in {
-                "all": {"STATISTICS": True, "MOMENTS": True, "GRADIENT": True, "SCALE": False},
-                "loss": {"STATISTICS": True, "MOMENTS": True, "GRADIENT": False, "SCALE": False},
-                "statistics": {"STATISTICS": True, "MOMENTS": False, "GRADIENT": False, "SCALE": False},
-                "moments": {"STATISTICS": False, "MOMENTS": True, "GRADIENT": False, "SCALE": False},
-                "gradient": {"STATISTICS": False, "MOMENTS": False, "GRADIENT": True, "SCALE": True},
+                "all": {"STATISTICS": True, "SUMS": True, "GRADIENT": True, "SCALE": False},
+                "loss": {"STATISTICS": True, "SUMS": True, "GRADIENT": False, "SCALE": False},
+                "statistics": {"STATISTICS": True, "SUMS": False, "GRADIENT": False, "SCALE": False},
+                "sums": {"STATISTICS": False, "SUMS": True, "GRADIENT": False, "SCALE": False},
+                "gradient": {"STATISTICS": False, "SUMS": False, "GRADIENT": True, "SCALE": True},
             }.items():
-                if phase in ("statistics", "moments") and divergence not in ("jsd", "tvd"):
-                    continue  # the KLs have their moment with the statistics
+                if phase in ("statistics", "sums") and elements(mixture)["ONLINE"] > 0:
+                    continue  # the KLs have their sum with the statistics
                 name = f"{divergence} {phase}{' +labels +T' if full else ''}"
                 found[
                     Variant(
@@ -97,19 +124,25 @@ def compile_variant(variant: Variant, target: str) -> tuple[int, int, int] | Non
     """(registers a thread, shared bytes a program, spilled bytes a thread), or None on AMD. Raises what the compiler raises."""
     kernel = KERNELS[variant.kernel]
     flags = {**dict(variant.flags), "BLOCK": variant.block}
-    pointers = {"statistics": "*fp32", "labels": "*i64", "weights": "*fp32", "scale": "*fp32", "gradient": f"*{variant.gradient}"}
-    signature: dict[str, str] = {}
+    if "DIVERGENCE" in flags:  # by name: a kernel's function does not travel to another process
+        flags |= elements(divergences()[flags.pop("DIVERGENCE")])
+    pointers = dict.fromkeys(("statistics", "weights", "label_weights", "scale"), "*fp32")
+    pointers |= {"labels": "*i64", "gradient": f"*{variant.gradient}"}
+    members = len(flags.get("TERMS", ()))
+    signature: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for place, name in enumerate(kernel.arg_names):
         if name in flags:
             signature[name] = "constexpr"
         elif name in ("student", "teacher"):
             signature[name] = f"*{variant.logits}"
+        elif name in ("shares", "first_parameters", "second_parameters", "third_parameters"):
+            signature[name] = ("fp32",) * members
         elif name in pointers or name.startswith("outside"):
             signature[name] = pointers.get(name, "*fp32")
         else:
             signature[name] = "i32" if name == "classes" or name.endswith("_stride") else "fp32"
-        if signature[name] != "constexpr" and signature[name] != "fp32":
+        if signature[name] not in ("constexpr", "fp32", ("fp32",) * members):
             attributes[(place,)] = [["tt.divisibility", 16]]  # as Triton finds them: tensors' addresses and padded rows
     source = ASTSource(kernel, signature, constexprs=flags, attrs=attributes)
     options = dict(variant.compiler)

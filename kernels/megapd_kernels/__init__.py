@@ -9,8 +9,21 @@ topk_logits                a teacher's top-k classes with exact log probabilitie
 distillation_loss          the reference: plain torch over whole logits
 """
 
+from .divergences import (
+    JSD,
+    LK,
+    TVD,
+    AlphaBeta,
+    Divergence,
+    ForwardKL,
+    Mixture,
+    ReverseKL,
+    SkewedForwardKL,
+    SkewedReverseKL,
+    SoftCrossEntropy,
+)
 from .losses import linear_cross_entropy, linear_distillation_loss, linear_softmax_kl, linear_sparse_kl, softmax_kl
-from .options import Divergence, LossOptions, LossResult
+from .options import LossOptions, LossResult, TokenOutputs
 from .reference import distillation_loss
 from .rows.base import default_chunk_bytes
 from .rows.choose import implementation
@@ -21,10 +34,21 @@ from .topk import TopK, topk_logits
 __version__ = "0.1.0"
 
 __all__ = [
+    "JSD",
+    "LK",
+    "TVD",
+    "AlphaBeta",
     "Convention",
     "Divergence",
+    "ForwardKL",
     "LossOptions",
     "LossResult",
+    "Mixture",
+    "ReverseKL",
+    "SkewedForwardKL",
+    "SkewedReverseKL",
+    "SoftCrossEntropy",
+    "TokenOutputs",
     "TopK",
     "VocabularyShard",
     "default_chunk_bytes",

@@ -17,22 +17,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .options import LossResult
 from .rows.base import Problem
 from .rows.choose import make_rows
+from .sparse import check_ids
 
 
 def linear_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, needs: tuple[bool, bool, bool]
-) -> tuple[LossResult, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """The loss of hidden [N, D], weight [V, D], bias [V] or None, and the gradients of the weighted sum with respect to each, in
-    the accumulation type; needs: which are asked for."""
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """The results (see Records.results) of hidden [N, D], weight [V, D], bias [V] or None, and the gradients of the weighted sum
+    with respect to each, in the accumulation type; needs: which are asked for."""
     n, v, dtype, device = hidden.shape[0], weight.shape[0], problem.dtype, hidden.device
-    student = Product(hidden, weight, bias, dtype, problem.targets.counted)
+    if problem.targets.sparse is not None:
+        check_ids(problem.targets.sparse, problem.targets.counted)
+    operands = problem.options.product_dtype
+    student = Product(hidden, weight, bias, dtype, problem.targets.counted, operands)
     teacher: Product | None = None
     if problem.teacher_hidden is not None:
         assert problem.teacher_weight is not None
-        teacher = Product(problem.teacher_hidden, problem.teacher_weight, problem.teacher_bias, dtype, problem.targets.counted)
+        parts = (problem.teacher_hidden, problem.teacher_weight, problem.teacher_bias)
+        teacher = Product(*parts, dtype, problem.targets.counted, operands)
     rows = make_rows(problem, n, v, device, grad=any(needs), gradient_dtype=student.dtype)
     dx = torch.empty(n, hidden.shape[1], dtype=dtype, device=device) if needs[0] else None
     dw = torch.zeros(v, weight.shape[1], dtype=dtype, device=device) if needs[1] else None
@@ -41,8 +45,6 @@ def linear_loss(
         x = student.logits(rows.student(start, stop), start, stop)
         if teacher is not None:
             teacher.logits(rows.teacher(start, stop), start, stop)
-        elif problem.teacher_logits is not None:
-            rows.copy_rows(rows.teacher(start, stop), problem.teacher_logits, start, stop)
         g = rows(start, stop)
         if g is None:
             continue
@@ -53,6 +55,10 @@ def linear_loss(
             _matmul(g, student.weight, out=dx[start:stop])
         if dw is not None:
             _matmul(g.t(), x, out=dw, add=True)
+    if rows.gradient_scale is not None:
+        for gradient in (dx, dw, db):
+            if gradient is not None:
+                gradient /= rows.gradient_scale
     if dx is not None and problem.shard is not None:
         problem.shard.reduce(dx)
     return rows.results(), (dx, dw, db)
@@ -62,20 +68,28 @@ class Product:
     """Rows of X W^T + b in `dtype`; rows that are not `counted` [N] as if X were 0.
 
     16-bit operands: CUDA multiplies them as they are with float32 results (16-bit logits cost 4-23 % of the gradient); elsewhere
-    there is no such product, so the weight is widened once and each chunk of X as it comes.
+    there is no such product, so the weight is widened once and each chunk of X as it comes. operands: round both to this type.
     """
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, counted: Tensor | None = None) -> None:
-        common = torch.promote_types(x.dtype, weight.dtype)
-        keep = x.is_cuda and common in (torch.float16, torch.bfloat16) and dtype == torch.float32
-        self.dtype = common if keep else dtype
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        counted: Tensor | None = None,
+        operands: torch.dtype | None = None,
+    ) -> None:
+        self.rounded = operands or torch.promote_types(x.dtype, weight.dtype)
+        keep = x.is_cuda and self.rounded in (torch.float16, torch.bfloat16) and dtype == torch.float32
+        self.dtype = self.rounded if keep else dtype
         self.x, self.counted = x, counted
-        self.weight = weight.to(self.dtype)
+        self.weight = weight.to(self.rounded).to(self.dtype)
         self.bias = None if bias is None else bias.to(dtype)
 
     def logits(self, out: Tensor, start: int, stop: int) -> Tensor:
         """Write rows start:stop of the logits to `out` [C, V]; returns the rows of X [C, D] that made them."""
-        x = self.x[start:stop].to(self.dtype)
+        x = self.x[start:stop].to(self.rounded).to(self.dtype)
         if self.counted is not None:
             # 0 * NaN of a padded position would reach dW.
             x = x.masked_fill(~self.counted[start:stop, None], 0.0)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .options import LossResult
-from .rows.base import Problem, RowLoss
+from .rows.base import Problem
 from .rows.choose import implementation, make_rows
+from .sparse import check_ids
 
 
-def logits_loss(logits: Tensor, problem: Problem) -> tuple[LossResult, Tensor]:
-    """The loss of logits [N, V], and what backward needs beside them."""
+def logits_loss(logits: Tensor, problem: Problem) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The results (see Records.results) of logits [N, V], and what backward needs beside them."""
+    if problem.targets.sparse is not None:
+        check_ids(problem.targets.sparse, problem.targets.counted)
     if _direct(logits, problem):
         from .rows.triton import TritonLogits
 
@@ -19,7 +21,7 @@ def logits_loss(logits: Tensor, problem: Problem) -> tuple[LossResult, Tensor]:
         return direct.results(), direct.statistics
     rows = make_rows(problem, logits.shape[0], logits.shape[1], logits.device, grad=False)
     for start, stop in rows.chunks():
-        _load(rows, logits, problem, start, stop)
+        rows.copy_rows(rows.student(start, stop), logits, start, stop)
         rows(start, stop)
     return rows.results(), logits.new_empty(0, dtype=problem.dtype)
 
@@ -33,29 +35,23 @@ def logits_gradient(logits: Tensor, problem: Problem, scale: Tensor, statistics:
         return
     rows = make_rows(problem, logits.shape[0], logits.shape[1], logits.device, grad=True, gradient_dtype=logits.dtype)
     for start, stop in rows.chunks():
-        _load(rows, logits, problem, start, stop)
+        rows.copy_rows(rows.student(start, stop), logits, start, stop)
         g = rows(start, stop)
         assert g is not None
-        out[start:stop] = g * scale
+        out[start:stop] = g * (scale if rows.gradient_scale is None else scale / rows.gradient_scale)
 
 
 def statistics_shape(logits: Tensor, problem: Problem) -> tuple[int, ...]:
     """Of what logits_loss keeps: a few numbers a row, or nothing."""
     if not _direct(logits, problem):
         return (0,)
-    from .rows.triton_math import COLUMNS
+    from .rows.triton_math import columns
 
-    return (COLUMNS, logits.shape[0])
+    return (columns(len(problem.options.mixture.members)), logits.shape[0])
 
 
 def _direct(logits: Tensor, problem: Problem) -> bool:
     """Whether kernels read the logits where they are. A teacher by ids needs a copy in which it marks them."""
-    if implementation(logits.device, problem.dtype) == "torch":
+    if implementation(logits.device, problem.dtype, problem.options.mixture) == "torch":
         return False
-    return problem.form == "none" or (problem.form == "dense" and problem.options.teacher_temperature > 0)
-
-
-def _load(rows: RowLoss, logits: Tensor, problem: Problem, start: int, stop: int) -> None:
-    rows.copy_rows(rows.student(start, stop), logits, start, stop)
-    if problem.teacher_logits is not None:
-        rows.copy_rows(rows.teacher(start, stop), problem.teacher_logits, start, stop)
+    return problem.form == "none" or (problem.dense and problem.options.teacher_top_p is None)

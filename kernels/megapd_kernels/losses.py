@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from . import ops
-from .options import (
-    LossOptions,
-    LossResult,
-    Positions,
-    Teacher,
-    accumulation_dtype,
-    check_logits,
-    check_rows,
-    common_classes,
-    known_names,
-    make_targets,
-)
+from .inputs import flatten, refuse_forward_mode, split_head, unflatten
+from .options import LossOptions, LossResult, known_names
 from .rows.base import Problem
 from .shard import VocabularyShard
 from .sparse import Convention
+from .targets import Positions, Teacher, accumulation_dtype, check_logits, check_rows, common_classes, make_targets
 
 
 @known_names
@@ -39,6 +32,7 @@ def linear_distillation_loss(
     convention: Convention | None = None,
     labels: Tensor | None = None,
     token_weights: Tensor | None = None,
+    class_weights: Tensor | None = None,
     ignore_index: int = -100,
     denominator: Tensor | float | None = None,
     options: LossOptions | None = None,
@@ -46,13 +40,18 @@ def linear_distillation_loss(
 ) -> LossResult:
     """The distillation loss of the logits hidden @ weight.T + bias, without forming them: O(options.chunk_bytes) memory.
 
-    hidden           [N, D] floating point, differentiable; N = 0 is allowed
-    weight, bias     [V, D], [V] or None; differentiable. Mixed types are computed in the wider one.
+    hidden           [N, D] floating point, differentiable; N = 0 is allowed. [B, T, D], any leading dimensions, is taken too: all
+                     that is [N] or [N, ...] below, and what comes back for each position, then has them in N's place
+    weight, bias     [V, D], [V] or None; differentiable. Mixed types are computed in the wider one, see product_dtype. A DTensor
+                     that is sharded by classes is this rank's part of them: no `shard` is needed
     teacher          one of teacher_logits [N, V]; teacher_hidden [N, E] with teacher_weight [V, E] and teacher_bias [V] or None;
                      teacher_ids [N] int64, its argmax (one-hot, not for reverse_kl); teacher_ids and teacher_logprobs [N, K] in a
                      `convention`, see sparse.py, for `tail` with teacher_log_rest [N] where it is known; or nothing
-    labels           [N] int64: needed for options.alpha > 0 and without a teacher, where the loss is their plain cross entropy
-    token_weights    [N], w_i; default 1
+    labels           [N] int64 or int32: needed for options.alpha > 0 and without a teacher, where the loss is their plain cross
+                     entropy
+    token_weights    [N], w_i; default 1. A bool or integer mask is taken as numbers
+    class_weights    [V] (of all ranks), of the labels' cross entropy; without a teacher the default denominator counts them, as
+                     torch's cross_entropy does
     ignore_index     positions with this label count for nothing, and may hold NaN; so do positions of weight 0
     denominator      what the weighted sum is divided by; default the weights of the counted positions; 0 gives loss 0 and
                      gradients 0
@@ -64,7 +63,8 @@ def linear_distillation_loss(
     Logits, sums and gradients are accumulated in float32, or float64 where an input is; gradients come back in the type of
     their input. Only hidden, weight and bias are differentiated, once. The gradient is computed in forward, for those that need
     one, and kept (N x D and V x D); the inputs are not, so weight may be a ZeRO-3 parameter that is gathered in forward alone.
-    With options.recompute it is the other way round.
+    With options.recompute, or a loss for each position, it is the other way round. A teacher's logits are read in their type,
+    bf16 and fp8 too, and may come from inference_mode.
 
     Raises ValueError that names the argument, TypeError for an unknown one; an out-of-range label or id is torch's own index
     error.
@@ -72,7 +72,9 @@ def linear_distillation_loss(
     teacher = Teacher(
         teacher_logits, teacher_hidden, teacher_weight, teacher_bias, teacher_ids, teacher_logprobs, teacher_log_rest, convention
     )
-    return _linear(hidden, weight, bias, teacher, Positions(labels, token_weights, ignore_index, denominator), options, shard)
+    return _linear(
+        hidden, weight, bias, teacher, Positions(labels, token_weights, ignore_index, denominator, class_weights), options, shard
+    )
 
 
 @known_names
@@ -86,6 +88,7 @@ def linear_softmax_kl(
     teacher_bias: Tensor | None = None,
     labels: Tensor | None = None,
     token_weights: Tensor | None = None,
+    class_weights: Tensor | None = None,
     ignore_index: int = -100,
     denominator: Tensor | float | None = None,
     options: LossOptions | None = None,
@@ -93,7 +96,9 @@ def linear_softmax_kl(
 ) -> LossResult:
     """`linear_distillation_loss` against a teacher's hidden states [N, E] and head [V, E], [V]; E need not be D."""
     teacher = Teacher(hidden=teacher_hidden, weight=teacher_weight, bias=teacher_bias)
-    return _linear(hidden, weight, bias, teacher, Positions(labels, token_weights, ignore_index, denominator), options, shard)
+    return _linear(
+        hidden, weight, bias, teacher, Positions(labels, token_weights, ignore_index, denominator, class_weights), options, shard
+    )
 
 
 @known_names
@@ -108,6 +113,7 @@ def linear_sparse_kl(
     convention: Convention | None = None,
     labels: Tensor | None = None,
     token_weights: Tensor | None = None,
+    class_weights: Tensor | None = None,
     ignore_index: int = -100,
     denominator: Tensor | float | None = None,
     options: LossOptions | None = None,
@@ -121,7 +127,9 @@ def linear_sparse_kl(
     digits.
     """
     teacher = Teacher(ids=teacher_ids, logprobs=teacher_logprobs, log_rest=teacher_log_rest, convention=convention)
-    return _linear(hidden, weight, bias, teacher, Positions(labels, token_weights, ignore_index, denominator), options, shard)
+    return _linear(
+        hidden, weight, bias, teacher, Positions(labels, token_weights, ignore_index, denominator, class_weights), options, shard
+    )
 
 
 @known_names
@@ -132,13 +140,22 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     token_weights: Tensor | None = None,
+    class_weights: Tensor | None = None,
     ignore_index: int = -100,
     denominator: Tensor | float | None = None,
     options: LossOptions | None = None,
     shard: VocabularyShard | None = None,
 ) -> LossResult:
     """`linear_distillation_loss` of labels alone. Of the options, label_smoothing, z_loss, recompute and chunk_bytes count."""
-    return _linear(hidden, weight, bias, Teacher(), Positions(labels, token_weights, ignore_index, denominator), options, shard)
+    return _linear(
+        hidden,
+        weight,
+        bias,
+        Teacher(),
+        Positions(labels, token_weights, ignore_index, denominator, class_weights),
+        options,
+        shard,
+    )
 
 
 @known_names
@@ -149,6 +166,7 @@ def softmax_kl(
     teacher_ids: Tensor | None = None,
     labels: Tensor | None = None,
     token_weights: Tensor | None = None,
+    class_weights: Tensor | None = None,
     ignore_index: int = -100,
     denominator: Tensor | float | None = None,
     options: LossOptions | None = None,
@@ -161,13 +179,16 @@ def softmax_kl(
     writes the gradient over student_logits instead of beside it; then nothing else may read them, and backward runs once.
     """
     options = LossOptions() if options is None else options
-    student_logits, teacher_logits = check_logits(student_logits, teacher_logits, options, sharded=shard is not None)
+    positions = Positions(labels, token_weights, ignore_index, denominator, class_weights)
+    refuse_forward_mode(student_logits)
+    student_logits, lead, teacher, positions = flatten(student_logits, Teacher(teacher_logits, ids=teacher_ids), positions)
+    student_logits, teacher_logits = check_logits(student_logits, teacher.logits, options, sharded=shard is not None)
     if in_place and 0 in student_logits.stride():
         raise ValueError("in_place: student_logits is an expanded view, whose positions share memory; make it contiguous")
     dtype = accumulation_dtype(student_logits, teacher_logits)
-    teacher, positions = Teacher(teacher_logits, ids=teacher_ids), Positions(labels, token_weights, ignore_index, denominator)
+    teacher = teacher._replace(logits=teacher_logits)
     problem = _problem(student_logits, student_logits.shape[1], dtype, teacher, positions, options, shard)
-    return ops.logits(student_logits, problem, in_place)
+    return unflatten(ops.logits(student_logits, problem, in_place), lead)
 
 
 def _linear(
@@ -179,7 +200,11 @@ def _linear(
     options: LossOptions | None,
     shard: VocabularyShard | None,
 ) -> LossResult:
-    options, device, sharded = LossOptions() if options is None else options, hidden.device, shard is not None
+    options = LossOptions() if options is None else options
+    refuse_forward_mode(hidden, weight, bias)
+    hidden, weight, bias, teacher, shard = split_head(hidden, weight, bias, teacher, shard)
+    hidden, lead, teacher, positions = flatten(hidden, teacher, positions)
+    device, sharded = hidden.device, shard is not None
     check_rows("hidden", hidden, (None, None), device)
     check_rows("weight", weight, (None, hidden.shape[1]), device)
     rows, common = hidden.shape[0], weight.shape[0]
@@ -201,8 +226,11 @@ def _linear(
         common = common_classes("teacher_logits", teacher.logits.shape[1], common, options, sharded=sharded)
     if options.common_vocabulary:
         weight, bias, teacher = weight[:common], None if bias is None else bias[:common], teacher.first(common)
-    dtype = accumulation_dtype(hidden, weight, bias, teacher.hidden, teacher.weight, teacher.logits, teacher.logprobs)
-    return ops.linear(hidden, weight, bias, _problem(hidden, common, dtype, teacher, positions, options, shard))
+    dtype = accumulation_dtype(hidden, weight, bias, teacher.hidden, teacher.weight, teacher.logits)
+    if options.product_dtype is None and torch.is_autocast_enabled(device.type) and dtype == torch.float32:
+        options = replace(options, product_dtype=torch.get_autocast_dtype(device.type))
+    problem = _problem(hidden, common, dtype, teacher, positions, options, shard)
+    return unflatten(ops.linear(hidden, weight, bias, problem), lead)
 
 
 def _problem(
@@ -216,6 +244,9 @@ def _problem(
 ) -> Problem:
     if shard is not None:
         shard.check(classes)
+        for name in ("teacher_top_p", "student_top_k"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"{name}: ranks all classes, cannot be combined with a vocabulary shard; leave it out")
     total = classes if shard is None else shard.total
     targets = make_targets(student, dtype, options, teacher, positions, classes=total)
     logits, hidden, weight, bias = (None if tensor is None else tensor.detach() for tensor in teacher[:4])

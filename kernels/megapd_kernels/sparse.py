@@ -23,10 +23,13 @@ the sum over the classes outside K, not from 1 - sum p_k.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .options import LossOptions
 
 Convention = Literal["tail", "renormalised", "support", "sampled"]
 
@@ -62,16 +65,17 @@ def sparse_teacher(
     logprobs: Tensor,
     log_rest: Tensor | None,
     convention: Convention | None,
-    divergence: str,
-    temperature: float,
+    options: LossOptions,
+    dtype: torch.dtype,
     counted: Tensor | None,
     classes: int,
 ) -> SparseTeacher:
-    """ids, logprobs [N, K] in a convention; log_rest [N]: log of the mass outside K, by default log(1 - sum exp logprobs),
-    which is 0 mass where K is all `classes`: the rounding of the sum would be a mass that no class can take.
+    """ids, logprobs [N, K] in a convention; log_rest [N]: log of the mass outside K, by default log(1 - sum exp logprobs), at
+    least what rounding leaves unknown of that mass, see `_rest`; no mass where K is all `classes`: no class can take it.
 
     Raises ValueError that names the argument.
     """
+    mixture, temperature = options.mixture, options.teacher_temperature
     if convention not in get_args(Convention):
         raise ValueError(f"convention: name one of {', '.join(get_args(Convention))} for teacher_logprobs, got {convention!r}")
     if ids.dim() != 2 or ids.shape[1] == 0:
@@ -80,10 +84,10 @@ def sparse_teacher(
         raise ValueError(f"teacher_ids: {ids.shape[1]} distinct ids a position, but there are {classes} classes; give fewer")
     if log_rest is not None and convention != "tail":
         raise ValueError(f"teacher_log_rest: has a meaning for the convention tail, not for {convention}; leave it out")
-    if convention in ("support", "sampled") and divergence not in ("forward_kl", "soft_cross_entropy"):
-        raise ValueError(f"divergence: {divergence} has no meaning for the convention {convention}; choose forward_kl")
-    if convention == "renormalised" and divergence == "reverse_kl":
-        raise ValueError("convention: reverse_kl is infinite where the teacher has no mass; choose tail, or another divergence")
+    if convention in ("support", "sampled") and not mixture.from_support:
+        raise ValueError(f"divergence: {mixture.name} has no meaning for the convention {convention}; choose forward_kl")
+    if convention == "renormalised" and mixture.needs_rest:
+        raise ValueError(f"convention: {mixture.needs_rest}; choose tail, or another divergence")
     if temperature != 1.0 and convention != "renormalised" and not (temperature == 0.0 and convention != "sampled"):
         raise ValueError(
             f"teacher_temperature: {temperature} cannot be applied to a part of a softmax ({convention}); "
@@ -92,20 +96,60 @@ def sparse_teacher(
     if counted is not None:
         # What a position that does not count holds, NaN too, has no influence: a teacher of finite divergence in its place.
         even = -math.log(ids.shape[1] + 1)
-        ids, logprobs = ids.masked_fill(~counted[:, None], 0), logprobs.masked_fill(~counted[:, None], even)
+        logprobs = logprobs.masked_fill(~counted[:, None], even)
+        ids = torch.where(counted[:, None], ids, torch.arange(ids.shape[1], device=ids.device) % classes)
         log_rest = None if log_rest is None else log_rest.masked_fill(~counted, even)
     if temperature == 0.0:
         return one_hot_teacher(ids.gather(1, logprobs.argmax(1, keepdim=True)).squeeze(1), logprobs.dtype)
-    nothing = torch.full_like(logprobs[:, 0], -torch.inf)
+    nothing = torch.full_like(logprobs[:, 0], -torch.inf, dtype=dtype)
     if convention == "renormalised":
-        return SparseTeacher(ids, torch.log_softmax(logprobs / temperature, 1), nothing, None, True, False)
+        # A position whose K are all -inf stays that, for check_ids to find.
+        log_q = torch.log_softmax(logprobs.to(dtype) / temperature, 1).masked_fill(
+            (logprobs == -torch.inf).all(1, True), -torch.inf
+        )
+        return SparseTeacher(ids, log_q, nothing, None, True, False)
     if convention == "tail":
         if log_rest is None:
-            log_rest = nothing if ids.shape[1] == classes else torch.log1p(-logprobs.exp().sum(1).clamp_(max=1.0))
-        return SparseTeacher(ids, logprobs, log_rest, None, True, False)
+            log_rest = nothing if ids.shape[1] == classes else _rest(logprobs, dtype)
+        return SparseTeacher(ids, logprobs.to(dtype), log_rest, None, True, False)
     if convention == "support":
-        return SparseTeacher(ids, logprobs, nothing, None, False, False)
-    return _merged(ids, logprobs)
+        return SparseTeacher(ids, logprobs.to(dtype), nothing, None, False, False)
+    return _merged(ids, logprobs.to(dtype))
+
+
+def _rest(logprobs: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N], log(1 - sum_k q_k), but no less mass than the log probabilities' rounding may have taken: each is off by half a unit
+    in its last place, eps |log q_k| / 2, hence q_k by eps q_k |log q_k| / 2, and their sum by its type's eps.
+
+    A confident token's sum rounds to 1: a mass of 0 there would make a reverse KL infinite.
+    """
+    exact = logprobs.to(torch.promote_types(logprobs.dtype, dtype))
+    q = exact.exp()
+    unknown = (q * exact.masked_fill(q == 0, 0.0)).sum(1).abs() * (torch.finfo(logprobs.dtype).eps / 2)
+    return torch.maximum(1.0 - q.sum(1), unknown + torch.finfo(exact.dtype).eps).log().to(dtype)
+
+
+def check_ids(teacher: SparseTeacher, counted: Tensor | None) -> None:
+    """Raise ValueError for a position whose ids are not distinct, where they must be, or give no class any mass: what neither its
+    shape nor its type shows. On a GPU, whose answer would have to be waited for, it is a device-side assertion.
+    """
+    log_q = teacher.log_q
+    repeated = torch.zeros((), dtype=torch.bool, device=log_q.device)
+    if teacher.first is None and teacher.ids.shape[1] > 1:
+        ids = teacher.ids.sort(1).values
+        same = (ids[:, 1:] == ids[:, :-1]).any(1)
+        repeated = (same if counted is None else same & counted).any()
+    empty = (log_q == -torch.inf).all(1) & (teacher.log_rest == -torch.inf)
+    if log_q.shape[0] > 0:
+        _refuse(repeated, "teacher_ids: a position has an id twice; give distinct ids, or the convention sampled")
+        _refuse(empty.any(), "teacher_logprobs: a position gives no class any mass; weigh it with 0")
+
+
+def _refuse(wrong: Tensor, message: str) -> None:
+    try:
+        torch._assert_async(~wrong, message)
+    except RuntimeError as error:  # a CPU's answer is there at once
+        raise ValueError(message) from error
 
 
 def _merged(ids: Tensor, log_weights: Tensor) -> SparseTeacher:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .linear import Product
-from .options import MIN_TEMPERATURE, LossOptions, accumulation_dtype, check_rows, known_names
+from .options import MIN_TEMPERATURE, LossOptions, known_names
 from .rows.base import default_chunk_bytes
 from .shard import VocabularyShard
+from .targets import accumulation_dtype, check_rows
 
 
 class TopK(NamedTuple):

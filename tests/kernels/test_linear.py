@@ -194,7 +194,7 @@ def test_only_the_needed_gradients_are_made(needed: tuple[bool, ...]) -> None:
     assert ((101, 17) in recorder.made) == needed[1]
     assert tuple(g is not None for g in gradients) == needed
     assert result.loss.requires_grad == any(needed)
-    assert not any(t.requires_grad for t in result[1:])
+    assert not any(t.requires_grad for t in result[1:4])
     leaves = [leaf for leaf, wanted in zip(case.student, needed, strict=True) if wanted]
     if leaves:
         for value, wanted in zip(torch.autograd.grad(result.loss, leaves), itertools.compress(expected, needed), strict=True):
@@ -257,12 +257,19 @@ def test_non_contiguous_inputs() -> None:
         assert_equal_losses(strided, form, options, 2.0, 1e-11, labels=strided.labels, token_weights=strided.token_weights)
 
 
-def test_autocast_does_not_round_the_loss() -> None:
+def test_autocast_rounds_the_operands_of_the_products_alone() -> None:
     case = make_case().to(torch.float32)
     expected = case.loss("hidden", LossOptions())
     with torch.autocast("cpu", torch.bfloat16):
+        full = case.loss("hidden", LossOptions(product_dtype=torch.float32))
         result = case.loss("hidden", LossOptions())
-    assert torch.equal(result.loss, expected.loss)
+    assert torch.equal(full.loss, expected.loss)
+    asked = case.loss("hidden", LossOptions(product_dtype=torch.bfloat16))
+    rounded = dataclasses.replace(case.to(torch.bfloat16), bias=case.bias, teacher_bias=case.teacher_bias)
+    for each in (result, asked):
+        assert each.loss.dtype == torch.float32
+        assert torch.equal(each.loss, rounded.loss("hidden", LossOptions()).loss)
+        assert not torch.equal(each.loss, expected.loss)
     with torch.autocast("cpu", torch.bfloat16):  # hidden comes out of a 16-bit layer, the weight is still float32
         mixed = dataclasses.replace(case, hidden=case.hidden.detach().bfloat16().requires_grad_())
         mixed.loss("hidden", LossOptions()).loss.backward()

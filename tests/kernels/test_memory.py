@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from megapd_kernels import LossOptions, distillation_loss, softmax_kl, topk_logits
 from megapd_kernels.linear import linear_loss
 from megapd_kernels.logits import logits_gradient, logits_loss
-from megapd_kernels.options import reciprocal_or_zero
 from megapd_kernels.rows.base import default_chunk_bytes
+from megapd_kernels.targets import reciprocal_or_zero
 
 from .cases import (
     DIVERGENCES,
@@ -123,11 +123,12 @@ def test_logits_are_read_in_chunks(divergence: str) -> None:
     out, one = torch.empty_like(logits), torch.ones(())
     with Recorder() as recorder:
         _, statistics = logits_loss(logits, problem)
-    assert recorder.largest <= 40 * 300
+    rows = math.ceil(256 / math.ceil(256 / (16 * 5)))  # a chunk of the student's logits alone, the widest case has five buffers
+    assert recorder.largest <= rows * 300
     inputs = {tuple(out.shape), tuple(out[:0].shape)}
     with Recorder() as recorder:
         logits_gradient(logits, problem, one, statistics, out)
-    assert max(math.prod(shape) for shape in recorder.made - inputs) <= 40 * 300
+    assert max(math.prod(shape) for shape in recorder.made - inputs) <= rows * 300
     assert statistics.numel() <= 16 * 256
 
 
@@ -227,7 +228,7 @@ def test_no_host_sync(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 targets = {"labels": case.labels, "token_weights": case.token_weights, "denominator": torch.empty(())}
                 with torch.no_grad():
                     result, gradients = linear_loss(*below(lambda: case.loss(form, options, **targets)), ALL)  # noqa: B023
-                assert [None if t is None else tuple(t.shape) for t in (*result, *gradients)] == [
+                assert [None if t is None else tuple(t.shape) for t in (*result[:4], *gradients)] == [
                     (),
                     (),
                     (),
@@ -249,7 +250,7 @@ def test_no_host_sync_of_logits_and_topk() -> None:
             options = LossOptions(divergence, 0.7, 2.0, z_loss=0.1, chunk_bytes=3 * row_bytes(V))
             logits, problem, _ = below(lambda: softmax_kl(student, teacher, options=options))  # noqa: B023
             result, statistics = logits_loss(logits, problem)
-            assert [s.shape for s in result] == [()] * 4
+            assert [s.shape for s in result[:4]] == [()] * 4
             out = torch.empty(N, V)
             logits_gradient(logits, problem, reciprocal_or_zero(torch.empty(())), statistics, out)
         ids, logprobs, log_rest = topk_logits(torch.empty(N, D), torch.empty(V, D), 4, chunk_bytes=3 * row_bytes(V))

@@ -201,7 +201,7 @@ def test_nothing_counted_gives_zero_and_zero_gradients() -> None:
     labels = torch.full((6,), -100)
     result = distillation_loss(student, labels=labels, teacher_logits=teacher, options=LossOptions(alpha=0.5))
     (gradient,) = torch.autograd.grad(result.loss, student)
-    assert [x.item() for x in result] == [0, 0, 0, 0]
+    assert [x.item() for x in result[:4]] == [0, 0, 0, 0]
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
@@ -247,7 +247,7 @@ def test_arguments_without_a_meaning_are_refused() -> None:
         ("^teacher_logits: expected shape", {"teacher_logits": teacher[:3]}),
         ("^teacher_ids: reverse_kl", {"teacher_ids": ids, "options": LossOptions("reverse_kl")}),
         ("^labels: expected shape", {"labels": ids[:2]}),
-        ("^labels: expected torch.int64", {"labels": ids.int()}),
+        ("^labels: expected torch.int64", {"labels": ids.float()}),
         ("^token_weights: expected shape", {"labels": ids, "token_weights": torch.ones(6, 1)}),
         ("^denominator: must be finite", {"labels": ids, "denominator": -1.0}),
         ("^denominator: expected one number", {"labels": ids, "denominator": torch.ones(2)}),

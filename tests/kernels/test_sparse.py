@@ -287,7 +287,7 @@ def test_positions_that_do_not_count_may_hold_anything(convention: str, divergen
     ):
         result = linear_distillation_loss(dirty, case.weight, bias=case.bias, **targets, **teacher, options=options)
         gradients = torch.autograd.grad(result.loss, (dirty, case.weight, case.bias))
-        for value, reference in zip((*result, *gradients), (*expected, *wanted), strict=True):
+        for value, reference in zip((*result[:4], *gradients), (*expected[:4], *wanted), strict=True):
             assert relative(value, reference) < 1e-12
         assert torch.equal(gradients[0][~keep], torch.zeros_like(gradients[0][~keep]))
 
@@ -399,7 +399,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
         r"^teacher_ids: 38 distinct ids",
         {"teacher_ids": torch.zeros(N, 38, dtype=torch.int64), "teacher_logprobs": torch.zeros(N, 38)},
     ),
-    (r"^teacher_ids: expected torch.int64", {"teacher_ids": IDS.int()}),
+    (r"^teacher_ids: expected torch.int64", {"teacher_ids": IDS.float()}),
     (r"^teacher_ids: expected shape", {"teacher_ids": IDS[:4]}),
     (r"^teacher_logprobs: expected shape \[13, 3\]", {"teacher_logprobs": LOGPROBS[:, :2]}),
     (r"^teacher_logprobs: expected a floating-point", {"teacher_logprobs": IDS}),

@@ -161,7 +161,7 @@ def test_recomputed_gradients_are_the_same(divergence: str, form: str) -> None:
     targets: dict[str, Any] = {"labels": case.labels, "token_weights": case.token_weights}
     kept = case.loss(form, options, **targets)
     again = case.loss(form, dataclasses.replace(options, recompute=True), **targets)
-    for value, want in zip(again, kept, strict=True):
+    for value, want in zip(again[:4], kept[:4], strict=True):
         assert relative(value, want) < 1e-14  # not equal: without a gradient more rows fit into a chunk
     wanted = torch.autograd.grad(kept.loss, case.student, torch.tensor(-3.0, dtype=F64))
     for factor in (1.0, 2.0):  # a second backward too
@@ -188,7 +188,7 @@ def test_recompute_without_a_bias_and_in_16_bit() -> None:
         case = make_case(bias=False).to(dtype)
         kept = torch.autograd.grad(case.loss("hidden", LossOptions()).loss, case.student)
         again = torch.autograd.grad(case.loss("hidden", LossOptions(recompute=True)).loss, case.student)
-        for value, want in zip(again, kept, strict=True):
+        for value, want in zip(again[:4], kept[:4], strict=True):
             assert value.dtype == dtype
             assert torch.equal(value, want)
 
@@ -247,7 +247,7 @@ def test_vocabularies_of_two_sizes(student: int, teacher: int, form: str, recomp
     gradients = torch.autograd.grad(result.loss, case.student, retain_graph=True)
     assert torch.equal(gradients[1][common:], torch.zeros_like(gradients[1][common:]))
     assert torch.equal(gradients[2][common:], torch.zeros_like(gradients[2][common:]))
-    for value, want in zip(result, wanted, strict=True):
+    for value, want in zip(result[:4], wanted[:4], strict=True):
         assert relative(value, want) < 1e-11
     expected = torch.autograd.grad(wanted.loss, cut.student)
     for value, want in zip((gradients[0], gradients[1][:common], gradients[2][:common]), expected, strict=True):
@@ -326,7 +326,7 @@ def test_no_positions(form: str, recompute: bool) -> None:
     options = LossOptions(alpha=0.5, label_smoothing=0.1, z_loss=0.1, student_temperature=2.0, recompute=recompute)
     result = case.loss(form, options, labels=case.labels)
     result.loss.backward()
-    assert [x.item() for x in result] == [0, 0, 0, 0]
+    assert [x.item() for x in result[:4]] == [0, 0, 0, 0]
     assert [None if leaf.grad is None else leaf.grad.abs().sum().item() for leaf in case.student] == [0, 0, 0]
 
 

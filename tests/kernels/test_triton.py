@@ -44,7 +44,7 @@ def assert_reference(
 ) -> None:
     gradients = torch.autograd.grad(result.loss, inputs, torch.tensor(-3.0, device=DEVICE))
     expected = torch.autograd.grad(wanted.loss, leaves, torch.tensor(-3.0, dtype=F64, device=DEVICE))
-    for name, value, want in zip(LossResult._fields, result, wanted, strict=True):
+    for name, value, want in zip(LossResult._fields[:4], result[:4], wanted[:4], strict=True):
         assert relative(value, want) < bound, name
     for value, want in zip(gradients, expected, strict=True):
         assert want.norm() > 0
@@ -213,7 +213,7 @@ def test_rows_that_do_not_count_are_not_read(divergence: str) -> None:
     result = softmax_kl(*head, labels=labels, token_weights=weights, options=options)
     (gradient,) = torch.autograd.grad(result.loss, student)
     assert relative(gradient, wanted) < 1e-6
-    for value, want in zip(result, expected, strict=True):
+    for value, want in zip(result[:4], expected[:4], strict=True):
         assert relative(value, want) < 1e-6
 
 
@@ -223,7 +223,7 @@ def test_nothing_counted(form: str, n: int) -> None:
     case = moved(make_case(n, ignored=n))
     result = case.loss(form, LossOptions(alpha=0.5, z_loss=0.1), labels=case.labels)
     result.loss.backward()
-    assert [x.item() for x in result] == [0, 0, 0, 0]
+    assert [x.item() for x in result[:4]] == [0, 0, 0, 0]
     for leaf in case.student:
         assert leaf.grad is not None
         assert torch.equal(leaf.grad, torch.zeros_like(leaf))

@@ -13,15 +13,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..options import LossOptions, LossResult, Targets, known_names, reciprocal_or_zero
+from ..options import LossOptions, known_names
 from ..shard import VocabularyShard
 from ..sparse import SparseTeacher, one_hot_teacher
-from .divergences import local_total, sparse_divergence
+from ..targets import Targets
+from .ids import Picked, nucleus_, overlap, shape_, sparse_divergence, student_top, teacher_outputs
+from .records import Records
 
 # No implementation has more buffers of [C, V].
 MOST_BUFFERS = 5
@@ -50,6 +52,11 @@ class Problem:
         return "none" if self.teacher_logits is None and self.teacher_hidden is None else "dense"
 
     @property
+    def dense(self) -> bool:
+        """Whether all classes of a dense teacher count: at temperature 0, and on the student's top k, a few ids do."""
+        return self.form == "dense" and self.options.teacher_temperature > 0 and self.options.student_top_k is None
+
+    @property
     def label_share(self) -> float:
         return 1.0 if self.form == "none" else self.options.alpha
 
@@ -66,45 +73,30 @@ class Problem:
     @property
     def softmax_one(self) -> bool:
         """Whether a row needs the softmax at temperature 1."""
-        return self.targets.labels is not None or self.options.z_loss > 0
-
-
-class Picked(NamedTuple):
-    """A row's ids against the classes outside them: everything [C] or [C, K], of all ranks.
-
-    maximum, log_sum, log_sum_one  M, L_T, L_1 over all classes
-    log_p [C, K]                   log p_T at the ids
-    p_one [C, K]                   softmax at temperature 1 there
-    log_rest, log_rest_one         log of the mass outside the ids, at T and at 1
-    """
-
-    maximum: Tensor
-    log_sum: Tensor
-    log_sum_one: Tensor
-    log_p: Tensor
-    p_one: Tensor
-    log_rest: Tensor
-    log_rest_one: Tensor
+        return self.targets.labels is not None or self.options.z_loss > 0 or self.options.per_token
 
 
 class RowLoss(ABC):
     """Losses of rows and the gradient of chunks of logits, in buffers [C, V] that every chunk reuses.
 
-    For each (start, stop) of chunks(): fill student() (and teacher() for a dense one), then call: the rows' values are recorded
-    and d(sum_i w_i loss_i) / d(student logits) comes back in a buffer, valid until the next chunk; None where no gradient is
-    asked for.
+    For each (start, stop) of chunks(): fill student(), and teacher() for one of hidden states, with the logits as they are, then
+    call: the rows' values are recorded and d(sum_i w_i loss_i) / d(student logits) comes back in a buffer, valid until the next
+    chunk; None where no gradient is asked for.
+
+    gradient_scale  0-dim or None: what that gradient is multiplied by
     """
+
+    gradient_scale: Tensor | None = None
 
     def __init__(self, problem: Problem, n: int, v: int, device: torch.device, *, grad: bool) -> None:
         self.problem, self.options, self.targets, self.grad = problem, problem.options, problem.targets, grad
         self.n, self.v, self.device = n, v, device
-        self.dense = problem.form == "dense" and problem.options.teacher_temperature > 0
+        self.dense, self.mixture = problem.dense, problem.options.mixture
         # A second softmax, at temperature 1, where the divergence's differs.
         self.apart = problem.softmax_one and problem.temperature != 1.0
         self.classes = v if problem.shard is None else problem.shard.total
-        self.total = local_total if problem.shard is None else problem.shard.sum
-        self.records = torch.zeros(5, n, dtype=problem.dtype, device=device)
-        self.divergence, self.cross_entropy, self.correct, self.smooth, self.log_sum = self.records
+        self.total = (lambda x: x) if problem.shard is None else problem.shard.sum
+        self.records = Records(problem.options, n, problem.dtype, device)
         chunk_bytes = problem.options.chunk_bytes or default_chunk_bytes(device)
         # All ranks must cut the rows alike, however many classes and buffers each has: their collectives meet chunk by chunk.
         row_bytes = (
@@ -143,53 +135,84 @@ class RowLoss(ABC):
             return torch.ones(stop - start, dtype=self.problem.dtype, device=self.device)
         return self.targets.weights[start:stop]
 
-    def results(self) -> LossResult:
-        columns = [*self.records[:4], self.log_sum.square()]
-        if self.targets.weights is not None:
-            # where, not times: a row that does not count may hold inf.
-            weights = self.targets.weights
-            columns = [torch.where(weights != 0, weights * column, 0.0) for column in columns]
-        divergence, cross_entropy, correct, smooth, square = (column.sum() for column in columns)
-        total, options = torch.zeros_like(divergence), self.options
-        # A share of 0 drops its term: 0 * inf would be NaN.
-        if self.problem.label_share > 0:
-            target = cross_entropy
-            if options.label_smoothing > 0:
-                target = (1.0 - options.label_smoothing) * cross_entropy + options.label_smoothing * smooth
-            total = total + self.problem.label_share * target
-        if self.problem.label_share < 1:
-            total = total + self.problem.share * divergence
-        if options.z_loss > 0:
-            total = total + options.z_loss * square
-        return LossResult(total * reciprocal_or_zero(self.targets.denominator), divergence, cross_entropy, correct)
+    def results(self) -> tuple[Tensor, ...]:
+        """See Records.results."""
+        problem = self.problem
+        return self.records.results(self.targets, problem.label_share, problem.share, teacher=problem.form != "none")
 
-    def sparse_rows(self, start: int, stop: int, teacher: Tensor | None) -> SparseTeacher | None:
-        """The rows' teacher by ids; for a dense one at temperature 0, of logits `teacher` [stop - start, V], its argmax."""
+    def sparse_rows(self, start: int, stop: int, student: Tensor, teacher: Tensor | None) -> SparseTeacher | None:
+        """The rows' teacher by ids; for a dense one that counts at few, of logits `teacher` [stop - start, V], those."""
         if self.targets.sparse is not None:
             return self.targets.sparse.select(slice(start, stop))
         if self.problem.form == "none" or self.dense:
             return None
         assert teacher is not None
+        if self.options.student_top_k is not None:
+            return student_top(student, teacher, self.options.student_top_k, self.options.teacher_temperature)
         value, column = teacher.max(1)
         if self.problem.shard is not None:
             _, column = self.problem.shard.best(value, column)
         return one_hot_teacher(column, self.problem.dtype)
+
+    def shape_teacher(self, teacher: Tensor) -> None:
+        """A dense teacher's logits as they count, in place."""
+        options = self.options
+        if options.teacher_shape > 0:
+            shape_(teacher, options.teacher_logit_scale, options.teacher_soft_cap, slope=False)
+        if options.teacher_top_p is not None and self.dense:
+            nucleus_(teacher, teacher, options.teacher_temperature, options.teacher_top_p)
+
+    def top(self, logits: Tensor) -> Tensor:
+        """[C, k], the classes of the k largest logits [C, V] over all ranks, for the agreement."""
+        k, shard = self.options.top_k_agreement, self.problem.shard
+        values, ids = logits.topk(min(k, logits.shape[1]), 1)
+        return ids if shard is None else shard.top(values.float(), ids + shard.start, min(k, shard.total))[1]
+
+    def record_agreement(self, rows: slice, student: Tensor, teacher: Tensor | None, sparse: SparseTeacher | None) -> None:
+        """Before the logits are overwritten: how many of the teacher's top k are the student's."""
+        k = self.options.top_k_agreement
+        if k == 0 or (teacher is None and sparse is None):
+            return
+        if teacher is None:
+            assert sparse is not None
+            if sparse.ids.shape[1] < k:
+                raise ValueError(
+                    f"top_k_agreement: {k}, but the teacher gives {sparse.ids.shape[1]} ids a position; ask for fewer"
+                )
+            top = sparse.ids.gather(1, sparse.log_q.topk(k, 1).indices)
+        else:
+            top = self.top(teacher)
+        self.records.overlap[rows] = overlap(self.top(student), top)
+
+    def record_teacher_ids(self, rows: slice, teacher: SparseTeacher) -> None:
+        if self.options.per_token:
+            self.records.teacher_best[rows], self.records.teacher_entropy[rows] = teacher_outputs(teacher)
 
     def record_labels(
         self, rows: slice, maximum: Tensor, log_sum: Tensor, best: Tensor, label_logit: Tensor, mean: Tensor | None
     ) -> None:
         """From [C]: M, L_1, the class of the largest logit, the label's logit and the mean logit, of all ranks."""
         assert self.targets.labels is not None
-        self.cross_entropy[rows] = (maximum - label_logit) + log_sum
-        self.correct[rows] = best == self.targets.labels[rows]
+        self.records.cross_entropy[rows] = (maximum - label_logit) + log_sum
+        self.records.correct[rows] = best == self.targets.labels[rows]
         if mean is not None:
-            self.smooth[rows] = (maximum - mean) + log_sum
+            self.records.smooth[rows] = (maximum - mean) + log_sum
 
-    def one_coefficient(self, weights: Tensor, log_sum: Tensor) -> Tensor | None:
+    def record_log_sum(self, rows: slice, log_sum: Tensor) -> None:
+        """L_1 with its maximum, [C]."""
+        if self.options.z_loss > 0 or self.options.per_token:
+            self.records.log_sum[rows] = log_sum
+
+    def label_weights(self, rows: slice) -> Tensor | float:
+        """alpha times the class weight of each label."""
+        weights = self.targets.label_weights
+        return self.problem.label_share if weights is None else self.problem.label_share * weights[rows]
+
+    def one_coefficient(self, rows: slice, weights: Tensor, log_sum: Tensor) -> Tensor | None:
         """c_1 [C] of the softmax at temperature 1, whose log sum exp is given; None for none."""
         if self.problem.label_share == 0 and self.options.z_loss == 0:
             return None
-        share = weights.new_full((), 0.0 if self.targets.labels is None else self.problem.label_share)
+        share = weights.new_zeros(()) + (0.0 if self.targets.labels is None else self.label_weights(rows))
         if self.options.z_loss > 0:
             share = share + 2.0 * self.options.z_loss * log_sum
         return weights * share
@@ -228,13 +251,13 @@ class RowLoss(ABC):
 
         Without the label's and the smoothing's constants, and 0 at an id's further places: what is to be added once.
         """
-        value, g, g_rest = sparse_divergence(self.options.divergence, picked.log_p, picked.log_rest, teacher, self.options.beta)
-        self.divergence[rows] = value
+        values, g, g_rest = sparse_divergence(self.mixture, picked.log_p, picked.log_rest, teacher)
+        self.records.divergences[:, rows] = values
         scale = weights * (self.problem.share / self.problem.temperature)
         # zeros, not times: the gradient of an infinite divergence is not finite.
         at_ids = scale[:, None] * g if self.problem.share > 0 else torch.zeros_like(g)
         outside = scale * g_rest if self.problem.share > 0 else torch.zeros_like(scale)
-        one = self.one_coefficient(weights, picked.maximum + picked.log_sum_one)
+        one = self.one_coefficient(rows, weights, picked.maximum + picked.log_sum_one)
         outside_one = None
         if one is not None:
             at_ids = at_ids + one[:, None] * picked.p_one
@@ -250,11 +273,3 @@ class RowLoss(ABC):
 def default_chunk_bytes(device: torch.device) -> int:
     """Bytes of full-precision logits alive at once, where nothing is asked for."""
     return 64 << 20 if device.type == "cpu" else 2 << 30
-
-
-def best_of(maximum: Tensor, column: Tensor, picks: Tensor, ids: Tensor) -> Tensor:
-    """The class [C] of the largest logit, the lowest on ties: of `column`, logit `maximum` [C], and ids, logits picks [C, K]."""
-    top = picks.amax(1)
-    last = torch.iinfo(torch.int64).max
-    first = ids.masked_fill(picks != top[:, None], last).amin(1)
-    return torch.where((top > maximum) | ((top == maximum) & (first < column)), first, column)

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the online log-sum-exp, expm1 and log1p, the columns of row statistics, the launch shape.
+"""What the Triton kernels share: the online log-sum-exp, the shape of logits, the columns of row statistics, the launch shape.
 
 Powers are of two: the hardware has no other, and the factor log2(e) / temperature is folded into one multiplication.
 """
@@ -9,22 +9,31 @@ import torch
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+from ..triton_functions import LN2, LOG2E, expm1
+
 # The running maximum's start: finite, so that maximum - start never is inf - inf; exp2 of anything minus it is not reached.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+# Logits below stand for no logit: -inf, or a class that another sum counts.
+BANNED = tl.constexpr(-1e30)
 
-# Rows of the statistics [COLUMNS, C] float32, see rows.py for M, L_T and L_1.
+# Rows of the statistics float32, C columns each, see base.py for M, L_T and L_1.
 MAXIMUM = tl.constexpr(0)  # M
 LOG_SUM = tl.constexpr(1)  # L_T
 LOG_SUM_ONE = tl.constexpr(2)  # L_1
 TEACHER_MAXIMUM = tl.constexpr(3)
 TEACHER_LOG_SUM = tl.constexpr(4)
-MOMENT = tl.constexpr(5)  # what the divergence sums, see triton_dense.py
-SECOND_MOMENT = tl.constexpr(6)
-SUM = tl.constexpr(7)  # of the logits, for label smoothing
-BEST = tl.constexpr(8)  # column of the largest logit; float32 holds integers up to 2^24
-COLUMNS = 9
+SUM = tl.constexpr(5)  # of the logits, for label smoothing
+BEST = tl.constexpr(6)  # column of the largest logit; float32 holds integers up to 2^24
+TEACHER_BEST = tl.constexpr(7)
+ENTROPY = tl.constexpr(8)  # of the student's softmax at T
+TEACHER_ENTROPY = tl.constexpr(9)
+MOMENTS = tl.constexpr(10)  # from here on, two a divergence: the sums of its t and u, see ../divergences/base.py
+
+
+def columns(divergences: int) -> int:
+    """Of the statistics, with this many divergences."""
+    first: int = MOMENTS.value
+    return first + 2 * divergences
 
 
 def launch_shape(classes: int, *, two_softmaxes: bool = False) -> tuple[int, dict[str, int]]:
@@ -122,27 +131,30 @@ def minus_target(g, columns, label, by_label, everywhere, LABELS: tl.constexpr, 
 
 
 @triton.jit
-def expm1(x):
-    """exp(x) - 1 to 2e-7 relative: Taylor's series to x^8 for |x| < 1/2, where the difference would lose digits."""
-    series = 1.0 + x * (1.0 / 8.0)
-    series = 1.0 + x * (1.0 / 7.0) * series
-    series = 1.0 + x * (1.0 / 6.0) * series
-    series = 1.0 + x * (1.0 / 5.0) * series
-    series = 1.0 + x * (1.0 / 4.0) * series
-    series = 1.0 + x * (1.0 / 3.0) * series
-    series = 1.0 + x * (1.0 / 2.0) * series
-    return tl.where(tl.abs(x) < 0.5, x * series, tl.exp2(x * LOG2E) - 1.0)
+def shaped(s, logit_scale, soft_cap, SHAPE: tl.constexpr):
+    """The logit that counts of the logit as given: scaled, and for SHAPE 2 capped as cap tanh(s / cap); a banned one stays."""
+    z = s
+    if SHAPE > 0:
+        z = s * logit_scale
+        if SHAPE == 2:
+            # tanh(x) = e / (e + 2), e = expm1(2 x); beyond 15 it is 1 in float32.
+            e = expm1(2.0 * tl.minimum(tl.maximum(z / soft_cap, -15.0), 15.0))
+            z = soft_cap * (e / (e + 2.0))
+        z = tl.where(s < BANNED, s, z)
+    return z
 
 
 @triton.jit
-def log1p(x):
-    """log(1 + x) to 2e-7 relative: 2 artanh(x / (2 + x)) by its series for |x| < 1/2."""
-    z = x / (2.0 + x)
-    z2 = z * z
-    series = 1.0 / 11.0 + z2 * (1.0 / 13.0)
-    series = 1.0 / 9.0 + z2 * series
-    series = 1.0 / 7.0 + z2 * series
-    series = 1.0 / 5.0 + z2 * series
-    series = 1.0 / 3.0 + z2 * series
-    series = 1.0 + z2 * series
-    return tl.where(tl.abs(x) < 0.5, 2.0 * z * series, tl.log2(1.0 + x) * LN2)
+def unshaped(g, z, logit_scale, soft_cap, SHAPE: tl.constexpr):
+    """The gradient with respect to the logit as given, from that of the shaped one z."""
+    if SHAPE > 0:
+        slope = logit_scale
+        if SHAPE == 2:
+            slope = logit_scale * (1.0 - (z / soft_cap) * (z / soft_cap))
+        g = tl.where(z < BANNED, 0.0, g * slope)
+    return g
+
+
+@triton.jit
+def unit(total):
+    return 1.0

@@ -15,14 +15,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_functions import LN2, LOG2E
 from .triton_math import (
-    LN2,
-    LOG2E,
+    ENTROPY,
     LOWEST,
     load_student,
     minus_target,
     online,
+    shaped,
     store_student,
+    unshaped,
     zero_row,
 )
 
@@ -31,9 +33,10 @@ from .triton_math import (
 def student_rows(
     student,  # [C, V]
     gradient,  # [C, V]
-    statistics,  # [COLUMNS, C]
+    statistics,  # [columns, C]
     labels,  # [C], within this rank's columns or outside them
     weights,  # [C]
+    label_weights,  # [C]
     outside,  # [C], outside_one [C]: factors of the two softmaxes; read if FACTORS
     outside_one,
     scale,  # 0-dim, times the gradient
@@ -42,18 +45,23 @@ def student_rows(
     statistics_stride,
     classes,
     temperature,
+    logit_scale,
+    soft_cap,
     label_share,
     label_factor,  # of w at the label: label_share (1 - smoothing)
     smooth_factor,  # of w everywhere: label_share smoothing / V
     z_loss,
     STATISTICS: tl.constexpr,
+    OUTPUTS: tl.constexpr,  # the argmax and the entropy
     GRADIENT: tl.constexpr,
     LABELS: tl.constexpr,
     WEIGHTS: tl.constexpr,
+    LABEL_WEIGHTS: tl.constexpr,
     SCALE: tl.constexpr,
     FACTORS: tl.constexpr,
     APART: tl.constexpr,  # a second softmax, at temperature 1
     SMOOTH: tl.constexpr,
+    SHAPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -79,7 +87,8 @@ def student_rows(
         for start in range(0, classes, BLOCK):
             inside = start + columns < classes
             s = tl.load(student + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
-            if LABELS:
+            s = shaped(s, logit_scale, soft_cap, SHAPE)
+            if LABELS or OUTPUTS:
                 best = tl.where(s > maximum, start + columns, best)
             if SMOOTH:
                 logits += tl.where(inside, s, 0.0)
@@ -87,8 +96,17 @@ def student_rows(
                 _, total_one, _, _ = online(s, maximum, total_one, LOG2E)
             maximum, total, _, _ = online(s, maximum, total, factor)
         m, log_sum, log_sum_one, _ = store_student(
-            statistics, statistics_stride, maximum, total, total_one, logits, best, factor, LABELS, APART, SMOOTH
+            statistics, statistics_stride, maximum, total, total_one, logits, best, factor, LABELS or OUTPUTS, APART, SMOOTH
         )
+        if OUTPUTS:
+            entropy = tl.zeros([BLOCK], tl.float32)
+            for start in range(0, classes, BLOCK):
+                inside = start + columns < classes
+                s = tl.load(student + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
+                log2_p = (shaped(s, logit_scale, soft_cap, SHAPE) - m) * factor - log_sum
+                p = tl.exp2(log2_p)
+                entropy -= tl.where(p == 0, 0.0, p * log2_p)
+            tl.store(statistics + ENTROPY * statistics_stride, tl.sum(entropy, axis=0) * LN2)
     else:
         m, log_sum, log_sum_one = load_student(statistics, statistics_stride)
 
@@ -101,6 +119,11 @@ def student_rows(
         else:
             c = weight * (label_share + 2.0 * z_loss * (m + log_sum_one * LN2))
             c_one = 0.0
+        if LABEL_WEIGHTS:
+            by_label = tl.load(label_weights + row)
+            label_factor *= by_label
+            if not FACTORS:
+                c = weight * (label_share * by_label + 2.0 * z_loss * (m + log_sum_one * LN2))
         c_label = weight * label_factor
         c_smooth = weight * smooth_factor
         if SCALE:
@@ -117,8 +140,10 @@ def student_rows(
             start = (blocks - 1 - block) * BLOCK
             inside = start + columns < classes
             s = tl.load(student + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
+            s = shaped(s, logit_scale, soft_cap, SHAPE)
             g = c * tl.exp2((s - m) * factor - log_sum)
             if APART:
                 g += c_one * tl.exp2((s - m) * LOG2E - log_sum_one)
             g = minus_target(g, start + columns, label, c_label, c_smooth, LABELS, SMOOTH)
+            g = unshaped(g, s, logit_scale, soft_cap, SHAPE)
             tl.store(gradient + start + columns, g.to(gradient.dtype.element_ty), mask=inside)
