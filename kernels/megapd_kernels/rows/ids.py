@@ -117,4 +117,4 @@ def shape_(logits: Tensor, scale: float, cap: float | None, *, slope: bool) -> T
 
 def overlap(student: Tensor, teacher: Tensor) -> Tensor:
     """[C], the share of the teacher's ids [C, k] that are among the student's [C, k]."""
-    return (teacher[:, :, None] == student[:, None, :]).any(2).float().mean(1)
+    return (teacher[:, :, None] == student[:, None, :]).any(2).double().mean(1)
