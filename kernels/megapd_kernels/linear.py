@@ -30,7 +30,7 @@ def linear_loss(
     n, v, dtype, device = hidden.shape[0], weight.shape[0], problem.dtype, hidden.device
     if problem.targets.sparse is not None:
         check_ids(problem.targets.sparse, problem.targets.counted)
-    operands = problem.options.product_dtype
+    operands = problem.product_dtype
     student = Product(hidden, weight, bias, dtype, problem.targets.counted, operands)
     teacher: Product | None = None
     if problem.teacher_hidden is not None:

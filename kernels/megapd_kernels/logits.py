@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from .rows.base import Problem
+from .divergences import Mixture
+from .rows.base import Problem, TeacherForm
 from .rows.choose import implementation, make_rows
 from .sparse import check_ids
 
@@ -41,17 +43,20 @@ def logits_gradient(logits: Tensor, problem: Problem, scale: Tensor, statistics:
         out[start:stop] = g * (scale if rows.gradient_scale is None else scale / rows.gradient_scale)
 
 
-def statistics_shape(logits: Tensor, problem: Problem) -> tuple[int, ...]:
-    """Of what logits_loss keeps: a few numbers a row, or nothing."""
-    if not _direct(logits, problem):
+def statistics_shape(logits: Tensor, dtype: torch.dtype, mixture: Mixture, form: TeacherForm, *, whole: bool) -> tuple[int, ...]:
+    """Of what logits_loss keeps: a few numbers a row, or nothing. whole: LossOptions.whole_teacher."""
+    if not _reads_in_place(logits, dtype, mixture, form, whole=whole):
         return (0,)
     from .rows.triton_math import columns
 
-    return (columns(len(problem.options.mixture.members)), logits.shape[0])
+    return (columns(len(mixture.members)), logits.shape[0])
 
 
 def _direct(logits: Tensor, problem: Problem) -> bool:
+    options = problem.options
+    return _reads_in_place(logits, problem.dtype, options.mixture, problem.form, whole=options.whole_teacher)
+
+
+def _reads_in_place(logits: Tensor, dtype: torch.dtype, mixture: Mixture, form: TeacherForm, *, whole: bool) -> bool:
     """Whether kernels read the logits where they are. A teacher by ids needs a copy in which it marks them."""
-    if implementation(logits.device, problem.dtype, problem.options.mixture) == "torch":
-        return False
-    return problem.form == "none" or (problem.dense and problem.options.teacher_top_p is None)
+    return implementation(logits.device, dtype, mixture) == "triton" and (form == "none" or (form == "dense" and whole))

@@ -227,10 +227,11 @@ def _linear(
     if options.common_vocabulary:
         weight, bias, teacher = weight[:common], None if bias is None else bias[:common], teacher.first(common)
     dtype = accumulation_dtype(hidden, weight, bias, teacher.hidden, teacher.weight, teacher.logits)
-    if options.product_dtype is None and torch.is_autocast_enabled(device.type) and dtype == torch.float32:
-        options = replace(options, product_dtype=torch.get_autocast_dtype(device.type))
+    product = options.product_dtype
+    if product is None and torch.is_autocast_enabled(device.type) and dtype == torch.float32:
+        product = torch.get_autocast_dtype(device.type)
     problem = _problem(hidden, common, dtype, teacher, positions, options, shard)
-    return unflatten(ops.linear(hidden, weight, bias, problem), lead)
+    return unflatten(ops.linear(hidden, weight, bias, replace(problem, product_dtype=product)), lead)
 
 
 def _problem(

@@ -5,6 +5,7 @@ An operation's arguments are tensors, numbers and strings, so the checked Proble
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -15,8 +16,8 @@ from torch import Tensor
 from .divergences import NAMES, Mixture, named
 from .linear import linear_loss
 from .logits import logits_gradient, logits_loss, statistics_shape
-from .options import LossOptions, LossResult
-from .rows.base import Problem
+from .options import NUMBERS, LossOptions, LossResult
+from .rows.base import Problem, TeacherForm
 from .rows.records import outputs_shape, token_outputs
 from .shard import VocabularyShard
 from .sparse import SparseTeacher
@@ -26,66 +27,84 @@ from .targets import Targets, reciprocal_or_zero
 _TARGETS = ("labels", "counted", "weights", "denominator", "label_weights")
 _SPARSE = ("ids", "log_q", "log_rest", "first")
 _TEACHER = ("teacher_logits", "teacher_hidden", "teacher_weight", "teacher_bias")
-_TENSORS = (*_TARGETS, *_SPARSE, *_TEACHER)
+_TENSORS = (*_TARGETS, *_SPARSE, *_TEACHER, "numbers")
 # A schema's words for the types that have others there. A divergence travels as its members' names, weights and parameters.
-_KINDS = {"int | None": "int?", "float | None": "float?", "torch.dtype | None": "ScalarType?", "Reduction": "str"}
-_OPTIONS = {f.name: _KINDS.get(str(f.type), f.type) for f in fields(LossOptions) if f.name not in ("divergence", "beta")}
-_DIVERGENCE = {"divergences": "str[]", "divergence_weights": "float[]", "divergence_parameters": "float[]"}
-_REST = {"buckets": "bool", "entropy_free": "bool", "group": "str", "start": "int", "total": "int"}
+_KINDS = {"int | None": "int?", "torch.dtype | None": "ScalarType?", "Reduction": "str"}
+_OPTIONS = {
+    f.name: _KINDS.get(str(f.type), f.type) for f in fields(LossOptions) if f.name not in ("divergence", "beta", *NUMBERS)
+}
+_REST = {
+    "divergences": "str[]",
+    "whole": "bool",
+    "buckets": "bool",
+    "entropy_free": "bool",
+    "group": "str",
+    "start": "int",
+    "total": "int",
+}
 _PROBLEM = ", ".join(
-    [f"Tensor{'' if name == 'denominator' else '?'} {name}" for name in _TENSORS]
-    + [f"{kind} {name}" for name, kind in {**_OPTIONS, **_DIVERGENCE, **_REST}.items()]
+    [f"Tensor{'' if name in ('denominator', 'numbers') else '?'} {name}" for name in _TENSORS]
+    + [f"{kind} {name}" for name, kind in {**_OPTIONS, **_REST}.items()]
 )
 _RECOMPUTE = len(_TENSORS) + list(_OPTIONS).index("recompute")
 _REDUCTION = len(_TENSORS) + list(_OPTIONS).index("reduction")
+_PER_TOKEN = len(_TENSORS) + list(_OPTIONS).index("per_token")
+_NAMES = len(_TENSORS) + len(_OPTIONS)
 _DENOMINATOR, _WEIGHTS = _TENSORS.index("denominator"), _TENSORS.index("weights")
+_IDS, _LOGITS = _TENSORS.index("ids"), _TENSORS.index("teacher_logits")
 _RESULTS = 5  # LossResult's four and what is per token
 
 
 def pack(problem: Problem) -> tuple[Any, ...]:
     """A Problem as arguments of the operations."""
-    sparse, shard, members = problem.targets.sparse, problem.shard, problem.options.mixture.members
+    sparse, shard = problem.targets.sparse, problem.shard
     return (
         *[getattr(problem.targets, name) for name in _TARGETS],
         *[None if sparse is None else getattr(sparse, name) for name in _SPARSE],
         *[getattr(problem, name) for name in _TEACHER],
-        *[getattr(problem.options, name) for name in _OPTIONS],
-        [member.name for _, member in members],
-        [weight for weight, _ in members],
-        [value for _, member in members for value in member.parameters],
+        problem.options.numbers,
+        *[getattr(problem if name == "product_dtype" else problem.options, name) for name in _OPTIONS],
+        [member.name for _, member in problem.options.mixture.members],
+        problem.options.whole_teacher,
         *((False, False) if sparse is None else (sparse.buckets, sparse.entropy_free)),
         *(("", 0, 0) if shard is None else (shard.group, shard.start, shard.total)),
     )
 
 
 def _unpack(arguments: Sequence[Any]) -> Problem:
-    tensors, rest = arguments[: len(_TENSORS)], len(_TENSORS) + len(_OPTIONS)
-    labels, counted, weights, denominator, label_weights, ids, log_q, log_rest, first, *teacher = tensors
-    names, shares, parameters, buckets, entropy_free, group, start, total = arguments[rest:]
+    labels, counted, weights, denominator, label_weights, ids, log_q, log_rest, first, *teacher, numbers = arguments[
+        : len(_TENSORS)
+    ]
+    names, _, buckets, entropy_free, group, start, total = arguments[_NAMES:]
+    values: list[Any] = [None if math.isnan(value) else value for value in numbers.tolist()]
     options = LossOptions(
-        divergence=_mixture(names, shares, parameters), **dict(zip(_OPTIONS, arguments[len(_TENSORS) : rest], strict=True))
+        divergence=_mixture(names, values[len(NUMBERS) :]),
+        **dict(zip(NUMBERS, values, strict=False)),
+        **dict(zip(_OPTIONS, arguments[len(_TENSORS) : _NAMES], strict=True)),
     )
     sparse = None if ids is None else SparseTeacher(ids, log_q, log_rest, first, buckets, entropy_free)
     targets = Targets(labels, sparse, counted, weights, denominator, label_weights)
     shard = VocabularyShard(group, start, total) if group else None
-    return Problem(targets, denominator.dtype, options, **dict(zip(_TEACHER, teacher, strict=True)), shard=shard)
+    given = dict(zip(_TEACHER, teacher, strict=True))
+    return Problem(targets, denominator.dtype, options, **given, shard=shard, product_dtype=options.product_dtype)
 
 
-def _mixture(names: Sequence[str], weights: Sequence[float], parameters: Sequence[float]) -> Mixture:
-    members, left = [], list(parameters)
-    for name, weight in zip(names, weights, strict=True):
-        count = len(fields(NAMES[name]))  # type: ignore[arg-type]
-        members.append((weight, named(name, *left[:count])))
+def _mixture(names: Sequence[str], numbers: Sequence[float]) -> Mixture:
+    """Of the names, and each one's weight and parameters."""
+    members, left = [], list(numbers)
+    for name in names:
+        count = 1 + len(fields(NAMES[name]))  # type: ignore[arg-type]
+        members.append((left[0], named(name, *left[1:count])))
         left = left[count:]
     return Mixture(tuple(members))
 
 
 def _loss_like(like: Tensor, problem: Sequence[Any]) -> tuple[Tensor, ...]:
     """Of Records.results, for rows of `like`, without values."""
-    options, dtype = _unpack(problem).options, problem[_DENOMINATOR].dtype
-    loss = like.new_empty((len(like),) if options.reduction == "none" else (), dtype=dtype)
+    dtype, members = problem[_DENOMINATOR].dtype, len(problem[_NAMES])
+    loss = like.new_empty((len(like),) if problem[_REDUCTION] == "none" else (), dtype=dtype)
     sums = [like.new_empty((), dtype=dtype) for _ in range(3)]
-    return loss, *sums, like.new_empty(outputs_shape(options, len(like)), dtype=dtype)
+    return loss, *sums, like.new_empty(outputs_shape(members, len(like)) if problem[_PER_TOKEN] else (0,), dtype=dtype)
 
 
 def _result(outputs: Sequence[Tensor]) -> LossResult:
@@ -220,7 +239,10 @@ def _logits_op(logits: Tensor, in_place: bool, *problem: Any) -> tuple[Tensor, .
 
 @_logits_op.register_fake
 def _(logits: Tensor, in_place: bool, *problem: Any) -> tuple[Tensor, ...]:
-    statistics = logits.new_empty(statistics_shape(logits, _unpack(problem)), dtype=problem[_DENOMINATOR].dtype)
+    dtype, names, whole, teacher = problem[_DENOMINATOR].dtype, problem[_NAMES], problem[_NAMES + 1], problem[_LOGITS]
+    mixture = Mixture(tuple((1.0, named(name)) for name in names))
+    form: TeacherForm = "sparse" if problem[_IDS] is not None else "none" if teacher is None else "dense"
+    statistics = logits.new_empty(statistics_shape(logits, dtype, mixture, form, whole=whole), dtype=dtype)
     return *_loss_like(logits, problem), statistics
 
 

@@ -20,6 +20,20 @@ Reduction = Literal["mean", "none"]
 # The reciprocal of a smaller temperature leaves the range of float32, and 0 * inf would turn the largest logit into NaN.
 MIN_TEMPERATURE = 1e-30
 
+# The fields that may change from step to step: numbers that decide no shape.
+NUMBERS = (
+    "teacher_temperature",
+    "student_temperature",
+    "alpha",
+    "label_smoothing",
+    "z_loss",
+    "logit_scale",
+    "soft_cap",
+    "teacher_logit_scale",
+    "teacher_soft_cap",
+    "teacher_top_p",
+)
+
 _Callee = TypeVar("_Callee", bound=Callable[..., Any])
 
 
@@ -150,6 +164,11 @@ class LossOptions:
                 raise ValueError(
                     "student_top_k: needs the teacher's whole softmax; leave teacher_top_p out and raise the temperature"
                 )
+        numbers = [getattr(self, name) for name in NUMBERS]
+        members = [(weight, *member.parameters) for weight, member in mixture.members]
+        flat = [math.nan if number is None else number for number in numbers] + [each for member in members for each in member]
+        object.__setattr__(self, "_numbers", torch.tensor(flat, dtype=torch.float64, device="cpu"))
+        object.__setattr__(self, "_whole", teacher > 0 and self.teacher_top_p is None and self.student_top_k is None)
         if self.product_dtype is not None and not self.product_dtype.is_floating_point:
             raise ValueError(f"product_dtype: must be a floating-point type, got {self.product_dtype}")
 
@@ -165,6 +184,19 @@ class LossOptions:
             raise ValueError(
                 f"student_temperature: must be at least 1e-7 beside logit_scale or soft_cap, got {self.student_temperature}"
             )
+
+    @property
+    def numbers(self) -> Tensor:
+        """[NUMBERS, and of each divergence its weight and parameters] float64, on the CPU, NaN for None: as a tensor they can
+        change without torch.compile compiling again."""
+        found: Tensor = self._numbers  # type: ignore[attr-defined]
+        return found
+
+    @property
+    def whole_teacher(self) -> bool:
+        """Whether all classes of a dense teacher count, as they are."""
+        found: bool = self._whole  # type: ignore[attr-defined]
+        return found
 
     @property
     def mixture(self) -> Mixture:

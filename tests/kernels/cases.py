@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,6 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megapd_kernels import LossOptions, LossResult, TokenOutputs, distillation_loss, linear_distillation_loss, ops
 
+
+def _broken_interpreter() -> bool:
+    """Whether kernels cannot run here: there is no GPU, and Triton's interpreter before 3.7 fails with numpy 2.4 or later."""
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return False
+    release = tuple(int(part) for name in ("triton", "numpy") for part in version(name).split(".")[:2])
+    return release[:2] < (3, 7) and release[2:] >= (2, 4)
+
+
+BROKEN_INTERPRETER = _broken_interpreter()
+interpreter = pytest.mark.skipif(BROKEN_INTERPRETER, reason="Triton's interpreter before 3.7 fails with numpy 2.4 or later")
 DIVERGENCES = ["forward_kl", "reverse_kl", "jsd", "tvd", "soft_cross_entropy"]
 FORMS = ["none", "ids", "logits", "hidden"]
 SPARSE = ["tail", "renormalised", "support", "sampled"]

@@ -14,11 +14,25 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
-from megapd_kernels import LossOptions, LossResult, VocabularyShard, linear_distillation_loss, softmax_kl, topk_logits
+from megapd_kernels import (
+    JSD,
+    LK,
+    ForwardKL,
+    LossOptions,
+    LossResult,
+    ReverseKL,
+    TokenOutputs,
+    VocabularyShard,
+    linear_distillation_loss,
+    softmax_kl,
+    topk_logits,
+)
 
-from .cases import DIVERGENCES, F64, SPARSE, Case, N, make_case, possible, relative, row_bytes
+from .cases import BROKEN_INTERPRETER, DIVERGENCES, F64, SPARSE, Case, N, make_case, possible, relative, row_bytes
 
 WORLD = 3
 # Classes of each rank, unequal; 41 together.
@@ -26,6 +40,13 @@ PARTS = {2: [24, 17], 3: [19, 5, 17]}
 V = 41
 FORMS = ["none", "ids", "logits", "hidden", *SPARSE]
 CHUNK = 7 * row_bytes(21)  # two chunks of rows, on two ranks and on three
+
+_ALL: dict[str, Any] = {"alpha": 0.3, "student_temperature": 2.0, "per_token": True, "chunk_bytes": CHUNK}
+EXTRA = {
+    "sum": LossOptions(0.7 * ForwardKL() + 0.3 * ReverseKL() + 0.2 * JSD(0.01), **_ALL),
+    "lk": LossOptions(LK(), top_k_agreement=3, **_ALL),
+    "capped": LossOptions("reverse_kl", soft_cap=2.0, logit_scale=1.5, teacher_soft_cap=3.0, **_ALL),
+}
 
 Errors = dict[str, float]  # relative error of each number and gradient
 
@@ -59,7 +80,7 @@ def names(world: int) -> Iterator[tuple[str, Callable[[Split], Errors]]]:
         at_one = dataclasses.replace(terms, student_temperature=1.0)
         yield f"{form} {divergence} smoothing and z-loss at temperature 1, float32", linear(form, at_one, dtype=torch.float32)
         # The interpreter is slow: each statistic's exchange once.
-        if world == WORLD and (form in ("none", "hidden") or (form == "tail" and divergence == "jsd")):
+        if world == WORLD and not BROKEN_INTERPRETER and (form in ("none", "hidden") or (form == "tail" and divergence == "jsd")):
             apart = dataclasses.replace(terms, recompute=True)
             yield f"triton {form} {divergence} float32", in_triton(linear(form, apart, dtype=torch.float32, n=5))
         if form != "none":
@@ -77,15 +98,53 @@ def names(world: int) -> Iterator[tuple[str, Callable[[Split], Errors]]]:
             options = LossOptions(divergence, 0.5, 2.0, 0.3, label_smoothing=0.1, z_loss=0.05, chunk_bytes=CHUNK)
             in_place = divergence in ("jsd", "soft_cross_entropy")
             yield f"softmax_kl {form} {divergence}", logits(form, options, in_place=in_place)
-            if world == WORLD and form == "logits" and divergence in ("reverse_kl", "tvd"):
+            if world == WORLD and not BROKEN_INTERPRETER and form == "logits" and divergence in ("reverse_kl", "tvd"):
                 case = in_triton(logits(form, options, in_place=in_place, dtype=torch.float32))
                 yield f"triton softmax_kl {form} {divergence} float32", case
+    for form, (name, options) in itertools.product(("none", "hidden", "tail"), EXTRA.items()):
+        if form != "none" or name == "capped":
+            yield f"outputs {form} {name}", linear(form, options)
+            if world == WORLD and not BROKEN_INTERPRETER:
+                narrow = dataclasses.replace(options, chunk_bytes=None)
+                yield f"triton outputs {form} {name} float32", in_triton(linear(form, narrow, dtype=torch.float32, n=5))
+    yield "dtensor hidden", dtensor_head
     for k, temperature, banned in itertools.product((1, 30, V), (1.0, 0.5), (False, True)):
         yield f"topk k={k} temperature={temperature} banned={banned}", topk(k, temperature, banned)
     yield "topk saturated", topk_saturated
     yield "ties", ties
     yield "empty", linear("hidden", LossOptions(alpha=0.5), n=0)
     yield "chunk of default size", linear("hidden", LossOptions("jsd", alpha=0.5))
+
+
+def dtensor_head(part: Split) -> Errors:
+    """Heads that say themselves how they are split, one class more on the first ranks than on the last."""
+    case, options = make_case(v=V), LossOptions(alpha=0.3, per_token=True)
+    wanted = case.loss("hidden", options, labels=case.labels)
+    expected = torch.autograd.grad(wanted.loss, case.student)
+    mesh = DeviceMesh.from_group(part.shard._group(), "cpu")
+
+    def split_up(tensor: Tensor | None) -> DTensor:
+        assert tensor is not None
+        return distribute_tensor(tensor.detach(), mesh, [Shard(0)])
+
+    hidden = distribute_tensor(case.hidden.detach(), mesh, [Replicate()]).requires_grad_()
+    weight, bias = split_up(case.weight).requires_grad_(), split_up(case.bias).requires_grad_()
+    result = linear_distillation_loss(
+        hidden,
+        weight,
+        bias=bias,
+        teacher_hidden=case.teacher_hidden,
+        teacher_weight=split_up(case.teacher_weight),
+        teacher_bias=split_up(case.teacher_bias),
+        labels=case.labels,
+        options=options,
+    )
+    found = torch.autograd.grad(result.loss, (hidden, weight, bias))
+    errors = compare(result, wanted)
+    for name, value, want in zip(("dX", "dW", "db"), found, expected, strict=True):
+        assert isinstance(value, DTensor)
+        errors[name] = relative(value.full_tensor(), want)
+    return errors
 
 
 def ban(case: Case, part: slice) -> None:
@@ -104,7 +163,15 @@ def second(shard: VocabularyShard) -> slice:
 
 
 def compare(result: LossResult, wanted: LossResult) -> Errors:
-    return {name: relative(value, want) for name, value, want in zip(LossResult._fields[:4], result[:4], wanted[:4], strict=True)}
+    errors = {
+        name: relative(value, want) for name, value, want in zip(LossResult._fields[:4], result[:4], wanted[:4], strict=True)
+    }
+    for name, value, want in zip(TokenOutputs._fields, result.tokens or (), wanted.tokens or (), strict=False):
+        if want.is_floating_point():
+            errors[name] = ((value - want).norm() / want.norm().clamp(min=1.0)).item()
+        else:
+            errors[name] = 0.0 if torch.equal(value, want) else math.inf
+    return errors
 
 
 def in_triton(run: Callable[[Split], Errors]) -> Callable[[Split], Errors]:

@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megapd_kernels import JSD, LossOptions, distillation_loss, linear_cross_entropy, linear_sparse_kl, softmax_kl
+from megapd_kernels import (
+    JSD,
+    ForwardKL,
+    LossOptions,
+    distillation_loss,
+    linear_cross_entropy,
+    linear_distillation_loss,
+    linear_sparse_kl,
+    softmax_kl,
+)
 
-from .cases import F64, SPARSE, below, make_case, relative
+from .cases import F64, SPARSE, below, interpreter, make_case, relative
 
 
 def confident(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,6 +71,7 @@ def test_float64_log_probabilities_keep_the_losses_type() -> None:
 
 @pytest.mark.parametrize("beta", [1e-6, 1e-4, 0.01, 0.99, 1 - 1e-4, 1 - 1e-6])
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
+@interpreter
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 def test_jsd_keeps_its_digits_near_its_ends(beta: float, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGAPD_KERNELS", implementation)
@@ -176,6 +186,7 @@ def test_a_teachers_logits_are_read_in_their_type(divergence: str, dtype: torch.
 
 
 @pytest.mark.slow
+@interpreter
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 def test_triton_reads_a_teachers_logits_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 in, and no float32 of their size: neither the chunk's nor a mask over it."""
@@ -194,6 +205,7 @@ def test_triton_reads_a_teachers_logits_in_place(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
+@interpreter
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 @pytest.mark.parametrize("form", ["logits", "tail"])
 def test_float16_gradients_keep_small_probabilities(form: str) -> None:
@@ -230,8 +242,30 @@ def test_product_dtype_is_what_autocast_says() -> None:
         _, _, _, asked = below(lambda: case.loss("hidden", LossOptions(product_dtype=torch.float16)))
         wide = make_case()
         _, _, _, double = below(lambda: wide.loss("hidden", LossOptions()))
-    assert problem.options.product_dtype == torch.bfloat16
-    assert asked.options.product_dtype == torch.float16
-    assert double.options.product_dtype is None
+    assert problem.product_dtype == torch.bfloat16
+    assert asked.product_dtype == torch.float16
+    assert double.product_dtype is None
     _, _, _, without = below(lambda: case.loss("hidden", LossOptions()))
-    assert without.options.product_dtype is None
+    assert without.product_dtype is None
+
+
+def test_another_temperature_or_denominator_compiles_nothing_again() -> None:
+    case = make_case().to(torch.float32)
+    student, teacher = [t.detach() for t in case.student], case.teacher_logits()
+    compiled = 0
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        nonlocal compiled
+        compiled += 1
+        return graph.forward
+
+    def loss(hidden: Tensor, denominator: float, options: LossOptions) -> Tensor:
+        arguments: dict[str, Any] = {"bias": student[2], "teacher_logits": teacher, "labels": case.labels}
+        return linear_distillation_loss(hidden, student[1], **arguments, denominator=denominator, options=options).loss
+
+    torch._dynamo.reset()
+    fast = torch.compile(loss, backend=backend, fullgraph=True)
+    for step in range(1, 7):
+        options = LossOptions(0.7 * ForwardKL() + step * JSD(0.1 * step), student_temperature=1 + step / 7, soft_cap=5.0 * step)
+        assert relative(fast(student[0], 3.5 * step, options), loss(student[0], 3.5 * step, options)) < 1e-6
+    assert compiled <= 2  # a float is a number of its own once it has changed

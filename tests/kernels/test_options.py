@@ -27,7 +27,7 @@ from megapd_kernels import (
 )
 from megapd_kernels.divergences import NAMES
 
-from .cases import DIVERGENCES, F64, Case, assert_equal_losses, assert_equal_results, make_case, relative, row_bytes
+from .cases import DIVERGENCES, F64, Case, assert_equal_losses, assert_equal_results, interpreter, make_case, relative, row_bytes
 
 NEW = ["skewed_forward_kl", "skewed_reverse_kl", "alpha_beta", "lk"]
 SUM = 0.7 * ForwardKL() + 0.3 * ReverseKL() + 0.2 * JSD(0.01)
@@ -79,6 +79,7 @@ def assert_each_equal(case: Case, form: str, options: LossOptions, **targets: An
         assert relative(value, want) < 1e-11
 
 
+@interpreter
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # as in test_triton.py
 @pytest.mark.parametrize("change", CHANGES)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megapd_kernels import LossOptions, LossResult, distillation_loss, softmax_kl
 
-from .cases import DIVERGENCES, F64, FORMS, Case, make_case, possible, relative
+from .cases import DIVERGENCES, F64, FORMS, Case, interpreter, make_case, possible, relative
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -25,7 +25,7 @@ BOUND = 1e-5
 
 
 # The interpreter computes with numpy, which warns of what the kernels mean to do: exp2(-inf), inf - inf behind a where.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")]
+pytestmark = [pytest.mark.slow, interpreter, pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")]
 
 
 @pytest.fixture(autouse=True)

@@ -43,6 +43,7 @@ class Problem:
     teacher_weight: Tensor | None = None
     teacher_bias: Tensor | None = None
     shard: VocabularyShard | None = None
+    product_dtype: torch.dtype | None = None  # options' or autocast's
 
     @property
     def form(self) -> TeacherForm:

@@ -61,9 +61,9 @@ class Records:
         return out
 
 
-def outputs_shape(options: LossOptions, n: int) -> tuple[int, ...]:
-    """Of the last of Records.results."""
-    return (len(options.mixture.members) + _OUTPUTS, n) if options.per_token else (0,)
+def outputs_shape(divergences: int, n: int) -> tuple[int, ...]:
+    """Of the last of Records.results, where it is asked for."""
+    return (divergences + _OUTPUTS, n)
 
 
 def token_outputs(rows: Tensor) -> TokenOutputs | None:
