@@ -1,0 +1,102 @@
+"""The losses as modules: the settings are LossOptions' fields by name, the call takes tensors.
+
+A head that the loss owns is called inside the model's forward, where ZeRO-3 and FSDP have gathered it; one that it does not own
+is given at each call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .losses import linear_cross_entropy, linear_distillation_loss, softmax_kl
+from .options import LossOptions, LossResult
+
+
+class _Loss(nn.Module):
+    def __init__(self, options: LossOptions | None, settings: dict[str, Any]) -> None:
+        super().__init__()
+        if options is not None and settings:
+            raise ValueError(f"options: give LossOptions, or its fields by name ({', '.join(settings)}), not both")
+        self.options = LossOptions(**settings) if options is None else options
+
+    def extra_repr(self) -> str:
+        default = LossOptions()
+        changed = {name: value for name, value in vars(self.options).items() if not name.startswith("_")}
+        return ", ".join(f"{name}={value!r}" for name, value in changed.items() if value != getattr(default, name))
+
+
+class _LinearLoss(_Loss):
+    """Owns a head [classes, width] where both are given, else takes weight and bias with each call."""
+
+    def __init__(
+        self, width: int | None, classes: int | None, bias: bool, options: LossOptions | None, settings: dict[str, Any]
+    ) -> None:
+        super().__init__(options, settings)
+        if (width is None) != (classes is None):
+            raise ValueError("width, classes: a head needs both; leave both out to give the weight with each call")
+        self.head = None if width is None or classes is None else nn.Linear(width, classes, bias=bias)
+
+    def _parameters_of(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.head is not None:
+            if weight is not None or bias is not None:
+                raise ValueError("weight, bias: this loss owns its head; leave them out")
+            return self.head.weight, self.head.bias
+        if weight is None:
+            raise ValueError("weight: needed where the loss owns no head")
+        return weight, bias
+
+
+class LinearDistillation(_LinearLoss):
+    """linear_distillation_loss. LinearDistillation(width, classes, divergence="reverse_kl", alpha=0.1) owns a head; without width
+    and classes the call takes weight [V, D] and bias [V]. Raises ValueError that names the argument."""
+
+    def __init__(
+        self,
+        width: int | None = None,
+        classes: int | None = None,
+        *,
+        bias: bool = False,
+        options: LossOptions | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(width, classes, bias, options, settings)
+
+    def forward(self, hidden: Tensor, *, weight: Tensor | None = None, bias: Tensor | None = None, **given: Any) -> LossResult:
+        """hidden [..., D]; given: the teacher, labels and weights, as linear_distillation_loss takes them."""
+        weight, bias = self._parameters_of(weight, bias)
+        return linear_distillation_loss(hidden, weight, bias=bias, options=self.options, **given)
+
+
+class LinearCrossEntropy(_LinearLoss):
+    """linear_cross_entropy, with or without a head of its own as LinearDistillation."""
+
+    def __init__(
+        self,
+        width: int | None = None,
+        classes: int | None = None,
+        *,
+        bias: bool = False,
+        options: LossOptions | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(width, classes, bias, options, settings)
+
+    def forward(
+        self, hidden: Tensor, labels: Tensor, *, weight: Tensor | None = None, bias: Tensor | None = None, **given: Any
+    ) -> LossResult:
+        """hidden [..., D], labels [...]; given: as linear_cross_entropy takes it."""
+        weight, bias = self._parameters_of(weight, bias)
+        return linear_cross_entropy(hidden, weight, labels, bias=bias, options=self.options, **given)
+
+
+class SoftmaxDivergence(_Loss):
+    """softmax_kl of logits that exist: SoftmaxDivergence(divergence="jsd", beta=0.3)."""
+
+    def __init__(self, *, options: LossOptions | None = None, **settings: Any) -> None:
+        super().__init__(options, settings)
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor | None = None, **given: Any) -> LossResult:
+        """Logits [..., V] of both; given: as softmax_kl takes it."""
+        return softmax_kl(student_logits, teacher_logits, options=self.options, **given)
