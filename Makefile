@@ -10,7 +10,7 @@ $(VENV)/ready: pyproject.toml kernels/pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ./kernels --editable '.[dev]'
 	touch $@
 
-.PHONY: install demo test test-fast test-full kernels-report lint format clean
+.PHONY: install demo test test-fast test-full test-peers kernels-report lint format clean
 install: $(VENV)/ready
 
 demo: $(VENV)/ready
@@ -27,6 +27,16 @@ test-full: $(VENV)/ready
 test-fast: $(VENV)/ready
 	$(BIN)/python -m pytest -m "not full and not slow" -n 2 --dist worksteal
 
+# The libraries that megapd_kernels.compat stands in for, in an environment of their own.
+test-peers: .venv-peers/ready
+	.venv-peers/bin/python -m pytest -q -p no:cacheprovider tests/peers
+
+.venv-peers/ready: tests/peers/requirements.txt kernels/pyproject.toml
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet torch==2.13.0
+	.venv-peers/bin/pip install --quiet --requirement tests/peers/requirements.txt --editable ./kernels
+	touch $@
+
 # Registers, shared memory and spills of the Triton kernels, compiled for GPUs that need not be there.
 kernels-report: $(VENV)/ready
 	$(BIN)/python benchmarks/kernels_report.py
@@ -42,4 +52,4 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-peers build *.egg-info .pytest_cache .mypy_cache .ruff_cache
