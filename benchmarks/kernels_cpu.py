@@ -3,11 +3,11 @@
     python benchmarks/kernels_cpu.py [--rounds 7] [--operations linear_softmax_kl ...] [--chunk-bytes 16777216 ...]
                                      [--output benchmarks/results/kernels_cpu.json]
 
-Time: all contestants (benchmarks/peers.py) take turns in one process, in a rotated and reversed order; the figure is the
-median over the rounds of the ratio to plain torch in the same round. Memory: each runs alone in a fresh process, once to warm up
-and once counted: the peak of the resident set above where it stood with the inputs made; the gradients count. Linux only, where
-a process can reset its own peak (/proc/self/clear_refs). Bars, for linear_softmax_kl at the default sizes: time <= 1.0 and extra
-memory <= 1/8 of plain torch's.
+Time: all contestants (megapd_kernels.benchmark.contestants) take turns in one process, in a rotated and reversed order; the
+figure is the median over the rounds of the ratio to plain torch in the same round. Memory: each runs alone in a fresh process,
+once to warm up and once counted: the peak of the resident set above where it stood with the inputs made; the gradients count.
+Linux only, where a process can reset its own peak (/proc/self/clear_refs). Bars, for linear_softmax_kl at the default sizes:
+time <= 1.0 and extra memory <= 1/8 of plain torch's.
 
 A chunk's passes over its rows are many short parallel regions: where another process has one of the processors, each waits for
 its slowest thread, and the ratio says nothing. Then take --threads 1; the result holds the load at start and end.
@@ -33,11 +33,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import peers
 import torch
 from torch import Tensor
 
 from megapd.files import write_atomic
+from megapd_kernels.benchmark import contestants as peers
 
 OPERATIONS = ("linear_softmax_kl", "linear_cross_entropy", "linear_sparse_kl")
 PLAIN, OURS = "torch", "megapd"

@@ -3,8 +3,9 @@
     python benchmarks/kernels_gpu.py [--quick | --full] [--limit 480] [--output benchmarks/results/kernels.csv]
     python benchmarks/kernels_gpu.py --dry-run            lists the cases; needs no GPU
 
-Appends one row a contestant (benchmarks/peers.py), operation and shape, with its status: one that runs out of memory, is not
-installed or fails is a row too. The contestants that need a compiler run come last, so that --limit cuts those first.
+Appends one row a contestant (megapd_kernels.benchmark.contestants), operation and shape, with its status: one that runs out of
+memory, is not installed or fails is a row too. The contestants that need a compiler run come last, so that --limit cuts those
+first.
 
 ms_forward, ms_forward_backward   median by CUDA events, after warm-up, the L2 cache overwritten before each repetition
 peak_gb                           the allocator's peak during forward and backward, beyond the arguments; 1e9 bytes
@@ -37,11 +38,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import peers
 import torch
 from torch import Tensor
 
 from megapd_kernels import distillation_loss
+from megapd_kernels.benchmark import contestants as peers
 
 FIELDS = (
     *("gpu", "driver", "torch", "triton", "liger", "date", "operation", "divergence", "implementation"),

@@ -18,7 +18,7 @@ from .cases import DIVERGENCES, F64, FORMS, Case, interpreter, make_case, possib
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from megapd_kernels.triton_functions import expm1, log1p  # noqa: E402
+from megapd_kernels.divergences.triton_functions import expm1, log1p  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUND = 1e-5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_functions import LOG2E, expm1, log1p, log_sum_share
+from .triton_functions import LOG2E, expm1, log1p, log_sum_share
 
 
 @triton.jit

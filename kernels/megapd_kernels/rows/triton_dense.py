@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_functions import LN2, LOG2E
+from ..divergences.triton_functions import LN2, LOG2E
 from .triton_math import (
     ENTROPY,
     LOWEST,

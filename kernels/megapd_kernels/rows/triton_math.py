@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_functions import LN2, LOG2E, expm1
+from ..divergences.triton_functions import LN2, LOG2E, expm1
 
 # The running maximum's start: finite, so that maximum - start never is inf - inf; exp2 of anything minus it is not reached.
 LOWEST = tl.constexpr(-3.4028234663852886e38)

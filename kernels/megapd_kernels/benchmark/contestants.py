@@ -1,4 +1,4 @@
-"""The losses that the kernel benchmarks compare: megapd's, and what is used elsewhere, all on the same arguments.
+"""The losses that are compared: megapd's, and what is used elsewhere, all on the same arguments.
 
 Every contestant takes an operation's tensors (`make_tensors`) and returns the mean over the tokens, differentiable in those
 tensors that require a gradient; for topk_logits it returns (ids, logprobs), and nothing is differentiable.
@@ -9,6 +9,7 @@ torchtune-like   whole logits cut into 8 pieces, the softmax of a piece at a tim
                  entropy, a constant, is left out of the loss
 liger-like       pieces of 1024 tokens, gradients of each by torch.func, dW summed: Liger's chunked distillation in plain torch
 liger ...        liger-kernel's own classes, where that package is installed
+trl ...          TRL's own functions, where that package is installed
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import megapd_kernels as kernels
-from megapd_kernels import LossOptions
+from ..losses import linear_cross_entropy as our_cross_entropy
+from ..losses import linear_softmax_kl as our_linear_kl
+from ..losses import linear_sparse_kl as our_sparse_kl
+from ..losses import softmax_kl as our_softmax_kl
+from ..options import LossOptions
+from ..topk import topk_logits as our_topk
 
 Contestant = Callable[..., Any]
 
@@ -144,25 +149,23 @@ def plain(operation: str, kind: str) -> Contestant:
 
 def loss_options(kind: str, **settings: Any) -> LossOptions:
     """kind: a divergence, or "" for losses that have none."""
-    return LossOptions(**({"divergence": kind} if kind else {}), **settings)
+    return LossOptions(kind or "forward_kl", **settings)
 
 
 def megapd(operation: str, kind: str, *, in_place: bool = False, **settings: Any) -> Contestant:
     """settings: fields of LossOptions."""
     options = loss_options(kind, **settings)
     if operation == "topk_logits":
-        return lambda hidden, weight: kernels.topk_logits(hidden, weight, TOP_K)[:2]
+        return lambda hidden, weight: our_topk(hidden, weight, TOP_K)[:2]
     if operation == "softmax_kl":
-        return lambda student, teacher: kernels.softmax_kl(student, teacher, options=options, in_place=in_place).loss
+        return lambda student, teacher: our_softmax_kl(student, teacher, options=options, in_place=in_place).loss
     if operation == "linear_softmax_kl":
-        return lambda h, w, th, tw: kernels.linear_softmax_kl(h, w, th, tw, options=options).loss
+        return lambda h, w, th, tw: our_linear_kl(h, w, th, tw, options=options).loss
     if operation == "linear_cross_entropy":
-        return lambda h, w, labels: kernels.linear_cross_entropy(h, w, labels, options=options).loss
+        return lambda h, w, labels: our_cross_entropy(h, w, labels, options=options).loss
 
     def sparse(hidden: Tensor, weight: Tensor, ids: Tensor, logprobs: Tensor, log_rest: Tensor) -> Tensor:
-        return kernels.linear_sparse_kl(
-            hidden, weight, ids, logprobs, teacher_log_rest=log_rest, convention="tail", options=options
-        ).loss
+        return our_sparse_kl(hidden, weight, ids, logprobs, teacher_log_rest=log_rest, convention="tail", options=options).loss
 
     return sparse
 
@@ -193,7 +196,7 @@ class LigerLike(torch.autograd.Function):
 
         step = torch.func.grad_and_value(loss, argnums=(0, 1))
         total, dw, dx = hidden.new_zeros((), dtype=torch.float32), torch.zeros_like(weight), []
-        for h, th in zip(hidden.split(LIGER_CHUNK), teacher_hidden.split(LIGER_CHUNK), strict=True):
+        for h, th in zip(hidden.split(LIGER_CHUNK), teacher_hidden.split(LIGER_CHUNK), strict=True):  # type: ignore[no-untyped-call]
             (dh, dw_piece), value = step(h, weight, th)
             dx.append(dh)
             dw += dw_piece
@@ -217,7 +220,8 @@ def liger_chunked(kind: str, *, compile_chunks: bool) -> Contestant:
 
     def run(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
         labels = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-        return loss(hidden, weight, teacher_hidden, teacher_weight, labels)
+        value: Tensor = loss(hidden, weight, teacher_hidden, teacher_weight, labels)
+        return value
 
     return run
 
@@ -248,6 +252,56 @@ def liger_fused_cross_entropy() -> Contestant:
 
     loss = LigerFusedLinearCrossEntropyLoss()
     return lambda hidden, weight, labels: loss(weight, hidden, labels)
+
+
+def trl_logits(kind: str, *, linear: bool = False) -> Contestant:
+    """TRL's generalized_jsd_loss, of whole logits. Raises ImportError without that package."""
+    from trl.experimental.gkd import GKDTrainer
+
+    loss, beta = GKDTrainer.generalized_jsd_loss, _liger_beta(kind)
+    if not linear:
+        return lambda student, teacher: loss(student, teacher, beta=beta)
+    return lambda h, w, th, tw: loss(F.linear(h, w), F.linear(th, tw), beta=beta)
+
+
+def trl_chunked(kind: str) -> Contestant:
+    """TRL's divergence of hidden states in chunks. Raises ImportError without that package."""
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    def run(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
+        mask = torch.ones(1, len(hidden), dtype=torch.int64, device=hidden.device)
+        heads = (weight, teacher_weight)
+        loss: Tensor = _chunked_divergence_loss(hidden[None], teacher_hidden[None], *heads, mask, _liger_beta(kind))[0]
+        return loss
+
+    return run
+
+
+def available(operation: str, kind: str, device: torch.device) -> dict[str, Callable[[], Contestant]]:
+    """By name, megapd first and plain torch second; each is made when called for, so that a missing package fails alone."""
+    found: dict[str, Callable[[], Contestant]] = {"megapd": partial(megapd, operation, kind)}
+    found["torch"] = partial(plain, operation, kind)
+    if operation == "topk_logits":
+        return found
+    if operation != "softmax_kl":
+        found["megapd recompute"] = partial(megapd, operation, kind, recompute=True)
+    found["torch.compile"] = lambda: compiled(plain(operation, kind))
+    liger_has = kind in ("forward_kl", "reverse_kl", "jsd")
+    if operation == "softmax_kl" and liger_has:
+        found["trl"] = partial(trl_logits, kind)
+        if device.type == "cuda":
+            found["liger"] = partial(liger_logits, kind, kl_div=kind == "forward_kl")
+    if operation == "linear_softmax_kl" and liger_has:
+        found["trl"] = partial(trl_logits, kind, linear=True)
+        found["trl chunked"] = partial(trl_chunked, kind)
+        found["liger chunked"] = partial(liger_chunked, kind, compile_chunks=device.type == "cuda")
+        if device.type == "cuda":
+            found["liger fused_linear_jsd"] = partial(liger_fused_jsd, kind)
+    if operation == "linear_cross_entropy":
+        found["torch chunked"] = torch_linear_cross_entropy
+        if device.type == "cuda":
+            found["liger"] = liger_fused_cross_entropy
+    return found
 
 
 def torch_linear_cross_entropy() -> Contestant:
