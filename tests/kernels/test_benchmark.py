@@ -29,7 +29,7 @@ def rows(tmp_path: Path, *more: str) -> tuple[int, list[dict[str, Any]]]:
 
 
 def test_every_operation_has_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, found = rows(tmp_path, "--operations", *contestants.OPERATIONS, "--divergences", "forward_kl", "tvd")
+    code, found = rows(tmp_path, "--operations", *contestants.OPERATIONS, "--divergences", "forward_kl", "jsd")
     assert code == 0
     assert {row["operation"] for row in found} == set(contestants.OPERATIONS)
     for row in found:
@@ -43,7 +43,7 @@ def test_every_operation_has_numbers(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert row["error_gradient"] < bound
         assert row["ratio"] == 1.0 or row["implementation"] != "torch"
     printed = capsys.readouterr().out
-    assert "linear_softmax_kl tvd 16x256x4x8 float32 on cpu" in printed
+    assert "linear_softmax_kl jsd 16x256x4x8 float32 on cpu" in printed
 
 
 def test_a_wrong_loss_shows_its_error() -> None:
