@@ -31,7 +31,13 @@ class _LinearLoss(_Loss):
     """Owns a head [classes, width] where both are given, else takes weight and bias with each call."""
 
     def __init__(
-        self, width: int | None, classes: int | None, bias: bool, options: LossOptions | None, settings: dict[str, Any]
+        self,
+        width: int | None = None,
+        classes: int | None = None,
+        *,
+        bias: bool = False,
+        options: LossOptions | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__(options, settings)
         if (width is None) != (classes is None):
@@ -52,17 +58,6 @@ class LinearDistillation(_LinearLoss):
     """linear_distillation_loss. LinearDistillation(width, classes, divergence="reverse_kl", alpha=0.1) owns a head; without width
     and classes the call takes weight [V, D] and bias [V]. Raises ValueError that names the argument."""
 
-    def __init__(
-        self,
-        width: int | None = None,
-        classes: int | None = None,
-        *,
-        bias: bool = False,
-        options: LossOptions | None = None,
-        **settings: Any,
-    ) -> None:
-        super().__init__(width, classes, bias, options, settings)
-
     def forward(self, hidden: Tensor, *, weight: Tensor | None = None, bias: Tensor | None = None, **given: Any) -> LossResult:
         """hidden [..., D]; given: the teacher, labels and weights, as linear_distillation_loss takes them."""
         weight, bias = self._parameters_of(weight, bias)
@@ -71,17 +66,6 @@ class LinearDistillation(_LinearLoss):
 
 class LinearCrossEntropy(_LinearLoss):
     """linear_cross_entropy, with or without a head of its own as LinearDistillation."""
-
-    def __init__(
-        self,
-        width: int | None = None,
-        classes: int | None = None,
-        *,
-        bias: bool = False,
-        options: LossOptions | None = None,
-        **settings: Any,
-    ) -> None:
-        super().__init__(width, classes, bias, options, settings)
 
     def forward(
         self, hidden: Tensor, labels: Tensor, *, weight: Tensor | None = None, bias: Tensor | None = None, **given: Any

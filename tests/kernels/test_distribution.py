@@ -7,6 +7,7 @@ import re
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ def test_torch_and_triton_are_all_it_needs() -> None:
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 assert node.module is not None
                 found.add(node.module.split(".")[0])
-    assert found - set(sys.stdlib_module_names) == {"torch", "triton"}
+    # The benchmark names what it may measure beside, and goes on without it.
+    assert found - set(sys.stdlib_module_names) - {"liger_kernel", "trl"} == {"torch", "triton"}
     project = tomllib.loads((FOLDER / "pyproject.toml").read_text())
     assert [re.split(r"\W", asked)[0] for asked in project["project"]["dependencies"]] == ["torch", "triton"]
     folders = {".".join(file.parent.relative_to(FOLDER).parts) for file in FILES}
@@ -36,12 +38,15 @@ def test_torch_and_triton_are_all_it_needs() -> None:
 
 
 def test_the_readmes_examples_run() -> None:
-    examples = re.findall(r"^```python\n(.*?)^```", (FOLDER / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert examples
+    pages = [FOLDER / "README.md", *sorted((FOLDER / "docs").glob("*.md"))]
+    examples = [
+        found for page in pages for found in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    ]
+    assert len(examples) >= 3
     for example in examples:
-        names: dict[str, object] = {}
+        names: dict[str, Any] = {"__name__": __name__}
         exec(compile(example, "README.md", "exec"), names)
-        assert names["weight"].grad.norm() > 0  # type: ignore[attr-defined]
+        assert "options" in names or names["weight"].grad.norm() > 0
 
 
 def test_the_folder_is_not_taken_for_the_package_named_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

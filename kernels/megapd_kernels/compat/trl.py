@@ -29,7 +29,7 @@ def generalized_jsd_loss(
     batchmean: the sum over the labels that count, or without labels over the first dimension; sum; num_items_in_batch: the sum
     over it. mean, over classes too, as TRL's. none, a value a class, is refused: megapd_kernels does not form it.
     """
-    options = LossOptions(interpolated(beta), teacher_temperature=temperature, student_temperature=temperature)
+    options = _options(beta, temperature)
     denominator = _denominator(student_logits, labels, reduction, num_items_in_batch)
     return softmax_kl(student_logits, teacher_logits, labels=labels, denominator=denominator, options=options).loss
 
@@ -52,16 +52,9 @@ def chunked_divergence_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """DistillationTrainer's loss of hidden states [B, T, D], [B, T, E]: (loss, sum of the student's entropies, counted).
     The entropy is at the temperature, as its divergence."""
-    options = LossOptions(
-        interpolated(beta),
-        teacher_temperature=temperature,
-        student_temperature=temperature,
-        logit_scale=student_logit_scale,
-        teacher_logit_scale=teacher_logit_scale,
-        soft_cap=student_final_logit_softcapping,
-        teacher_soft_cap=teacher_final_logit_softcapping,
-        per_token=True,
-    )
+    student = (student_logit_scale, student_final_logit_softcapping)
+    teacher = (teacher_logit_scale, teacher_final_logit_softcapping)
+    options = _options(beta, temperature, student, teacher, per_token=True)
     counted = completion_mask != 0
     result = linear_softmax_kl(
         student_hidden_states,
@@ -157,15 +150,7 @@ def _linear_jsd(
     """generalized_jsd_loss of hidden states in the logits' places."""
     weight, bias, scale, cap = student()
     teacher_weight, teacher_bias, teacher_scale, teacher_cap = teacher()
-    options = LossOptions(
-        interpolated(beta),
-        teacher_temperature=temperature,
-        student_temperature=temperature,
-        logit_scale=scale,
-        soft_cap=cap,
-        teacher_logit_scale=teacher_scale,
-        teacher_soft_cap=teacher_cap,
-    )
+    options = _options(beta, temperature, (scale, cap), (teacher_scale, teacher_cap))
     return linear_softmax_kl(
         student_logits,
         weight,
@@ -177,6 +162,27 @@ def _linear_jsd(
         denominator=_denominator(student_logits, labels, reduction, num_items_in_batch, weight.shape[0]),
         options=options,
     ).loss
+
+
+def _options(
+    beta: float,
+    temperature: float,
+    student: tuple[float, float | None] = (1.0, None),
+    teacher: tuple[float, float | None] = (1.0, None),
+    *,
+    per_token: bool = False,
+) -> LossOptions:
+    """student, teacher: each side's logit scale and cap; the temperature is of both."""
+    return LossOptions(
+        interpolated(beta),
+        teacher_temperature=temperature,
+        student_temperature=temperature,
+        logit_scale=student[0],
+        soft_cap=student[1],
+        teacher_logit_scale=teacher[0],
+        teacher_soft_cap=teacher[1],
+        per_token=per_token,
+    )
 
 
 def _denominator(
