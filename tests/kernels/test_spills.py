@@ -22,13 +22,13 @@ def report(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_nothing_spills() -> None:
-    done = report("--match", r"(all|cross entropy).* fp32 bf16")
+    done = report("--match", r"(all|cross entropy).* fp32 bf16", "--targets", "sm_90", "gfx942")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if "_rows" in line]
-    # 9 divergences, JSD near its ends, a weighted sum and the student's kernel, bare and with everything, for four targets.
-    assert len(lines) == (9 + 2 + 1) * 2 * 4
+    # 9 divergences, JSD near its ends, a weighted sum and the student's kernel, bare and with everything, for two targets.
+    assert len(lines) == (9 + 2 + 1) * 2 * 2
     registers = [int(line.split()[-3]) for line in lines if "sm_" in line]
-    assert len(registers) == (9 + 2 + 1) * 2 * 3
+    assert len(registers) == (9 + 2 + 1) * 2
     assert all(16 <= count <= 128 for count in registers)
 
 
