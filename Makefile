@@ -29,7 +29,7 @@ test-fast: $(VENV)/ready
 
 # The libraries that megapd_kernels.compat stands in for, in an environment of their own.
 test-peers: .venv-peers/ready
-	.venv-peers/bin/python -m pytest -q -p no:cacheprovider tests/peers
+	MEGAPD_PEERS=required .venv-peers/bin/python -m pytest -q -p no:cacheprovider tests/peers
 
 .venv-peers/ready: tests/peers/requirements.txt kernels/pyproject.toml
 	$(PYTHON) -m venv .venv-peers

@@ -1,11 +1,12 @@
 """The losses as modules: the settings are LossOptions' fields by name, the call takes tensors.
 
-A head that the loss owns is called inside the model's forward, where ZeRO-3 and FSDP have gathered it; one that it does not own
-is given at each call.
+A head that the loss owns is read in the head's own forward, where ZeRO-3 and FSDP have gathered it, whether they wrap the model,
+the loss or the head alone; one that it does not own is given at each call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +28,15 @@ class _Loss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in changed.items() if value != getattr(default, name))
 
 
+class Head(nn.Linear):
+    """A linear head that also hands its parameters to a loss, from inside its forward: read from outside, a head that
+    fully_shard wraps by itself is a DTensor of a part of the classes, which says nothing of whose rows those are."""
+
+    def forward(self, hidden: Tensor, loss: Callable[[Tensor, Tensor, Tensor | None], LossResult] | None = None) -> Any:
+        """The logits [..., V] of hidden [..., D], or loss(hidden, weight, bias)."""
+        return super().forward(hidden) if loss is None else loss(hidden, self.weight, self.bias)
+
+
 class _LinearLoss(_Loss):
     """Owns a head [classes, width] where both are given, else takes weight and bias with each call."""
 
@@ -42,16 +52,23 @@ class _LinearLoss(_Loss):
         super().__init__(options, settings)
         if (width is None) != (classes is None):
             raise ValueError("width, classes: a head needs both; leave both out to give the weight with each call")
-        self.head = None if width is None or classes is None else nn.Linear(width, classes, bias=bias)
+        self.head = None if width is None or classes is None else Head(width, classes, bias=bias)
 
-    def _parameters_of(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _of_head(
+        self,
+        loss: Callable[[Tensor, Tensor, Tensor | None], LossResult],
+        hidden: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> LossResult:
         if self.head is not None:
             if weight is not None or bias is not None:
                 raise ValueError("weight, bias: this loss owns its head; leave them out")
-            return self.head.weight, self.head.bias
+            result: LossResult = self.head(hidden, loss)
+            return result
         if weight is None:
             raise ValueError("weight: needed where the loss owns no head")
-        return weight, bias
+        return loss(hidden, weight, bias)
 
 
 class LinearDistillation(_LinearLoss):
@@ -60,8 +77,11 @@ class LinearDistillation(_LinearLoss):
 
     def forward(self, hidden: Tensor, *, weight: Tensor | None = None, bias: Tensor | None = None, **given: Any) -> LossResult:
         """hidden [..., D]; given: the teacher, labels and weights, as linear_distillation_loss takes them."""
-        weight, bias = self._parameters_of(weight, bias)
-        return linear_distillation_loss(hidden, weight, bias=bias, options=self.options, **given)
+
+        def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LossResult:
+            return linear_distillation_loss(hidden, weight, bias=bias, options=self.options, **given)
+
+        return self._of_head(loss, hidden, weight, bias)
 
 
 class LinearCrossEntropy(_LinearLoss):
@@ -71,8 +91,11 @@ class LinearCrossEntropy(_LinearLoss):
         self, hidden: Tensor, labels: Tensor, *, weight: Tensor | None = None, bias: Tensor | None = None, **given: Any
     ) -> LossResult:
         """hidden [..., D], labels [...]; given: as linear_cross_entropy takes it."""
-        weight, bias = self._parameters_of(weight, bias)
-        return linear_cross_entropy(hidden, weight, labels, bias=bias, options=self.options, **given)
+
+        def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LossResult:
+            return linear_cross_entropy(hidden, weight, labels, bias=bias, options=self.options, **given)
+
+        return self._of_head(loss, hidden, weight, bias)
 
 
 class SoftmaxDivergence(_Loss):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.multiprocessing
+from torch.nn import functional as F
 
 from megapd_kernels import LossOptions, linear_cross_entropy, softmax_kl
 from megapd_kernels.nn import LinearCrossEntropy, LinearDistillation, SoftmaxDivergence
 
-from .cases import D, V, make_case
+from . import fsdp_worker
+from .cases import D, V, make_case, relative
 
 
 def test_modules_are_the_functions() -> None:
@@ -59,3 +64,33 @@ def test_arguments_without_a_meaning_are_refused() -> None:
         SoftmaxDivergence(options=LossOptions(), alpha=0.1)
     with pytest.raises(TypeError, match=r"did you mean .*'divergence'"):
         SoftmaxDivergence(divergenc="jsd")
+
+
+def test_a_head_of_its_own_gives_logits_too() -> None:
+    loss, hidden = LinearCrossEntropy(D, V, bias=True), torch.randn(3, D)
+    assert loss.head is not None
+    assert torch.equal(loss.head(hidden), F.linear(hidden, loss.head.weight, loss.head.bias))
+
+
+@pytest.mark.slow
+def test_fully_sharded_heads_see_each_ranks_own_rows(tmp_path: Path) -> None:
+    """Wrapped by itself, with the loss or within it: the loss of a rank's own rows, and the mean of the ranks' gradients."""
+    torch.multiprocessing.start_processes(fsdp_worker.main, (str(tmp_path),), nprocs=fsdp_worker.WORLD, start_method="forkserver")
+    loss, teacher_weight = fsdp_worker.heads()
+    assert loss.head is not None
+    values = []
+    for rank in range(fsdp_worker.WORLD):
+        hidden, teacher_hidden = fsdp_worker.rows(rank)
+        values.append(loss(hidden, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight).loss)
+        (values[-1] / fsdp_worker.WORLD).backward()
+    assert abs(values[0] - values[1]) > 0.01
+    for rank, value in enumerate(values):
+        found = torch.load(tmp_path / f"rank{rank}.pt")
+        assert sorted(found) == ["both", "chunked_divergence_loss", "head", "loss"]
+        for wrapped in fsdp_worker.WRAPPED:
+            for got, want in zip(found[wrapped], (value, loss.head.weight.grad, loss.head.bias.grad), strict=True):
+                assert relative(got, want) < 1e-5, wrapped
+        plain = LinearDistillation(divergence="jsd")
+        hidden, teacher_hidden = fsdp_worker.rows(rank)
+        unbiased = plain(hidden, weight=loss.head.weight, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight).loss
+        assert relative(found["chunked_divergence_loss"][0], unbiased) < 1e-5

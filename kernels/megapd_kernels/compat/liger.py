@@ -37,8 +37,7 @@ class LigerFusedLinearJSD(nn.Module):
             student_weight,
             teacher_input,
             teacher_weight,
-            labels=shift_labels,
-            ignore_index=self.ignore_index,
+            token_weights=None if shift_labels is None else shift_labels != self.ignore_index,
             options=self.options,
         ).loss
 
@@ -81,7 +80,9 @@ class LigerFusedLinearJSDLoss(nn.Module):
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        count = at_least_one((true_labels != self.ignore_index).sum())
+        keep = true_labels != self.ignore_index
+        count = at_least_one(keep.sum())
+        named = self.options.alpha > 0 or self.return_soft_hard_loss  # else labels mask, and may lie outside the classes
         result = linear_softmax_kl(
             student_input,
             student_weight,
@@ -89,7 +90,8 @@ class LigerFusedLinearJSDLoss(nn.Module):
             teacher_weight,
             bias=student_bias,
             teacher_bias=teacher_bias,
-            labels=true_labels,
+            labels=true_labels if named else None,
+            token_weights=keep,
             ignore_index=self.ignore_index,
             denominator=count,
             options=self.options,
@@ -111,7 +113,8 @@ class CrossEntropyOutput(NamedTuple):
 
 class LigerFusedLinearCrossEntropyLoss(nn.Module):
     """liger_kernel.transformers.LigerFusedLinearCrossEntropyLoss: lse_square_scale is z_loss, softcap soft_cap, ce_weight
-    class_weights with the mean over the labels' weights. use_token_scaling and an accum_dtype but float32 are refused."""
+    class_weights with the mean over the labels' weights. use_token_scaling: each position's loss times its label's probability,
+    a constant. Refused: an accum_dtype but float32, and ce_weight with label_smoothing or, in a mean, with lse_square_scale."""
 
     def __init__(
         self,
@@ -128,10 +131,16 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         return_predicted_tokens: bool = False,
     ) -> None:
         super().__init__()
-        refuse(accum_dtype=None if accum_dtype in (None, torch.float32) else accum_dtype, use_token_scaling=use_token_scaling)
+        refuse(accum_dtype=None if accum_dtype in (None, torch.float32) else accum_dtype)
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction: {reduction!r} is not one of mean, sum, none")
-        refuse(ce_weight_with_lse_square_scale=ce_weight is not None and lse_square_scale > 0)
+        if ce_weight is not None and label_smoothing > 0:
+            raise ValueError("ce_weight: cannot be combined with label_smoothing here; set one of them")
+        if ce_weight is not None and lse_square_scale > 0 and reduction == "mean":
+            raise ValueError(
+                "ce_weight: in a mean liger divides lse_square_scale's term by another sum than the rest; choose reduction sum"
+            )
+        self.use_token_scaling = use_token_scaling
         self.ce_weight, self.ignore_index, self.reduction = ce_weight, ignore_index, reduction
         self.return_z_loss, self.return_token_accuracy, self.return_predicted_tokens = (
             return_z_loss,
@@ -142,14 +151,15 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
             soft_cap=softcap,
             z_loss=lse_square_scale,
             label_smoothing=label_smoothing,
-            reduction="none" if reduction == "none" else "mean",
-            per_token=return_z_loss or return_token_accuracy or return_predicted_tokens,
+            reduction="none" if reduction == "none" or use_token_scaling else "mean",
+            per_token=return_z_loss or return_token_accuracy or return_predicted_tokens or use_token_scaling,
         )
 
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
     ) -> Tensor | CrossEntropyOutput:
-        count = at_least_one((target != self.ignore_index).sum())
+        keep = target != self.ignore_index
+        count = at_least_one(keep.sum())
         result = linear_cross_entropy(
             _input,
             lin_weight,
@@ -160,15 +170,25 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
             denominator=1.0 if self.reduction == "sum" else None,
             options=self.options,
         )
-        if result.tokens is None:
-            return result.loss
+        loss, tokens = result.loss, result.tokens
+        if tokens is None:
+            return loss
+        scaling: Tensor | float = 1.0
+        if self.use_token_scaling:
+            scaling = tokens.label_logprob.exp()
+            loss = loss * scaling
+            if self.reduction != "none":
+                weights = keep if self.ce_weight is None else self.ce_weight[target.masked_fill(~keep, 0)] * keep
+                loss = loss.sum() / (weights.sum().clamp(min=1e-30) if self.reduction == "mean" else 1.0)
         z_loss = accuracy = None
         if self.return_z_loss:
-            z_loss = self.options.z_loss * result.tokens.logsumexp.square() * (target != self.ignore_index)
+            z_loss = self.options.z_loss * tokens.logsumexp.square() * scaling * keep
             if self.reduction != "none":
                 z_loss = z_loss.sum() / (count if self.reduction == "mean" else 1.0)
         if self.return_token_accuracy:
-            right = (result.tokens.argmax == target).float()
+            right = ((tokens.argmax == target) & keep).float()
             accuracy = right if self.reduction == "none" else right.sum() / count
-        predicted = result.tokens.argmax if self.return_predicted_tokens else None
-        return CrossEntropyOutput(result.loss, z_loss, accuracy, predicted)
+        predicted = tokens.argmax if self.return_predicted_tokens else None
+        if self.return_z_loss or self.return_token_accuracy or self.return_predicted_tokens:
+            return CrossEntropyOutput(loss, z_loss, accuracy, predicted)
+        return loss

@@ -27,8 +27,7 @@ class _Masked(nn.Module):
         return softmax_kl(
             student,
             teacher,
-            labels=labels.reshape(-1),
-            ignore_index=self.ignore_index,
+            token_weights=labels.reshape(-1) != self.ignore_index,
             denominator=None if normalize else 1.0,
             options=self.options,
         ).loss

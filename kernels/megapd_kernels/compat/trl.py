@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..losses import linear_softmax_kl, softmax_kl
 from ..options import LossOptions
-from .conventions import at_least_one, head_of, interpolated, logit_shape
+from .conventions import CAPS, at_least_one, head_of, interpolated, logit_shape
+
+# weight [V, D], bias [V] or None, cap
+Head = tuple[Tensor, Tensor | None, float | None]
 
 
 def generalized_jsd_loss(
@@ -31,7 +35,8 @@ def generalized_jsd_loss(
     """
     options = _options(beta, temperature)
     denominator = _denominator(student_logits, labels, reduction, num_items_in_batch)
-    return softmax_kl(student_logits, teacher_logits, labels=labels, denominator=denominator, options=options).loss
+    counted = _counted(labels)
+    return softmax_kl(student_logits, teacher_logits, token_weights=counted, denominator=denominator, options=options).loss
 
 
 def chunked_divergence_loss(
@@ -51,18 +56,18 @@ def chunked_divergence_loss(
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """DistillationTrainer's loss of hidden states [B, T, D], [B, T, E]: (loss, sum of the student's entropies, counted).
-    The entropy is at the temperature, as its divergence."""
+    The entropy is at the temperature, as its divergence. A head that is a DTensor is gathered, as TRL gathers it."""
     student = (student_logit_scale, student_final_logit_softcapping)
     teacher = (teacher_logit_scale, teacher_final_logit_softcapping)
     options = _options(beta, temperature, student, teacher, per_token=True)
     counted = completion_mask != 0
     result = linear_softmax_kl(
         student_hidden_states,
-        student_lm_head_weight,
+        _gathered(student_lm_head_weight, student_hidden_states.dtype),
         teacher_hidden_states,
-        teacher_lm_head_weight,
-        bias=student_lm_head_bias,
-        teacher_bias=teacher_lm_head_bias,
+        _gathered(teacher_lm_head_weight, teacher_hidden_states.dtype),
+        bias=None if student_lm_head_bias is None else _gathered(student_lm_head_bias, student_hidden_states.dtype),
+        teacher_bias=None if teacher_lm_head_bias is None else _gathered(teacher_lm_head_bias, teacher_hidden_states.dtype),
         token_weights=counted,
         denominator=at_least_one(counted.sum()) if num_items_in_batch is None else num_items_in_batch,
         options=options,
@@ -72,29 +77,63 @@ def chunked_divergence_loss(
 
 
 def use_in(trainer: Any) -> Any:
-    """A GKDTrainer or a DistillationTrainer, made before, that computes its loss by megapd_kernels; returns it.
+    """A GKDTrainer, GOLDTrainer or DistillationTrainer, made before, that computes its loss by megapd_kernels; returns it.
 
-    GKDTrainer forms logits of both models, [B, T, V]: here both give their last hidden states while it computes its loss, which
-    applies the heads (with Gemma's cap and Cohere's scale). Generation is not touched. DistillationTrainer hands over hidden
-    states already: its loss function alone is replaced. Under ZeRO-3, which partitions the heads, the loss is refused.
-    Raises ValueError for another trainer.
+    GKDTrainer and GOLDTrainer form logits of both models, [B, T, V]: here both give their last hidden states while the loss is
+    computed, which applies the heads with their caps. Where the outputs are asked for as well, as compute_metrics does, TRL's own
+    loss and the logits come. Generation is not touched. DistillationTrainer hands over hidden states already: its loss function
+    alone is replaced.
+
+    Raises ValueError for another trainer; for GOLD between tokenizers (use_uld_loss) and a subclass with a compute_loss of its
+    own, which may read the logits; for a teacher on a server, which gives no hidden states; and for a head that is in parts
+    (ZeRO-3, FSDP) or more than a linear layer, see `head_of`.
     """
-    if hasattr(trainer, "generalized_jsd_loss"):
-        compute = trainer.compute_loss
-
-        @functools.wraps(compute)
-        def compute_loss(model: nn.Module, *arguments: Any, **named: Any) -> Any:
-            student, teacher = (_unwrapped(trainer, each) for each in (model, trainer.teacher_model))
-            with hidden_states_for_logits(student) as ours, hidden_states_for_logits(teacher) as theirs:
-                trainer.generalized_jsd_loss = functools.partial(_linear_jsd, ours, theirs)
-                return compute(model, *arguments, **named)
-
-        trainer.compute_loss = compute_loss
+    if hasattr(trainer, "_megapd_kernels"):
         return trainer
-    module, name = sys.modules[type(trainer).__module__], "_chunked_divergence_loss"
-    if not hasattr(module, name):
-        raise ValueError(f"trainer: {type(trainer).__name__} is neither a GKDTrainer nor a DistillationTrainer")
-    compute = trainer._compute_loss
+    # Of two bases of one name, the older: TRL leaves subclasses behind where a trainer was before.
+    name, bases = type(trainer).__name__, {base.__name__: base for base in type(trainer).__mro__}
+    gives_logits = next((bases[each] for each in ("GKDTrainer", "GOLDTrainer") if each in bases), None)
+    if gives_logits is not None:
+        if getattr(trainer, "use_uld_loss", False):
+            raise ValueError(f"trainer: {name} with use_uld_loss compares logits of two tokenizers; leave its loss as it is")
+        if getattr(trainer.compute_loss, "__func__", None) is not vars(gives_logits)["compute_loss"]:
+            raise ValueError(f"trainer: {name} has a compute_loss of its own, which may read the logits; leave its loss as it is")
+        for model in (trainer.model, trainer.teacher_model):
+            _hookable(_unwrapped(trainer, model))
+        _replace_logits(trainer)
+    elif "DistillationTrainer" in bases:
+        if getattr(trainer, "teacher_model", None) is None:
+            raise ValueError(f"trainer: {name} has a teacher on a server, which gives no hidden states; leave its loss as it is")
+        _replace_chunked(trainer, bases["DistillationTrainer"])
+    else:
+        raise ValueError(f"trainer: {name} is no GKDTrainer, GOLDTrainer or DistillationTrainer")
+    trainer._megapd_kernels = True
+    return trainer
+
+
+def _replace_logits(trainer: Any) -> None:
+    compute = trainer.compute_loss
+
+    @functools.wraps(compute)
+    def compute_loss(model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        if return_outputs:
+            return compute(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        models = [_unwrapped(trainer, each) for each in (model, trainer.teacher_model)]
+        # Before either is changed: the two may share one configuration.
+        caps = [_hookable(each) for each in models]
+        with hidden_states_for_logits(models[0]), hidden_states_for_logits(models[1]):
+            student, teacher = [(*head_of(each), cap) for each, cap in zip(models, caps, strict=True)]
+            trainer.generalized_jsd_loss = functools.partial(_linear_jsd, student, teacher)
+            try:
+                return compute(model, inputs, num_items_in_batch=num_items_in_batch)
+            finally:
+                del trainer.generalized_jsd_loss
+
+    trainer.compute_loss = compute_loss
+
+
+def _replace_chunked(trainer: Any, base: type) -> None:
+    module, name, compute = sys.modules[base.__module__], "_chunked_divergence_loss", trainer._compute_loss
 
     @functools.wraps(compute)
     def _compute_loss(*arguments: Any, **named: Any) -> Any:
@@ -106,30 +145,40 @@ def use_in(trainer: Any) -> Any:
             setattr(module, name, theirs)
 
     trainer._compute_loss = _compute_loss
-    return trainer
 
 
-Head = Callable[[], tuple[Tensor, Tensor | None, float, float | None]]
+def _hookable(model: nn.Module) -> float | None:
+    """The cap of the model's logits. Raises ValueError where `hidden_states_for_logits` cannot serve it."""
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    scale, cap = logit_shape(config)
+    _, bias = head_of(model)
+    if cap is not None and getattr(config, CAPS[0], None) is None:
+        raise ValueError(
+            f"model: {type(model).__name__} caps its logits and cannot do without; leave the trainer's loss as it is"
+        )
+    if bias is not None and scale != 1.0:
+        raise ValueError(f"model: {type(model).__name__} scales its logits and their bias; leave the trainer's loss as it is")
+    return cap
 
 
 @contextmanager
-def hidden_states_for_logits(model: nn.Module) -> Iterator[Head]:
-    """While open, the model's `logits` are its last hidden states; gives what its head is: weight, bias, logit scale, soft cap.
+def hidden_states_for_logits(model: nn.Module) -> Iterator[None]:
+    """While open, the model's `logits` are its last hidden states, times the factor that it gives its logits: with its head's
+    weight and the cap, which it does not apply, they make them. Raises ValueError as `use_in`.
 
     The model is still called through what wraps it, so that DDP and ZeRO 0-2 see its forward.
     """
+    _hookable(model)
     head, config = model.get_output_embeddings(), model.config.get_text_config()  # type: ignore[union-attr, operator]
-    head_of(model)
-    scale, cap = logit_shape(config)
-    inside = head.__dict__.get("forward")
-    head.forward = lambda hidden: hidden / scale  # the model multiplies by it
+    inside, cap = head.__dict__.get("forward"), getattr(config, CAPS[0], None)
+    head.forward = lambda hidden: hidden
     if cap is not None:
-        config.final_logit_softcapping = None
+        setattr(config, CAPS[0], None)
     try:
-        yield lambda: (*head_of(model), scale, cap)
+        yield
     finally:
         if cap is not None:
-            config.final_logit_softcapping = cap
+            setattr(config, CAPS[0], cap)
         if inside is None:
             del head.forward
         else:
@@ -148,9 +197,7 @@ def _linear_jsd(
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
     """generalized_jsd_loss of hidden states in the logits' places."""
-    weight, bias, scale, cap = student()
-    teacher_weight, teacher_bias, teacher_scale, teacher_cap = teacher()
-    options = _options(beta, temperature, (scale, cap), (teacher_scale, teacher_cap))
+    (weight, bias, cap), (teacher_weight, teacher_bias, teacher_cap) = student, teacher
     return linear_softmax_kl(
         student_logits,
         weight,
@@ -158,10 +205,24 @@ def _linear_jsd(
         teacher_weight,
         bias=bias,
         teacher_bias=teacher_bias,
-        labels=labels,
+        token_weights=_counted(labels),
         denominator=_denominator(student_logits, labels, reduction, num_items_in_batch, weight.shape[0]),
-        options=options,
+        options=_options(beta, temperature, (1.0, cap), (1.0, teacher_cap)),
     ).loss
+
+
+def _counted(labels: Tensor | None) -> Tensor | None:
+    """Labels mask and do nothing else: they need not be classes."""
+    return None if labels is None else labels != -100
+
+
+def _gathered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A DTensor as the whole tensor in a type, differentiable: FSDP's ranks hold parts of one head and rows of their own, which
+    is no vocabulary split over ranks that see the same rows."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    whole: Tensor = tensor.full_tensor()
+    return whole.to(dtype)
 
 
 def _options(
