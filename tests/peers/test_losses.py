@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megapd_kernels import JSD, ForwardKL, LossOptions, ReverseKL, linear_sparse_kl
 from megapd_kernels.compat import liger as our_liger
 from megapd_kernels.compat import torchtune as our_torchtune
 from megapd_kernels.compat import transformers as our_transformers
@@ -228,6 +229,25 @@ def test_trls_chunked_divergence(beta: float, items: int | None) -> None:
     )
     ours = inspect.signature(our_trl.chunked_divergence_loss).parameters
     assert list(ours) == list(inspect.signature(peer._chunked_divergence_loss).parameters)
+
+
+@pytest.mark.parametrize(("beta", "divergence"), [(0.0, ForwardKL()), (0.4, JSD(0.4)), (1.0, ReverseKL())])
+def test_trls_tail_bucket_is_the_tail_convention(beta: float, divergence: Any) -> None:
+    """ServerDistillationTrainer with loss_add_tail, from the top 4 of a served teacher; its other way has no counterpart."""
+    peer = pytest.importorskip("trl.experimental.server_distillation.server_distillation_trainer")
+    x = tensors()
+    logprobs, ids = F.linear(x["teacher_hidden"], x["teacher_weight"]).log_softmax(-1).topk(4)
+    everywhere = torch.ones_like(ids, dtype=torch.bool)
+
+    def theirs(hidden: Tensor, weight: Tensor) -> Tensor:
+        student = (hidden @ weight.T).log_softmax(-1).gather(-1, ids)
+        (p, mask), (q, _) = (peer._add_tail_bucket(each, everywhere) for each in (student, logprobs))
+        return peer._jsd_divergence(p, q, beta, mask).sum() / N
+
+    def ours(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_sparse_kl(hidden, weight, ids, logprobs, convention="tail", options=LossOptions(divergence)).loss
+
+    agree(ours, theirs, x["hidden"], x["weight"], bound=2e-5)
 
 
 @pytest.mark.parametrize("name", ["ForwardKLLoss", "ReverseKLLoss", "SymmetricKLLoss"])

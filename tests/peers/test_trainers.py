@@ -36,6 +36,110 @@ def test_the_example_learns_as_trls_own_loss_does() -> None:
     assert norms == pytest.approx(plain_norms, rel=2e-3)
 
 
+def characters(transformers: Any, tokenizers: Any) -> Any:
+    alphabet = {character: i for i, character in enumerate(["<pad>", "<unk>", *"abcdefgh "])}
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(alphabet, unk_token="<unk>"))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<pad>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **special)
+
+
+def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    ids = torch.tensor([example["input_ids"] for example in examples])
+    labels = ids.clone()
+    labels[:, :2] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def logits_trainer(name: str, folder: Path) -> Any:
+    """A GKDTrainer or GOLDTrainer of two models of Gemma's kind, capped, which share one configuration object."""
+    peer = pytest.importorskip(f"trl.experimental.{name.lower()}")
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    datasets = pytest.importorskip("datasets")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 0}
+    config = transformers.Gemma2Config(**sizes, final_logit_softcapping=0.5)
+    student, teacher = transformers.Gemma2ForCausalLM(config), transformers.Gemma2ForCausalLM(config)
+    with torch.no_grad():  # logits that the cap bends
+        for model in (student, teacher):
+            model.get_output_embeddings().weight.mul_(30)
+    args = getattr(peer, f"{name}Config")(
+        output_dir=str(folder),
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        lmbda=0.0,
+        max_steps=1,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        per_device_train_batch_size=2,
+        beta=0.3,
+    )
+    return getattr(peer, f"{name}Trainer")(
+        model=student,
+        teacher_model=teacher,
+        args=args,
+        data_collator=collate,
+        train_dataset=datasets.Dataset.from_dict({"input_ids": torch.randint(2, 11, (4, 6)).tolist()}),
+        processing_class=characters(transformers, tokenizers),
+    )
+
+
+@pytest.mark.parametrize("name", ["GKD", "GOLD"])
+@pytest.mark.parametrize("items", [None, 7])
+def test_a_trainer_of_logits(name: str, items: int | None, tmp_path: Path) -> None:
+    """Its loss and gradients without the logits, twice applied as once; with outputs its own loss and the logits."""
+    from megapd_kernels.compat.trl import use_in
+
+    trainer = logits_trainer(name, tmp_path)
+    batch = collate(trainer.train_dataset.select(range(2)).to_list())
+    parameters = list(trainer.model.parameters())
+    wanted = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
+    expected = torch.autograd.grad(wanted, parameters)
+    assert wanted > 1e-3
+    assert use_in(use_in(trainer)) is trainer
+    shapes = []
+    hook = trainer.model.register_forward_hook(lambda module, given, out: shapes.append(out.logits.shape[-1]))
+    loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
+    assert shapes == [8]  # hidden states
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    for got, want in zip(torch.autograd.grad(loss, parameters), expected, strict=True):
+        assert (got - want).norm() <= 1e-4 * want.norm() + 1e-9
+    loss, outputs = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True, num_items_in_batch=items)
+    hook.remove()
+    assert shapes == [8, 11]
+    assert outputs.logits.shape[-1] == 11
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert trainer.model.config.final_logit_softcapping == 0.5
+
+
+def test_trainers_that_read_the_logits_otherwise_are_refused(tmp_path: Path) -> None:
+    peer = pytest.importorskip("trl.experimental.gkd")
+    from trl.experimental.iw_opd import IWOPDTrainer
+    from trl.experimental.server_distillation import ServerDistillationTrainer
+
+    from megapd_kernels.compat.trl import use_in
+
+    class Own(peer.GKDTrainer):  # type: ignore[misc, name-defined]
+        def compute_loss(self, *arguments: Any, **named: Any) -> Any:
+            return super().compute_loss(*arguments, **named)
+
+    gold = logits_trainer("GOLD", tmp_path)
+    gold.use_uld_loss = True
+    served = ServerDistillationTrainer.__new__(ServerDistillationTrainer)
+    served.teacher_model = None
+    for trainer, message in (
+        (gold, "GOLDTrainer with use_uld_loss compares logits of two tokenizers"),
+        (Own.__new__(Own), "Own has a compute_loss of its own"),
+        (IWOPDTrainer.__new__(IWOPDTrainer), "IWOPDTrainer is no GKDTrainer, GOLDTrainer or DistillationTrainer"),
+        (served, "ServerDistillationTrainer has a teacher on a server"),
+        (3, "int is no GKDTrainer"),
+    ):
+        with pytest.raises(ValueError, match=f"^trainer: {message}"):
+            use_in(trainer)
+
+
 @pytest.mark.parametrize("scaled", [True, False])
 def test_a_distillation_trainers_loss(scaled: bool, tmp_path: Path) -> None:
     """DistillationTrainer from hidden states, of Cohere's kind with a scale: the loss of its own function and ours."""
@@ -45,11 +149,7 @@ def test_a_distillation_trainers_loss(scaled: bool, tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     from megapd_kernels.compat.trl import use_in
 
-    alphabet = {character: i for i, character in enumerate(["<pad>", "<unk>", *"abcdefgh "])}
-    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(alphabet, unk_token="<unk>"))
-    raw.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<pad>"}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **special)
+    tokenizer = characters(transformers, tokenizers)
 
     def model(width: int) -> Any:
         sizes = {"vocab_size": 11, "hidden_size": width, "intermediate_size": 16, "num_hidden_layers": 1}
@@ -75,7 +175,11 @@ def test_a_distillation_trainers_loss(scaled: bool, tmp_path: Path) -> None:
             save_strategy="no",
             learning_rate=1e-2,
         )
-        trainer = trl.DistillationTrainer(
+
+        class Subclass(trl.DistillationTrainer):  # type: ignore[misc]
+            """A user's, in a module of its own."""
+
+        trainer = Subclass(
             model=student,
             teacher_model=teacher,
             args=args,
@@ -90,11 +194,3 @@ def test_a_distillation_trainers_loss(scaled: bool, tmp_path: Path) -> None:
     mine, theirs = losses(True), losses(False)
     assert len(mine) == 2
     assert mine == pytest.approx(theirs, rel=2e-3)
-
-
-def test_another_trainer_is_refused() -> None:
-    pytest.importorskip("trl")
-    from megapd_kernels.compat.trl import use_in
-
-    with pytest.raises(ValueError, match=r"^trainer: int is neither a GKDTrainer nor a DistillationTrainer"):
-        use_in(3)
