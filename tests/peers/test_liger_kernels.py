@@ -136,6 +136,9 @@ def test_what_is_refused_is_named() -> None:
         loss(ce_weight=torch.ones(V), label_smoothing=0.1)
     with pytest.raises(ValueError, match=r"^ce_weight: in a mean liger divides lse_square_scale's term by another sum"):
         loss(ce_weight=torch.ones(V), lse_square_scale=0.1)
+    x = tensors(torch.float32)
+    with pytest.raises(ValueError, match=r"^teacher_weight: the teacher has 29 classes, the student 28"):  # liger pads with 0
+        ours.LigerFusedLinearJSDLoss()(x["hidden"], x["weight"][1:], x["teacher_hidden"], x["teacher_weight"], x["labels"] // 2)
     with pytest.raises(ValueError, match=r"^accum_dtype: torch.bfloat16 has no counterpart"):
         loss(accum_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"^reduction: 'batchmean' is not one of mean, sum, none"):

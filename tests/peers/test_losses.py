@@ -275,6 +275,50 @@ def test_torchtunes_losses(name: str) -> None:
         )
 
 
+def test_torchtunes_banned_classes() -> None:
+    """Both sides' count for nothing, as theirs; one that the student alone bans is left out there and infinite here."""
+    peer = pytest.importorskip("torchtune.modules.loss.kd_losses")
+    student, teacher, labels = torch.randn(5, V), torch.randn(5, V), torch.zeros(5, dtype=torch.int64)
+    student[:, 4], teacher[:, 4] = -torch.inf, -torch.inf
+    for name in ("ForwardKLLoss", "ReverseKLLoss", "SymmetricKLLoss"):
+        ours, theirs = getattr(our_torchtune, name)(), getattr(peer, name)()
+        assert ours(student, teacher, labels).item() == pytest.approx(theirs(student, teacher, labels).item(), rel=1e-5)
+    teacher[:, 4] = 1.0
+    assert peer.ForwardKLLoss()(student, teacher, labels).isfinite()
+    assert our_torchtune.ForwardKLLoss()(student, teacher, labels).item() == torch.inf
+
+
+def test_bf16_logits() -> None:
+    """TRL takes its log-softmaxes in bf16; torchtune and transformers in float32, as megapd_kernels: there the bound is tight."""
+    gkd = pytest.importorskip("trl.experimental.gkd")
+    tune, hf = pytest.importorskip("torchtune.modules.loss.kd_losses"), pytest.importorskip("transformers.loss.loss_utils")
+    student, teacher = torch.randn(2, 6, V).bfloat16(), torch.randn(2, 6, V).bfloat16()
+    labels = torch.randint(V, (2, 6))
+    labels[0, :3] = -100
+    for beta in (0.0, 0.4, 1.0):
+        agree(
+            lambda s, beta=beta: our_trl.generalized_jsd_loss(s, teacher, labels, beta),
+            lambda s, beta=beta: gkd.GKDTrainer.generalized_jsd_loss(s, teacher, labels, beta),
+            student,
+            bound=BOUND[torch.bfloat16],
+        )
+    flat = (teacher.view(-1, V), labels.view(-1))
+    for name in ("ForwardKLLoss", "ReverseKLLoss", "SymmetricKLLoss"):
+        ours, theirs = getattr(our_torchtune, name)(), getattr(tune, name)()
+        agree(
+            lambda s, ours=ours: ours(s.view(-1, V), *flat),
+            lambda s, theirs=theirs: theirs(s.view(-1, V), *flat),
+            student,
+            bound=5e-3,
+        )
+    agree(
+        lambda s: our_transformers.causal_lm_loss(s, labels, V),
+        lambda s: hf.ForCausalLMLoss(s, labels, V),
+        student,
+        bound=5e-3,
+    )
+
+
 @pytest.mark.parametrize("items", [None, 17])
 @pytest.mark.parametrize("shifted", [False, True])
 def test_transformers_loss_function(items: int | None, shifted: bool) -> None:
