@@ -23,6 +23,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+@pytest.fixture(autouse=True)
+def torch_as_it_was():
+    """DeepSpeed's ZeRO-3 may replace F.linear for the process, and a later test of the same process then fails."""
+    before = torch.nn.functional.linear
+    yield
+    assert torch.nn.functional.linear is before, "this test leaves torch.nn.functional.linear replaced"
+
+
 def pytest_configure(config):
     starts_workers = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
     if "not slow" in config.option.markexpr and not starts_workers:

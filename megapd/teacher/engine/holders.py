@@ -127,7 +127,9 @@ class ZeroHolder(Holder):
         config = {
             "train_micro_batch_size_per_gpu": 1,
             # Threshold 0: small parameters are split too, so that `parts` holds for all of them.
-            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+            # DeepSpeed's linear layer saves memory in a backward, which a teacher has not, and would replace
+            # torch.nn.functional.linear for the whole process: the student's too, and torch.compile warns of it.
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "memory_efficient_linear": False},
             **sizes.get(dtype, {}),
         }
         whole = allocate(model.to(dtype), torch.device("cpu"))
