@@ -20,6 +20,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
+from torch.nn import functional as F
 
 from megapd.batch import Batch
 from megapd.config import OptimizerConfig, TrainingConfig
@@ -97,6 +98,7 @@ class Engine:
         if training.zero_stage == 3 and compiled:
             # Hooks inside a compiled block break its graph 21 times; with the block as the unit that is gathered there are none.
             deepspeed.utils.set_z3_leaf_modules(learner, [Block])
+        self._linear = F.linear
         with redirect_stdout(StringIO()):  # where sums are in fp32 at stage 1, DeepSpeed prints 18 lines of memory
             self.deepspeed, *_ = deepspeed.initialize(
                 model=learner,
@@ -189,7 +191,9 @@ class Engine:
         return state
 
     def destroy(self) -> None:
+        """Also puts torch's linear function back, which ZeRO-3 replaces for the process: torch.compile warns of DeepSpeed's."""
         self.deepspeed.destroy()
+        F.linear = self._linear  # type: ignore[assignment]
 
 
 class _Restricted(TorchCheckpointEngine):  # type: ignore[misc]
