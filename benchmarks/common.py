@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from megapd.corpus.pack import BlockWriter
-from megapd.corpus.tokenizer import SPECIAL
 from megapd.files import sealed, write_atomic
 from megapd.tasks.blocks import FORMAT, META, MODEL
 from megapd.training import Callback, Run, StepResult
@@ -28,7 +27,8 @@ def random_corpus(folder: Path, *, blocks: int, length: int, vocabulary: int, st
     """Random ids in the form of a prepared corpus, `blocks` a split; what they are matters to no timing."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
-    special = {name: number for number, name in enumerate(SPECIAL[style])}
+    names = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if style == "bert" else ("<unk>", "<|endoftext|>")
+    special = {name: number for number, name in enumerate(names)}
     splits = {}
     for split in ("train", "heldout"):
         with BlockWriter(folder / f"{split}.arrow", length, vocabulary) as writer:

@@ -96,6 +96,11 @@ def _evaluate(overrides: list[str], folder: Path) -> int:
     return _run("evaluate.evaluate_run", _load(overrides, folder / "config.yaml"), folder)
 
 
+def _export(overrides: list[str], folder: Path, **options: Any) -> int:
+    place = [f"--runs_dir={folder.absolute().parent}", f"--name={folder.absolute().name}"]  # wherever the run lies now
+    return _run("export.export_run", _load([*overrides, *place], folder / "config.yaml"), **options)
+
+
 def _doctor(overrides: list[str], source: Path | None) -> int:
     return _run("doctor.examine_all", overrides, source)
 
@@ -104,20 +109,17 @@ def _branch(overrides: list[str], **options: Any) -> int:
     return _run("branch.branch_run", overrides, **options)
 
 
-def _verify(overrides: list[str], folder: Path, accept: bool) -> int:
+def _verify(overrides: list[str], source: str, accept: bool, steps: tuple[int, ...]) -> int:
     from megapd.trajectory.hugging_face import is_hugging_face
 
-    if is_hugging_face(str(folder)):
-        if accept:
-            raise UserError(f"--accept: {folder} is no registered trajectory, which alone has flags; import it first")
-        return _run("checkpoints.verify_published", _load(overrides), str(folder))
-    if not folder.exists():
-        return _run("trajectory.verify_checkpoints", _load(overrides), str(folder), accept=accept)
+    published = is_hugging_face(source)
+    if not published and not Path(source).exists():
+        return _run("trajectory.verify_checkpoints", _load(overrides), source, accept=accept)
     if accept:
-        raise UserError(f"--accept: {folder} is a folder; give the name of a registered trajectory")
+        raise UserError(f"--accept: {source} is no registered trajectory, which alone has flags; give the name of one")
     if overrides:
-        raise UserError(f"{overrides[0]!r}: a folder's verification takes no settings; a registered trajectory's does")
-    return _run("checkpoints.verify_folder", folder)
+        raise UserError(f"{overrides[0]!r}: settings are for registered trajectories; of a published one, give --steps")
+    return _run("checkpoints.verify_source", source, steps)
 
 
 def _suggest(overrides: list[str], **options: Any) -> int:
@@ -179,7 +181,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--take-over", action="store_true", help=text)
     _verb(verbs, "teacher", _teacher, "serve a teacher's signals to students in other processes", config=True)
     _verb(verbs, "record", "record.record_signals", "fill teacher.cache with the signals of a whole schedule", config=True)
-    _verb(verbs, "prepare", "prepare.prepare_corpus", "build the corpus: tokenizer, packed blocks, held-out split", config=True)
+    text = "build the corpus: tokenizer, packed blocks, held-out split"
+    sub = _verb(verbs, "prepare", "prepare.prepare_corpus", text, config=True)
+    text = "with the tokenizer and the number of ids of a teacher; without a name, of teacher.trajectory"
+    sub.add_argument("--like", nargs="?", const="", metavar="TEACHER", help=text)
     corpus = _verb(verbs, "corpus", "prepare.verify_corpus", "prepared corpora", overrides=False)
     actions = corpus.add_subparsers(dest="action", required=True)
     sub = _verb(actions, "verify", "prepare.verify_corpus", "read all of it against its digests", overrides=False)
@@ -187,29 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = _verb(verbs, "plan", "plan.show_plan", "print and plot which checkpoint teaches when", config=True)
     sub.add_argument("--output", type=Path, help="PNG of the timeline; default: plots/plan.png in the run's folder")
 
-    trajectory = _verb(verbs, "trajectory", "checkpoints.list_checkpoints", "the checkpoints of a teacher run", overrides=False)
-    actions = trajectory.add_subparsers(dest="action", required=True)
-    text = "steps, digests, sizes and metrics of the checkpoints"
-    sub = _verb(actions, "list", "checkpoints.list_checkpoints", text, overrides=False)
-    sub.add_argument("folder", type=Path, help="a trajectory's folder, or that of a run that wrote one")
-    sub = _verb(actions, "verify", _verify, "hash every file again; exit code 1 if something is wrong")
-    text = "a trajectory's folder, that of its run, a Hugging Face model (PATH/step_{step}), or a registered one's name"
-    sub.add_argument("folder", type=Path, metavar="FOLDER|hf:REPO|NAME", help=text)
-    sub.add_argument("--accept", action="store_true", help="let what is flagged be scheduled all the same (registered ones)")
-    text = "register checkpoints with the scheduler; again: what is new"
-    sub = _verb(actions, "import", "trajectory.import_checkpoints", text)
-    sub.add_argument("source", metavar="FOLDER|hf:REPO", help="a trajectory's folder, that of its run, or a Hugging Face model")
-    sub.add_argument("--as", dest="name", metavar="NAME", help="also point this name to it")
-    text = "measure each checkpoint's loss on held-out samples"
-    sub.add_argument("--probe", dest="probe_samples", type=int, default=0, metavar="SAMPLES", help=text)
-    sub.add_argument("--watch", action="store_true", help="go on, until SIGTERM, with what a teacher that trains writes")
-    sub = _verb(actions, "suggest", _suggest, "what schedule.policy transition would choose, and why")
-    text = "a trajectory's or run's folder, or a student's YAML file"
-    sub.add_argument("source", type=Path, metavar="FOLDER|CONFIG", help=text)
-    sub.add_argument("--checkpoints", type=int, help="N, the last checkpoint included; default: the configuration's, or 2")
-    sub.add_argument("--metric", choices=("auto", "loss", "degree_1", "m_robust_3"), help="default: the configuration's, or auto")
-    sub.add_argument("--output", type=Path, help="PNG of the curve; default: plots/transition.png in the run's folder")
-
+    _trajectory_verbs(verbs)
     sub = _verb(verbs, "scheduler", _scheduler, "the service that knows every checkpoint and decides which one teaches when")
     words = "CONFIG | token ROLE | tokens | revoke NAME"
     sub.add_argument("words", nargs="*", metavar=words, help="a YAML file to serve with, or")
@@ -240,6 +223,12 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = _verb(verbs, "evaluate", _evaluate, "held-out loss and accuracy of a run's checkpoints")
     sub.add_argument("folder", type=Path, help="a run's folder: runs/NAME")
+    sub = _verb(verbs, "export", _export, "a run's weights, with tokenizer and card, as a folder that transformers reads")
+    sub.add_argument("folder", type=Path, metavar="RUN", help="a run's folder: runs/NAME")
+    sub.add_argument("output", type=Path, metavar="OUT", help="a new folder")
+    sub.add_argument("--step", type=int, help="of the trajectory, or with a resumable checkpoint; default: the newest")
+    sub.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights; default: as they are")
+    sub.add_argument("--shard-bytes", type=int, default=5 << 30, help="largest file of weights")
     sub = _verb(verbs, "plot", "plot.plot", "loss and accuracy against steps, several runs overlaid", overrides=False)
     sub.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="runs' folders")
     sub.add_argument("--output", type=Path, help="PNG; the CSV behind it goes beside; default: plots/curves.png of the first run")
@@ -247,6 +236,46 @@ def _parser() -> argparse.ArgumentParser:
     sub = _verb(verbs, "demo", "demo.run_demo", text, overrides=False)
     sub.add_argument("--folder", type=Path, default=Path("runs/demo"))
     return parser
+
+
+def _trajectory_verbs(verbs: Verbs) -> None:
+    trajectory = _verb(verbs, "trajectory", "checkpoints.list_checkpoints", "the checkpoints of a teacher run", overrides=False)
+    actions = trajectory.add_subparsers(dest="action", required=True)
+    text = "steps, digests, sizes and metrics of the checkpoints"
+    sub = _verb(actions, "list", "checkpoints.list_checkpoints", text, overrides=False)
+    sub.add_argument("source", metavar="FOLDER|hf:REPO", help="a trajectory's folder, that of its run, or a published model")
+    _steps(sub)
+    sub = _verb(actions, "verify", _verify, "hash every file again; exit code 1 if something is wrong")
+    text = "a trajectory's folder, that of its run, a Hugging Face model (PATH/step_{step}), or a registered one's name"
+    sub.add_argument("source", metavar="FOLDER|hf:REPO|NAME", help=text)
+    _steps(sub)
+    sub.add_argument("--accept", action="store_true", help="let what is flagged be scheduled all the same (registered ones)")
+    text = "register checkpoints with the scheduler; again: what is new"
+    sub = _verb(actions, "import", "trajectory.import_checkpoints", text)
+    sub.add_argument("source", metavar="FOLDER|hf:REPO", help="a trajectory's folder, that of its run, or a Hugging Face model")
+    _steps(sub)
+    sub.add_argument("--as", dest="name", metavar="NAME", help="also point this name to it")
+    text = "measure each checkpoint's loss on held-out samples"
+    sub.add_argument("--probe", dest="probe_samples", type=int, default=0, metavar="SAMPLES", help=text)
+    sub.add_argument("--watch", action="store_true", help="go on, until SIGTERM, with what a teacher that trains writes")
+    sub = _verb(actions, "suggest", _suggest, "what schedule.policy transition would choose, and why")
+    text = "a trajectory's or run's folder, or a student's YAML file"
+    sub.add_argument("source", type=Path, metavar="FOLDER|CONFIG", help=text)
+    sub.add_argument("--checkpoints", type=int, help="N, the last checkpoint included; default: the configuration's, or 2")
+    sub.add_argument("--metric", choices=("auto", "loss", "degree_1", "m_robust_3"), help="default: the configuration's, or auto")
+    sub.add_argument("--output", type=Path, help="PNG of the curve; default: plots/transition.png in the run's folder")
+
+
+def _steps(sub: argparse.ArgumentParser) -> None:
+    text = "of a published model, those that there are, as 0,512,1000; default: the folders or branches that are found"
+    sub.add_argument("--steps", type=_numbers, default=(), metavar="STEP,STEP", help=text)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0,512,1000") from None
 
 
 def _verb(

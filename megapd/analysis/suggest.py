@@ -17,14 +17,23 @@ from megapd.config import TransitionConfig, load
 from megapd.errors import UserError
 from megapd.schedule.transition import Found, all_metrics, find_transition
 from megapd.trajectory import Checkpoints, Trajectory
+from megapd.trajectory.hugging_face import HuggingFaceTrajectory, is_hugging_face
 
 AROUND = 8  # checkpoints shown on either side of the drop
 LISTED = ("eval/loss", "eval/accuracy", "train/loss")
 TICKS = 7  # labels of the axis of steps
 
 
-def open_folder(folder: Path) -> Trajectory:
-    """The trajectory in `folder`, or in its folder `trajectory`: that of a run. UserError if there is none."""
+def open_source(source: str, steps: tuple[int, ...] = ()) -> Trajectory | HuggingFaceTrajectory:
+    """The trajectory that `source` names, as teacher.trajectory does, or as the folder of a run. UserError if there is none.
+
+    steps: of a published one, those that there are; empty: all that are found.
+    """
+    folder = Path(source)
+    if is_hugging_face(source) and not (folder / "trajectory").is_dir():
+        return HuggingFaceTrajectory(source, steps)
+    if steps:
+        raise UserError(f"--steps: {source} is megapd's own trajectory, which knows its steps; leave them out")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name a trajectory's, runs/NAME/trajectory, or the run's")
     within = folder / "trajectory"
@@ -41,12 +50,12 @@ def suggest(source: Path, overrides: list[str], checkpoints: int | None, metric:
     if source.is_dir():
         if overrides:
             raise UserError(f"{overrides[0]!r}: settings go with a configuration, and {source} is a folder")
-        trajectory = open_folder(source)
+        trajectory = open_source(str(source))
+        assert isinstance(trajectory, Trajectory)
         folder = trajectory.folder.parent if trajectory.folder.name == "trajectory" else trajectory.folder
         opened: Checkpoints = trajectory
     else:
         from megapd.teacher.locate import open_trajectory
-        from megapd.trajectory.hugging_face import HuggingFaceTrajectory
 
         config = load(source, overrides)
         if config.teacher is None:
@@ -69,8 +78,14 @@ def suggest(source: Path, overrides: list[str], checkpoints: int | None, metric:
     return find_transition(schedule, metrics), folder / "plots" / "transition.png"
 
 
-def describe_trajectory(trajectory: Trajectory) -> str:
-    """A line a checkpoint: step, digest, bytes, metrics; then the folders that are no complete checkpoint."""
+def describe_trajectory(trajectory: Trajectory | HuggingFaceTrajectory) -> str:
+    """A line a checkpoint: step, digest, bytes, metrics; then the folders that are no complete checkpoint.
+
+    Of the hub's, which would have to be fetched for their digests, step and name alone.
+    """
+    if isinstance(trajectory, HuggingFaceTrajectory) and trajectory.remote:
+        lines = [f"{step:>12,}  {trajectory.located(step)}" for step in trajectory.steps]
+        return "\n".join([f"{trajectory.spec}: {len(lines)} checkpoints", *lines])
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("step", "digest", "bytes", *LISTED):
         table.add_column(column, justify="right")
@@ -81,7 +96,8 @@ def describe_trajectory(trajectory: Trajectory) -> str:
         numbers = [f"{value:.4g}" if isinstance(value, (int, float)) else "-" for value in values]
         table.add_row(f"{step:,}", checkpoint.digest[:12], f"{size:,}", *numbers)
     incomplete = [f"step {step:,}: no meta.json, so it is no complete checkpoint" for step in trajectory.incomplete]
-    return "\n".join([f"{trajectory.folder}: {len(trajectory.steps)} checkpoints", plain(table), *incomplete])
+    name = trajectory.spec if isinstance(trajectory, HuggingFaceTrajectory) else trajectory.folder
+    return "\n".join([f"{name}: {len(trajectory.steps)} checkpoints", plain(table), *incomplete])
 
 
 def describe_found(found: Found) -> str:

@@ -1,36 +1,25 @@
-"""`megapd trajectory list`, `verify` and `suggest` of a folder, which need no scheduler."""
+"""`megapd trajectory list`, `verify` and `suggest` of what teacher.trajectory may name; they need no scheduler."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from megapd.analysis.suggest import describe_found, describe_trajectory, open_folder, plot_found, suggest
-from megapd.config import Config
-from megapd.trajectory import Trajectory
-from megapd.trajectory.hugging_face import HuggingFaceTrajectory
+from megapd.analysis.suggest import describe_found, describe_trajectory, open_source, plot_found, suggest
 
 
-def list_checkpoints(folder: Path) -> int:
-    print(describe_trajectory(open_folder(folder)))
+def list_checkpoints(source: str, steps: tuple[int, ...] = ()) -> int:
+    print(describe_trajectory(open_source(source, steps)))
     return 0
 
 
-def verify_folder(folder: Path) -> int:
-    """Hash every file again; 1 if something is wrong."""
-    return _verified(open_folder(folder), str(folder))
-
-
-def verify_published(config: Config, spec: str) -> int:
-    """Of a Hugging Face model, teacher.steps of it, or all that there are; from the hub they are fetched."""
-    return _verified(HuggingFaceTrajectory(spec, () if config.teacher is None else config.teacher.steps), spec)
-
-
-def _verified(trajectory: Trajectory | HuggingFaceTrajectory, name: str) -> int:
+def verify_source(source: str, steps: tuple[int, ...] = ()) -> int:
+    """Hash every file again; 1 if something is wrong. From the hub every checkpoint is fetched."""
+    trajectory = open_source(source, steps)
     problems = trajectory.verify()
     for problem in problems:
         print(problem)
-    print(f"{name}: {len(trajectory.steps)} checkpoints, {len(problems)} problems")
+    print(f"{source}: {len(trajectory.steps)} checkpoints, {len(problems)} problems")
     return 1 if problems else 0
 
 

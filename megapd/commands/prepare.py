@@ -13,8 +13,15 @@ from megapd.corpus import prepare, verify
 from megapd.tasks.blocks import read_meta
 
 
-def prepare_corpus(config: Config) -> int:
-    """`megapd prepare CONFIG`: bars on a terminal, else a line each ten seconds; at the end what was made."""
+def prepare_corpus(config: Config, like: str | None = None) -> int:
+    """`megapd prepare CONFIG [--like TEACHER]`: bars on a terminal, else a line each ten seconds; at the end what was made.
+
+    like: a teacher, as teacher.trajectory names them, whose tokenizer and number of ids are taken; "": the configuration's.
+    """
+    if like is not None:
+        from megapd.commands.like import with_tokenizer_of  # it describes models, which takes torch
+
+        config = with_tokenizer_of(config, like)
     progress = Progress("prepare")
     beside = sys.stderr.isatty()
 
@@ -27,6 +34,7 @@ def prepare_corpus(config: Config) -> int:
     tokens = sum(source["tokens"] for source in meta["sources"])
     made = f"{tokens:,} tokens of {len(meta['sources'])} sources: {blocks['train']:,} blocks, {blocks['heldout']:,} held out"
     progress.close(made)
+    print(f"tokenizer {meta['tokenizer']['digest'][:12]}, {meta['tokenizer']['vocab_size']:,} ids", file=sys.stderr)
     print(folder)
     return 0
 

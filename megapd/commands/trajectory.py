@@ -17,7 +17,13 @@ RETRY_SECONDS = 60.0  # an import outlives a service that starts again
 
 
 def import_checkpoints(
-    config: Config, source: str, *, name: str | None = None, probe_samples: int = 0, watch: bool = False
+    config: Config,
+    source: str,
+    *,
+    steps: tuple[int, ...] = (),
+    name: str | None = None,
+    probe_samples: int = 0,
+    watch: bool = False,
 ) -> int:
     """`megapd trajectory import FOLDER|hf:REPO [--as NAME] [--probe SAMPLES] [--watch]`.
 
@@ -38,7 +44,7 @@ def import_checkpoints(
             with until_signalled() as stop:
                 watch_trajectory(api, source, stop, name=name, probe=probe, told=told)
             return 0
-        steps = config.teacher.steps if config.teacher is not None else ()
+        steps = steps or (config.teacher.steps if config.teacher is not None else ())
         done = import_trajectory(api, source, steps=steps, name=name, probe=probe)
     print(f"{done.digest}  {len(done.added)} checkpoints added, {len(done.known)} known")
     return 0

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from megapd.config.base import OpenSection, Section
+from megapd.config.base import OpenSection, Section, problem
 from megapd.registry import Registry, imported, models, tasks
 
 
@@ -31,14 +31,54 @@ class SourceConfig(Section):
         return self
 
 
-class TokenizerConfig(Section):
-    """The sentencepiece model that `prepare` trains, or an existing one that it copies."""
+Token = Annotated[str, Field(min_length=1)]
 
-    kind: Literal["unigram", "bpe"] = Field("unigram", description="how sentencepiece chooses pieces")
-    style: Literal["bert", "gpt"] = Field("bert", description="special tokens: [PAD] [UNK] [CLS] [SEP] [MASK], or <|endoftext|>")
-    vocab_size: int = Field(8192, ge=64, description="pieces, special tokens included")
-    model: Path | None = Field(None, description="use this sentencepiece model instead of training one")
-    training_sentences: int = Field(1_000_000, ge=100, description="lines that the tokenizer is trained on at most")
+
+class TokenizerConfig(Section):
+    """The sentencepiece model that `prepare` trains, or an existing tokenizer that it copies."""
+
+    style: Literal["bert", "gpt"] = Field(
+        "bert", description="blocks that open with [CLS], with a mask token; or documents alone"
+    )
+    model: str | None = Field(
+        None, description="an existing one: sentencepiece model, tokenizer.json, vocab.txt, their folder, or hf:REPO[@REVISION]"
+    )
+    vocab_size: int | None = Field(
+        None, ge=64, description="ids; default 8192; of an existing one its own, to be padded (50277 to 50304) or cut"
+    )
+    separator: Token | None = Field(None, description="token that ends every document; default: as the tokenizer names it")
+    opener: Token | None = Field(None, description="token that opens every block; default: bert's [CLS], of gpt none")
+    mask: Token | None = Field(None, description="token that stands for a masked one; default: as the tokenizer names it")
+    padding: Token | None = Field(None, description="token that fills rows; default: as the tokenizer names it, if it has one")
+    kind: Literal["unigram", "bpe"] = Field("unigram", description="training: how sentencepiece chooses pieces")
+    training_sentences: int = Field(1_000_000, ge=100, description="training: lines that are read at most")
+    character_coverage: float | None = Field(
+        None,
+        ge=0.98,
+        le=1.0,
+        description="training: share of the text's characters with a piece, the rest are bytes; default 0.9995",
+    )
+    normalization: Literal["identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"] | None = Field(
+        None, description="training: forms that are made one, cf: lower case too; default bert nmt_nfkc, gpt identity (lossless)"
+    )
+    split_digits: bool | None = Field(None, description="training: each digit a piece; default: gpt's are")
+    max_piece_length: int | None = Field(None, ge=1, le=512, description="training: characters of a piece at most; default 16")
+    symbols: tuple[Token, ...] = Field((), description="training: further strings that are always one piece")
+
+    @property
+    def trained_size(self) -> int:
+        """Pieces of a tokenizer to be trained."""
+        return self.vocab_size if self.vocab_size is not None else 8192
+
+    @model_validator(mode="after")
+    def _trains(self) -> TokenizerConfig:
+        asked = [name for name in TRAINER_OPTIONS if getattr(self, name) not in (None, ())]
+        if self.model is not None and asked:
+            raise problem(asked[0], f"{self.model} is trained already; leave it out, or leave corpus.tokenizer.model out", None)
+        return self
+
+
+TRAINER_OPTIONS = ("character_coverage", "normalization", "split_digits", "max_piece_length", "symbols")
 
 
 class CorpusConfig(Section):

@@ -19,11 +19,13 @@ from megapd import config as settings
 from megapd.corpus import tokenizer as tokenizers
 from megapd.corpus.pack import BlockWriter, PackCounts, Packer, total
 from megapd.corpus.sources import TextSource, find_files, fingerprint, names
-from megapd.corpus.tokenizer import SentencePieceTokenizer
+from megapd.corpus.tokenizer import CorpusTokenizer
 from megapd.errors import UserError
 from megapd.files import commit_folder, sealed, temporary_folder, write_atomic
+from megapd.hub import HUB
 from megapd.rng import Stream, bits, permute
-from megapd.tasks.blocks import FORMAT, META, MODEL, read_meta
+from megapd.tasks.blocks import FORMAT, META, read_meta
+from megapd.tokenization import open_tokenizer
 
 Told = Callable[[str, int], object]
 ENCODE_CHARS = 1 << 21  # characters tokenised at once; larger buys no speed
@@ -56,14 +58,15 @@ def prepare(config: settings.Config, progress: bool = True, told: Told = lambda 
         # Before they are read: what changes meanwhile is then found to be another file.
         files = [[fingerprint(file) for file in source.files] for source in sources]
         tokenizer = _tokenizer(corpus, sources, progress, told)
-        write_atomic(temporary / MODEL, tokenizer.model)
+        for name, data in tokenizer.own.files.items():
+            write_atomic(temporary / name, data)
         splits, per_source = _pack(corpus, sources, tokenizer, temporary, progress, told)
         origins = [{"revision": source.revision, "files": known} for source, known in zip(sources, files, strict=True)]
         meta = {
             "format": FORMAT,
             "megapd": __version__,
             "config": settings.public_tree(corpus),
-            "tokenizer": {name: getattr(tokenizer, name) for name in ("digest", "style", "vocab_size", "special")},
+            "tokenizer": tokenizer.described(),
             **splits,
             "sources": [{**counts, **origin} for counts, origin in zip(per_source, origins, strict=True)],
         }
@@ -86,12 +89,32 @@ def _check_same(corpus: settings.CorpusConfig) -> None:
     meta = read_meta(output)
     made = settings.flatten(settings.complete({"corpus": {**meta["config"], "output": "."}})[0]["corpus"])
     wanted = settings.flatten({**settings.public_tree(corpus), "output": "."})
+    # Its default is the tokenizer's own size, and formerly it counted for a trained one alone: what was made is compared.
+    made["tokenizer.vocab_size"] = meta["tokenizer"]["vocab_size"]
+    if corpus.tokenizer.vocab_size is None:
+        wanted["tokenizer.vocab_size"] = (
+            corpus.tokenizer.trained_size if corpus.tokenizer.model is None else made["tokenizer.vocab_size"]
+        )
     different = sorted(name for name in made.keys() | wanted.keys() if made.get(name) != wanted.get(name))
     if different:
         names = ", ".join(f"corpus.{name}" for name in different)
         raise UserError(f"corpus.output: {output} was made with another {names}; choose another folder, or remove it")
+    _check_tokenizer(corpus, meta["tokenizer"]["digest"])
     for number, (source, made_of) in enumerate(zip(corpus.sources, meta["sources"], strict=True)):
         _check_files(corpus, source, f"corpus.sources[{number}]", {known["path"]: known for known in made_of["files"]})
+
+
+def _check_tokenizer(corpus: settings.CorpusConfig, digest: str) -> None:
+    """Raise UserError where a tokenizer on this machine is another one now."""
+    model = corpus.tokenizer.model
+    if model is None or model.startswith(HUB):
+        return
+    if not Path(model).exists():
+        log.warning("corpus.tokenizer.model: %s is not here any more, so it was not compared with what was prepared", model)
+        return
+    if (now := open_tokenizer(model).digest) != digest:
+        what = f"{model} is now tokenizer {now[:12]}, but {corpus.output} was made with {digest[:12]}"
+        raise UserError(f"corpus.tokenizer.model: {what}; choose another corpus.output, or remove this one")
 
 
 def _check_files(corpus: settings.CorpusConfig, source: settings.SourceConfig, setting: str, known: dict[str, Any]) -> None:
@@ -115,13 +138,10 @@ def _check_files(corpus: settings.CorpusConfig, source: settings.SourceConfig, s
         )
 
 
-def _tokenizer(corpus: settings.CorpusConfig, sources: list[TextSource], progress: bool, told: Told) -> SentencePieceTokenizer:
+def _tokenizer(corpus: settings.CorpusConfig, sources: list[TextSource], progress: bool, told: Told) -> CorpusTokenizer:
     wanted = corpus.tokenizer
     if wanted.model is not None:
-        tokenizer = tokenizers.load(wanted.model, wanted.style)
-        if "vocab_size" in wanted.model_fields_set and wanted.vocab_size != tokenizer.vocab_size:
-            log.warning("corpus.tokenizer.vocab_size: ignored, %s has %d pieces", wanted.model, tokenizer.vocab_size)
-        return tokenizer
+        return tokenizers.existing(wanted)
     with _bar("training the tokenizer", "document", progress, _training_documents(corpus, sources)) as documents:
         return tokenizers.train(wanted, _counted(documents, told))
 
@@ -168,7 +188,7 @@ def _training_documents(corpus: settings.CorpusConfig, sources: list[TextSource]
 def _pack(
     corpus: settings.CorpusConfig,
     sources: list[TextSource],
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: CorpusTokenizer,
     folder: Path,
     progress: bool,
     told: Told,

@@ -235,11 +235,13 @@ def save_hugging_face(
     *,
     shard_bytes: int = 5 << 30,
     special_tokens: Mapping[str, int] | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write the learner so that transformers' from_pretrained reads it: config.json and safetensors, in its dtype.
 
     shard_bytes: most bytes of a file, larger tensors excepted; several files get an index. special_tokens: ids for
-    config.json, e.g. {"pad_token_id": 0, "eos_token_id": 1}. The folder appears whole or not at all.
+    config.json, e.g. {"pad_token_id": 0, "eos_token_id": 1}. beside: contents of further files by name. The folder appears
+    whole or not at all.
     Raises UserError for an mlp, a head with other classes than tokens, and a folder that exists and is not empty.
     """
     folder = Path(folder)
@@ -258,6 +260,8 @@ def save_hugging_face(
         config = _settings(model_config, body, learner.head.weight.dtype, special_tokens or {})
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         _write_weights(_links(model_config), parameters, temporary, shard_bytes)
+        for name, data in (beside or {}).items():
+            (temporary / name).write_bytes(data)
         commit_folder(temporary, folder)
 
 

@@ -3,7 +3,7 @@
 It lies here and not in megapd.corpus, which writes it, because training reads corpora and imports nothing that makes them.
 
     meta.json            settings, tokenizer, sources with their files' digests, splits with their shards; carries its own digest
-    tokenizer.model
+    tokenizer.model      or what else the tokenizer was read from: tokenizer.json, vocab.txt, and the files that belong to them
     SPLIT.arrow          a shard: blocks in an Arrow IPC file
     SPLIT.checks         a check a block and column, then a digest a page of checks; the sha256 of the digests is in meta
 
@@ -27,7 +27,8 @@ from megapd.rng import Stream, bits, permute
 
 META = "meta.json"
 MODEL = "tokenizer.model"
-FORMAT = 2  # of the folder; raised when older readers would misread it
+FORMAT = 3  # of the folder; raised when older readers would misread it
+READ_FORMATS = (2, FORMAT)  # 2: tokenizer.model alone, whose sha256 is its digest, and roles by their names
 COLUMNS = ("ids", "segments")
 PAGE_BLOCKS = 512  # whose checks have one digest: 8 KB
 DIGEST_BYTES = 16  # of a page
@@ -213,21 +214,47 @@ def read_meta(folder: Path) -> dict[str, Any]:
         meta = unsealed(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataDamaged(f"{path}: damaged ({error}); {AGAIN}") from error
-    if meta.get("format") != FORMAT:
-        found = meta.get("format")
+    if meta.get("format") not in READ_FORMATS:
+        found, reads = meta.get("format"), " and ".join(map(str, READ_FORMATS))
         raise UserError(
-            f"{path}: corpus format {found}, this version reads {FORMAT}; run `megapd prepare` again into an empty folder"
+            f"{path}: corpus format {found}, this version reads {reads}; run `megapd prepare` again into an empty folder"
         )
-    model = folder / MODEL
-    if not model.is_file() or sha256_file(model) != meta["tokenizer"]["digest"]:
-        raise DataDamaged(f"{model}: missing or not the tokenizer the corpus was made with; {AGAIN}")
+    for name, digest in tokenizer_files(meta).items():
+        file = folder / name
+        if not file.is_file() or sha256_file(file) != digest:
+            raise DataDamaged(f"{file}: missing or not the tokenizer the corpus was made with; {AGAIN}")
     return meta
 
 
+def tokenizer_files(meta: dict[str, Any]) -> dict[str, str]:
+    """Name -> sha256 of the files in the corpus' folder that its tokenizer was read from."""
+    tokenizer = meta["tokenizer"]
+    return dict(tokenizer.get("files") or {MODEL: tokenizer["digest"]})
+
+
+def token_roles(meta: dict[str, Any]) -> dict[str, int | None]:
+    """The ids of separator, opener, mask and padding, or None."""
+    tokenizer = meta["tokenizer"]
+    return dict(tokenizer["roles"]) if "roles" in tokenizer else _roles_by_name(tokenizer)
+
+
+def _roles_by_name(tokenizer: dict[str, Any]) -> dict[str, int | None]:
+    names = {"separator": "[SEP]" if tokenizer["style"] == "bert" else "<|endoftext|>", "opener": "[CLS]"}
+    return {role: tokenizer["special"].get(name) for role, name in {**names, "mask": "[MASK]", "padding": "[PAD]"}.items()}
+
+
 def content_digest(meta: dict[str, Any]) -> str:
-    """Hexadecimal sha256 of what a corpus holds, wherever it lies: its tokenizer and blocks."""
+    """Hexadecimal sha256 of what a corpus holds, wherever it lies: its tokenizer and blocks; roles and size where they are not
+    those that the tokenizer alone would have, which is all that there was in format 2."""
+    tokenizer = meta["tokenizer"]
     shards = (shard["sha256"] for split in ("train", "heldout") for shard in meta[split]["shards"])
-    return hashlib.sha256(" ".join([meta["tokenizer"]["digest"], *shards]).encode()).hexdigest()
+    own = [tokenizer["digest"]]
+    if (
+        token_roles(meta) != _roles_by_name(tokenizer)
+        or tokenizer.get("tokens", tokenizer["vocab_size"]) != tokenizer["vocab_size"]
+    ):
+        own += [f"{role}={number}" for role, number in sorted(token_roles(meta).items())] + [f"size={tokenizer['vocab_size']}"]
+    return hashlib.sha256(" ".join([*own, *shards]).encode()).hexdigest()
 
 
 def _shard(path: Path) -> dict[str, Any]:

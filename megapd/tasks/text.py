@@ -12,7 +12,7 @@ from megapd.batch import Batch
 from megapd.errors import UserError
 from megapd.rng import Stream, below, bits, permute, scale
 from megapd.tasks import row_numbers, to_batch, training_samples
-from megapd.tasks.blocks import Split, content_digest, read_meta
+from megapd.tasks.blocks import Split, content_digest, read_meta, token_roles
 
 STYLES = {"mlm": "bert", "clm": "gpt"}
 HELDOUT_SEED = 0  # the held-out masks are the same for every run, whatever its seed
@@ -44,8 +44,9 @@ class TextTask:
         self.heldout_samples = len(self._heldout)
         special = np.zeros(self.vocab_size, dtype=np.bool_)
         special[list(meta["tokenizer"]["special"].values())] = True
+        special[meta["tokenizer"].get("tokens", self.vocab_size) :] = True  # rows that pad the vocabulary stand for nothing
         self._special, self._ordinary = special, np.flatnonzero(~special)
-        self._mask_token = int(meta["tokenizer"]["special"].get("[MASK]", -1))
+        self._mask_token = token_roles(meta)["mask"]
         if task.objective == "mlm":
             self.labelled_per_sample = task.mask_rate * (self.length - meta["train"]["special_tokens"] / len(self._train))
         else:
@@ -102,6 +103,7 @@ class TextTask:
         action = words << _LOW_HALF
         masked = below(action, self._task.mask_token_share)
         randomised = below(action, min(1.0, self._task.mask_token_share + self._task.random_token_share)) & ~masked
+        assert self._mask_token is not None, "style bert has a mask token"
         flat[positions[masked]] = self._mask_token
         flat[positions[randomised]] = self._ordinary[scale(words[randomised], len(self._ordinary))]
         return positions, labels

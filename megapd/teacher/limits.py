@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from megapd.config import Config
 from megapd.errors import UserError
-from megapd.models import Shape, checkpoint_shape
+from megapd.models import HUGGING_FACE, Shape, checkpoint_shape
 from megapd.schedule.plan import Plan
 from megapd.tasks import Task
 from megapd.trajectory import Checkpoint, Checkpoints
@@ -71,20 +71,25 @@ class Demands:
                     f"teacher.same_vocabulary: {where} does not say which tokenizer it was trained with; "
                     "if its ids mean what the task's do, set this to true"
                 )
-            if checkpoint.vocabulary != self.vocabulary:
+            if not checkpoint.speaks(self.vocabulary):
                 raise UserError(
                     f"teacher.trajectory: {where} has vocabulary {checkpoint.vocabulary[:12]}, but the student's "
-                    f"task has {self.vocabulary[:12]}; teacher and student need the same tokenizer or task parameters"
+                    f"task has {self.vocabulary[:12]}; teacher and student need the same tokenizer or task parameters: "
+                    "`megapd prepare CONFIG --like TEACHER` makes a corpus with a published teacher's"
                 )
         shape = checkpoint_shape(checkpoint)
         if self.ids is not None and (what := excess(shape, self.ids - 1, 0)):
-            fix = "choose a teacher that has them, or prepare the corpus with the teacher's own tokenizer"
+            fix = "choose a teacher that has them, or prepare the corpus as `megapd prepare CONFIG --like TEACHER` does"
             raise UserError(f"teacher.trajectory: {where}: {what}, and the task has {self.ids} ids; {fix}")
         if self.length is not None and (what := excess(shape, -1, self.length)):
             raise UserError(f"teacher.trajectory: {where}: {what}; shorten corpus.block_length, or choose another teacher")
         if self.classes is not None and shape.classes != self.classes and not self.common_vocabulary:
             what = f"{where} has {shape.classes} classes, the student's task {self.classes}"
-            raise UserError(f"loss.common_vocabulary: {what}; set it to true to learn over the classes that both have")
+            padded = "prepare the corpus with `--like`, which sets corpus.tokenizer.vocab_size to the teacher's, or "
+            fix = (
+                f"{padded if HUGGING_FACE in checkpoint.config else ''}set this to true to learn over the classes that both have"
+            )
+            raise UserError(f"loss.common_vocabulary: {what}; {fix}")
 
 
 def check_teachers(config: Config, task: Task, trajectory: Checkpoints, plan: Plan) -> None:

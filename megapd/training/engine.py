@@ -193,7 +193,7 @@ class Engine:
     def destroy(self) -> None:
         """Also puts torch's linear function back, which ZeRO-3 replaces for the process: torch.compile warns of DeepSpeed's."""
         self.deepspeed.destroy()
-        F.linear = self._linear  # type: ignore[assignment]
+        F.linear = self._linear
 
 
 class _Restricted(TorchCheckpointEngine):  # type: ignore[misc]

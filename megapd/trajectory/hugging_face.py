@@ -12,18 +12,18 @@ from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
+from megapd import tokenization
 from megapd.errors import UserError
+from megapd.hub import HUB, fetch, hub_error
 from megapd.trajectory.digests import Weights, equal_weights, known_digests, not_finite, read_digests
 from megapd.trajectory.known_faults import known_fault_warnings
 from megapd.trajectory.reader import META, Checkpoint, Checkpoints, File
 
 log = logging.getLogger(__name__)
 
-HUB = "hf:"
 CONFIG = "config.json"
-TOKENIZER = "tokenizer.model"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-SMALL_FILES = (CONFIG, TOKENIZER, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+SMALL_FILES = (CONFIG, *tokenization.FILES)
 SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 
@@ -91,6 +91,10 @@ class HuggingFaceTrajectory(Checkpoints):
                 self._name(step)  # raises for a step that {kstep} cannot write
         return self.steps
 
+    def located(self, step: int) -> str:
+        """Where the checkpoint of `step` is: a folder, or hf:REPO[@REVISION]."""
+        return (HUB if self._hub else "") + self._name(step)
+
     def written(self, step: int) -> bool:
         """Whether the checkpoint of `step` is there now, whole; of the hub: whether it is one of `steps`."""
         if self._hub:
@@ -103,16 +107,15 @@ class HuggingFaceTrajectory(Checkpoints):
     def describe(self, step: int) -> Checkpoint:
         self._require(step)
         folder = self._fetch(step, weights=False) if self._hub else Path(self._name(step))
-        config, tokenizer = _read_json(folder / CONFIG), folder / TOKENIZER
-        vocabulary = known_digests(tokenizer).sha256 if tokenizer.is_file() else ""
-        return Checkpoint(step, folder, "", vocabulary, config={"hugging_face": config}, metrics={}, files={})
+        config, (vocabulary, *forms) = _read_json(folder / CONFIG), _tokenizers(folder)
+        return Checkpoint(step, folder, "", vocabulary, {"hugging_face": config}, metrics={}, files={}, forms=tuple(forms))
 
     def checkpoint(self, step: int) -> Checkpoint:
         """Everything but the weights, in a folder on this machine. Its config is {"hugging_face": the tree of config.json}.
 
-        digest: sha256 over the lines "NAME SHA256\\n" of the weight files, sorted by name. vocabulary: sha256 of a sentencepiece
-        tokenizer.model, as a task's vocabulary_digest is of the same file, else "": unknown. Raises UserError if it is not
-        there, cannot be fetched, or its files are incomplete or damaged.
+        digest: sha256 over the lines "NAME SHA256\\n" of the weight files, sorted by name. vocabulary: the digest of its
+        tokenizer, as a corpus' of the same one (megapd.tokenization), else "": unknown. Raises UserError if the checkpoint is
+        not there, cannot be fetched, or its files are incomplete or damaged.
         """
         self._require(step)
         folder = self._fetch(step) if self._hub else Path(self._name(step))
@@ -121,14 +124,15 @@ class HuggingFaceTrajectory(Checkpoints):
         if missing:
             raise UserError(f"{folder}: {missing[0]} is missing; fetch or copy the checkpoint again")
         weights = _weight_files(folder)
-        names = [*weights, CONFIG, *([TOKENIZER] if (folder / TOKENIZER).is_file() else [])]
+        names = [*weights, CONFIG, *(name for name in tokenization.FILES if (folder / name).is_file())]
         digests = {name: known_digests(folder / name) for name in names}
         self._compare(step, {name: digests[name] for name in weights})
         files = {name: File(digests[name].sha256, (folder / name).stat().st_size) for name in names}
         lines = "".join(f"{name} {files[name].sha256}\n" for name in sorted(weights))
         digest = hashlib.sha256(lines.encode()).hexdigest()
-        vocabulary = files[TOKENIZER].sha256 if TOKENIZER in files else ""
-        return Checkpoint(step, folder, digest, vocabulary, config={"hugging_face": config}, metrics={}, files=files)
+        vocabulary, *forms = _tokenizers(folder)
+        tree = {"hugging_face": config}
+        return Checkpoint(step, folder, digest, vocabulary, tree, metrics={}, files=files, forms=tuple(forms))
 
     def verify(self) -> list[str]:
         """Problems, one line each: incomplete or damaged checkpoints, weights that are not finite, and files or tensors that are
@@ -208,7 +212,7 @@ class HuggingFaceTrajectory(Checkpoints):
         try:
             refs = huggingface_hub.HfApi().list_repo_refs(repo)
         except Exception as error:
-            raise _hub_error(error, f"teacher.trajectory: the revisions of {repo} cannot be listed", ask) from error
+            raise hub_error(error, f"teacher.trajectory: the revisions of {repo} cannot be listed", ask) from error
         expression = _expression(revision)
         steps = {step for ref in [*refs.branches, *refs.tags] if (step := _step_of(expression, ref.name)) is not None}
         if not steps:
@@ -217,33 +221,26 @@ class HuggingFaceTrajectory(Checkpoints):
 
     def _fetch(self, step: int, *, weights: bool = True) -> Path:
         """The folder of a step's files in the hub's cache, fetched if they are not there; of what is small alone, if so asked."""
-        import huggingface_hub
-
-        repo, _, revision = self._name(step).partition("@")
         with self._lock:
             if step not in self._folders:
-                # Other files, nested ones (copies for other runtimes) and weights in a second format can be many times as large.
-                which: dict[str, Any] = {"revision": revision or None, "ignore_patterns": ["*/*"]}
-                try:
-                    for files in (SAFETENSORS, PICKLES) if weights else ((),):
-                        folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=[*SMALL_FILES, *files], **which))
-                        if any((folder / name).is_file() for name in WEIGHTS[:2]):
-                            break
-                except Exception as error:
-                    what = f"teacher.trajectory: {self._name(step)} cannot be fetched"
-                    raise _hub_error(error, what, "check name and network, or fetch it beforehand") from error
+                # Other files, and weights in a second format, can be many times as large.
+                for files in (SAFETENSORS, PICKLES) if weights else ((),):
+                    folder = fetch(self._name(step), [*SMALL_FILES, *files], "teacher.trajectory")
+                    if any((folder / name).is_file() for name in WEIGHTS[:2]):
+                        break
                 if not weights:
                     return folder
                 self._folders[step] = folder
             return self._folders[step]
 
 
-def _hub_error(error: Exception, what: str, fix: str) -> Exception:
-    """A UserError for what the hub, the network or the disk reports, whatever library says so; any other error as it is."""
-    library = type(error).__module__.partition(".")[0]
-    if not isinstance(error, OSError) and library not in ("huggingface_hub", "httpx", "requests", "urllib3"):
-        return error
-    return UserError(f"{what}: {' '.join(str(error).split())[:200]}; {fix}")
+def _tokenizers(folder: Path) -> tuple[str, ...]:
+    """The digests of a checkpoint's tokenizer; ("",), and told, where it has none or one that cannot be read: unknown."""
+    try:
+        return tokenization.digests(folder) or ("",)
+    except UserError as error:
+        log.warning("%s; its vocabulary is not known", error)
+        return ("",)
 
 
 def _expression(pattern: str) -> re.Pattern[str]:

@@ -66,6 +66,7 @@ class Checkpoint:
     config      the resolved configuration of the teacher's run
     metrics     the teacher's latest metrics when it was written
     files       name -> sha256 and size of each file beside meta.json
+    forms       digests of further forms of its tokenizer: published models may have tokenizer.json and tokenizer.model
     """
 
     step: int
@@ -75,6 +76,11 @@ class Checkpoint:
     config: dict[str, Any] = field(repr=False)
     metrics: dict[str, Any] = field(repr=False)
     files: dict[str, File] = field(repr=False)
+    forms: tuple[str, ...] = ()
+
+    def speaks(self, vocabulary: str) -> bool:
+        """Whether its ids are proved to mean what those of `vocabulary`, a digest, do."""
+        return vocabulary in (self.vocabulary, *self.forms)
 
     @property
     def shards(self) -> list[str]:

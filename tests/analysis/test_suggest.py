@@ -161,9 +161,11 @@ def test_verify(run, capsys):
 
 
 def test_the_verbs_of_trajectory_take_no_settings(run, capsys):
-    for action in ("list", "verify"):
+    for action, told in (("list", "takes no settings"), ("verify", "settings are for registered trajectories")):
         assert main(["trajectory", action, str(run), "--schedule.steps=3"]) == 2
-        assert "takes no settings" in capsys.readouterr().err
+        assert told in capsys.readouterr().err
+        assert main(["trajectory", action, str(run), "--steps=1,2"]) == 2
+        assert "which knows its steps" in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:
         main(["trajectory"])
     assert caught.value.code == 2

@@ -17,7 +17,7 @@ from megapd.corpus import tokenizer as tokenizers
 from megapd.corpus.prepare import is_heldout
 from megapd.errors import UserError
 from megapd.files import sha256_file
-from megapd.tasks.blocks import Blocks
+from megapd.tasks.blocks import Blocks, read_meta
 from tests.corpus import corpora
 
 FILES = ["heldout.arrow", "heldout.checks", "meta.json", "tokenizer.model", "train.arrow", "train.checks"]
@@ -35,7 +35,17 @@ def test_the_blocks_hold_every_document_in_order(tmp_path, style):
     assert sorted(file.name for file in folder.iterdir()) == FILES
     meta = json.loads((folder / "meta.json").read_text())
     tokenizer = tokenizers.load(folder / "tokenizer.model", style)
-    assert meta["tokenizer"] == {"digest": tokenizer.digest, "style": style, "vocab_size": 320, "special": tokenizer.special}
+    roles = {"bert": (3, 2, 4, 0), "gpt": (1, None, None, None)}[style]
+    assert meta["tokenizer"] == {
+        "digest": tokenizer.digest,
+        "style": style,
+        "vocab_size": 320,
+        "tokens": 320,
+        "special": tokenizer.special,
+        "roles": dict(zip(("separator", "opener", "mask", "padding"), roles, strict=True)),
+        "files": {"tokenizer.model": sha256_file(folder / "tokenizer.model")},
+        "engine": "sentencepiece",
+    }
     texts = corpora.documents()
     for split in ("train", "heldout"):
         chosen = [text for text in texts if is_heldout(text, 0.2, 0) == (split == "heldout")]
@@ -138,7 +148,7 @@ def test_an_output_that_is_something_else(tmp_path):
     assert (prepare(config, progress=False) / "train.arrow").exists()
 
 
-def test_an_existing_tokenizer_is_copied(tmp_path, caplog):
+def test_an_existing_tokenizer_is_copied_and_padded(tmp_path):
     first = corpora.prepared(tmp_path).corpus.output
     (tmp_path / "second").mkdir()
     tokenizer = f"{{style: bert, model: {first / 'tokenizer.model'}, vocab_size: 500}}"
@@ -146,7 +156,8 @@ def test_an_existing_tokenizer_is_copied(tmp_path, caplog):
     second = prepare(config, progress=False)
     assert sha256_file(second / "train.arrow") == sha256_file(first / "train.arrow")
     assert sha256_file(second / "tokenizer.model") == sha256_file(first / "tokenizer.model")
-    assert "corpus.tokenizer.vocab_size: ignored" in caplog.text
+    meta = read_meta(second)["tokenizer"]
+    assert (meta["vocab_size"], meta["tokens"]) == (500, 320)
 
 
 def refused(config, *words: str) -> None:

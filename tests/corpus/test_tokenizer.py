@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
+from pydantic import ValidationError
 
 from megapd.config import TokenizerConfig
 from megapd.corpus import tokenizer as tokenizers
@@ -41,8 +44,8 @@ def test_encoding_is_independent_of_threads_and_of_the_way(models, monkeypatch):
     texts = [*corpora.documents(), ""]
     one = [ids.tolist() for ids in model.encode(texts)]
     assert [ids.tolist() for ids in model.encode(texts, threads=4)] == one
-    assert one == model._processor.encode(texts)
-    monkeypatch.delattr(type(model._processor), "EncodeAsNumpy", raising=False)
+    assert one == model.own.processor.encode(texts)
+    monkeypatch.delattr(type(model.own.processor), "EncodeAsNumpy", raising=False)
     assert [ids.tolist() for ids in model.encode(texts)] == one
 
 
@@ -89,11 +92,13 @@ def test_text_that_does_not_fit(kind, texts, vocab_size, words):
 
 def test_existing_models(models, tmp_path):
     path = tmp_path / "m.model"
-    path.write_bytes(models["bpe", "gpt"].model)
+    path.write_bytes(models["bpe", "gpt"].own.model)
     assert tokenizers.load(path, "gpt").digest == models["bpe", "gpt"].digest
-    with pytest.raises(UserError, match=r"corpus.tokenizer.model: .*no token \[PAD\]"):
+    with pytest.raises(
+        UserError, match=r"corpus.tokenizer.opener: its files name none, which style bert needs.*<unk>, <\|endoftext\|>"
+    ):
         tokenizers.load(path, "bert")
-    with pytest.raises(UserError, match=r"corpus.tokenizer.model: cannot read"):
+    with pytest.raises(UserError, match=r"corpus.tokenizer.model: .*none.model: cannot be read"):
         tokenizers.load(tmp_path / "none.model", "bert")
     path.write_bytes(b"not a model")
     with pytest.raises(UserError, match="not a sentencepiece model"):
@@ -108,3 +113,39 @@ def test_what_the_documents_raise_comes_out_as_it_is(after):
 
     with pytest.raises(UserError, match=r"b\.parquet"):
         tokenizers.train(TokenizerConfig(vocab_size=320), broken())
+
+
+def test_more_kinds_of_characters_than_pieces(tmp_path):
+    """As Chinese has them: the message names what may be lowered, and with it the rare ones are bytes."""
+    draw = random.Random(0)
+    kinds = [chr(0x4E00 + i) for i in range(600)]
+    texts = ["".join(draw.choices(kinds, [1 / (i + 1) for i in range(600)], k=300)) for _ in range(60)]
+    with pytest.raises(UserError, match=r"corpus.tokenizer.vocab_size: .*lower corpus.tokenizer.character_coverage"):
+        tokenizers.train(TokenizerConfig(style="gpt", vocab_size=780), texts)
+    trained = tokenizers.train(TokenizerConfig(style="gpt", vocab_size=780, character_coverage=0.98), texts)
+    assert [trained.decode(ids) for ids in trained.encode(texts)] == texts
+
+
+def test_trainer_options_reach_the_trainer():
+    texts = ["Straße 2024 <tool> ABBA " + text for text in corpora.documents(80)]
+
+    def pieces(**options):
+        own = tokenizers.train(TokenizerConfig(**{"style": "gpt", "vocab_size": 340, **options}), texts)
+        return own, {own.own.token_of(i) for i in range(own.vocab_size)}
+
+    plain, _ = pieces()
+    assert plain.digest == pieces(character_coverage=None)[0].digest
+    folded, _ = pieces(normalization="nfkc_cf")
+    assert folded.decode(folded.encode(["ABBA ﬁne"])[0]) == "abba fine"
+    assert "<tool>" in pieces(symbols=("<tool>",))[1]
+    short = pieces(max_piece_length=3, vocab_size=310)[1]
+    assert max(len(piece) for piece in short if not piece.startswith("<")) == 3
+    numbers = [" ".join(str(1000 + i % 7) for i in range(200))] * 20 + texts
+    for split in (True, False):
+        own = tokenizers.train(TokenizerConfig(kind="bpe", style="gpt", vocab_size=340, split_digits=split), numbers)
+        assert any(own.own.token_of(i).strip("▁")[:2].isdigit() for i in range(340) if own.own.token_of(i)[1:2]) is not split
+
+
+def test_an_option_that_would_do_nothing_is_refused():
+    with pytest.raises(ValidationError, match=r"m.model is trained already"):
+        TokenizerConfig(model="m.model", character_coverage=0.99)

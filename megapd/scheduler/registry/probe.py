@@ -32,7 +32,7 @@ class TaskProbe:
         """Raises UserError for a checkpoint of another vocabulary, or of transformers, whose ids the task cannot vouch for."""
         if HUGGING_FACE in checkpoint.config:
             raise UserError(f"{checkpoint.path}: the probe is for megapd's own checkpoints; import it without")
-        if checkpoint.vocabulary != self._task.vocabulary_digest:
+        if not checkpoint.speaks(self._task.vocabulary_digest):
             raise UserError(
                 f"{checkpoint.path}: trained on another vocabulary than the task has; name the task that it was trained on"
             )

@@ -60,7 +60,8 @@ def encode_catalogue(steps: Sequence[int], checkpoints: Iterable[Checkpoint]) ->
         config = masked_tree(checkpoint.config)  # an older megapd wrote passwords there
         if config not in configs[-1:]:  # of neighbours: a run has one
             configs.append(config)
-        entry = {"step": checkpoint.step, "digest": checkpoint.digest, "vocabulary": checkpoint.vocabulary}
+        entry: dict[str, Any] = {"step": checkpoint.step, "digest": checkpoint.digest, "vocabulary": checkpoint.vocabulary}
+        entry |= {"forms": list(checkpoint.forms)} if checkpoint.forms else {}
         entries.append({**entry, "config": len(configs) - 1, "metrics": checkpoint.metrics})
     tree = {"format": CATALOGUE_FORMAT, "steps": list(steps), "configs": configs, "checkpoints": entries}
     return json.dumps(tree).encode()
@@ -76,7 +77,8 @@ def decode_catalogue(data: bytes, path: Path) -> tuple[tuple[int, ...], dict[int
         for entry in tree["checkpoints"]:
             step, digest = parse_teacher(entry["step"], entry["digest"])
             config = tree["configs"][entry["config"]]
-            found[step] = Checkpoint(step, path, digest, str(entry["vocabulary"]), config, entry["metrics"], {})
+            forms = tuple(map(str, entry.get("forms", ())))
+            found[step] = Checkpoint(step, path, digest, str(entry["vocabulary"]), config, entry["metrics"], {}, forms)
         return tuple(sorted(int(step) for step in tree["steps"])), found
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise Refused("failed", f"the teacher's trajectory: not as this megapd reads it: {error}") from error

@@ -1,0 +1,186 @@
+"""Published teachers in, students out: each stand-in through the command line, from the hub's cache to transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+
+from megapd.cli import main
+from megapd.config import load
+from megapd.models import load_hugging_face
+from megapd.tasks import build_task
+from megapd.tasks.blocks import read_meta
+from megapd.tokenization import digests, open_tokenizer
+from tests import standins
+from tests.corpus import corpora
+
+pytestmark = pytest.mark.slow
+
+STYLES = {"pythia": "gpt", "olmo": "gpt", "llama": "gpt", "bert": "bert"}
+SAMPLES = 16
+
+
+def families():
+    return list(STYLES)
+
+
+def configuration(folder, family, spec):
+    objective, kind = ("mlm", "bert") if STYLES[family] == "bert" else ("clm", "gpt")
+    steps = ", ".join(map(str, standins.STEPS))
+    (folder / "run.yaml").write_text(f"""
+name: student
+runs_dir: {folder}/runs
+corpus:
+  output: {folder}/corpus
+  sources: [{{path: {folder}/text.jsonl}}]
+  block_length: {standins.LENGTH}
+  heldout_fraction: 0.2
+task: {{kind: text, objective: {objective}}}
+model: {{kind: {kind}, layers: 2, heads: 2, hidden: 32}}
+teacher: {{trajectory: "{spec}", steps: [{steps}]}}
+schedule: {{policy: equal, checkpoints: 3, steps: 2}}
+training: {{steps: 6, global_batch: 8}}
+checkpoint: {{every: 4}}
+trajectory: {{every: 3}}
+evaluation: {{samples: {SAMPLES}}}
+telemetry: {{wandb: disabled, progress: false}}
+""")
+    return str(folder / "run.yaml")
+
+
+@pytest.fixture(scope="module", params=families())
+def made(request, tmp_path_factory):
+    """(family, folder) in which a student was taught by a stand-in and exported; the hub is its cache alone."""
+    folder, family = tmp_path_factory.mktemp(request.param), request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder / "home" / "hub"))
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        corpora.write_jsonl(folder / "text.jsonl", corpora.documents(200))
+        spec = standins.build(folder / "home", folder / "scratch", family)
+        yaml = configuration(folder, family, spec)
+        steps = ",".join(map(str, standins.STEPS))
+        assert main(["prepare", yaml, "--like"]) == 0
+        assert main(["trajectory", "verify", spec, "--steps", steps]) == 0
+        assert main(["trajectory", "list", spec, "--steps", steps]) == 0
+        assert main(["train", yaml]) == 0
+        assert main(["evaluate", str(folder / "runs/student")]) == 0
+        assert main(["export", str(folder / "runs/student"), str(folder / "out")]) == 0
+        yield family, folder
+
+
+def test_the_vocabulary_is_proved(made):
+    """The corpus has the teacher's tokenizer and number of ids, which nobody had to vouch for."""
+    family, folder = made
+    meta = read_meta(folder / "corpus")["tokenizer"]
+    assert meta["digest"] in digests(folder / "scratch" / family / "1000")
+    assert meta["vocab_size"] == standins.MODELS[family][1]
+    assert meta["style"] == STYLES[family]
+    text = (folder / "runs/student/metrics.jsonl").read_text()
+    rotations = [line for line in map(json.loads, text.splitlines()) if line["kind"] == "rotation"]
+    assert [line["teacher_step"] for line in rotations] == list(standins.STEPS)
+
+
+def test_transformers_reads_what_was_exported(made):
+    family, folder = made
+    out, texts = folder / "out", corpora.documents(40, seed=9)
+    theirs, own = transformers.AutoTokenizer.from_pretrained(out), open_tokenizer(str(folder / "corpus"))
+    assert theirs(texts, add_special_tokens=False)["input_ids"] == [ids.tolist() for ids in own.encode(texts)]
+    assert theirs.model_max_length == standins.LENGTH
+    if STYLES[family] == "bert":
+        filled = transformers.pipeline("fill-mask", model=str(out), device="cpu")("ka lo [MASK] mi", top_k=3)
+        assert len(filled) == 3
+        assert all("ka lo" in one["sequence"] for one in filled)
+        assert not (out / "generation_config.json").exists()
+    else:
+        write = transformers.pipeline("text-generation", model=str(out), device="cpu")
+        (written,) = write("ka lo", max_new_tokens=5, do_sample=False)
+        assert written["generated_text"].startswith("ka lo")
+        assert write.model.generation_config.eos_token_id == theirs.eos_token_id == write.model.config.eos_token_id
+
+
+def test_perplexity_is_that_of_evaluate(made):
+    """Plain transformers over the held-out samples, against evaluation.json."""
+    family, folder = made
+    auto = transformers.AutoModelForMaskedLM if STYLES[family] == "bert" else transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(folder / "out").eval()
+    batch = build_task(load(folder / "run.yaml")).heldout(range(SAMPLES))
+    with torch.no_grad():
+        logits = model(input_ids=batch.ids).logits.flatten(0, 1)[batch.positions]
+    loss = torch.nn.functional.cross_entropy(logits.double(), batch.labels).item()
+    (*_, last) = json.loads((folder / "runs/student/evaluation.json").read_text())
+    assert last["step"] == 6
+    assert loss == pytest.approx(last["loss"], abs=1e-5)
+
+
+def test_an_export_teaches(made):
+    """The exported folder as a teacher: its vocabulary is proved, and its loss is that of the weights it was made of."""
+    _, folder = made
+    shutil.rmtree(folder / "runs/again", ignore_errors=True)
+    one_shot = "--schedule={policy: one_shot, checkpoint: 6}"
+    teacher = f"--teacher={{trajectory: {folder}/out, steps: [6]}}"
+    assert main(["train", str(folder / "run.yaml"), "--name=again", teacher, one_shot, "--training.steps=2"]) == 0
+    own = f"--teacher={{trajectory: {folder}/runs/student/trajectory}}"
+    assert main(["train", str(folder / "run.yaml"), "--name=own", own, one_shot, "--training.steps=2"]) == 0
+    losses = []
+    for name in ("again", "own"):
+        lines = map(json.loads, (folder / f"runs/{name}/metrics.jsonl").read_text().splitlines())
+        losses.append([line["loss"] for line in lines if line["kind"] == "train"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(("step", "source"), [(3, "trajectory"), (4, "checkpoints"), (6, "trajectory")])
+def test_any_step_with_weights(made, tmp_path, step, source, capsys):
+    _, folder = made
+    assert main(["export", str(folder / "runs/student"), str(tmp_path / "out"), "--step", str(step), "--dtype", "bf16"]) == 0
+    assert f"{source}/step_{step}" in capsys.readouterr().out
+    _, learner = load_hugging_face(tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert all(torch.equal(p, p.bfloat16().float()) for p in learner.parameters())
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"- step: {step} of 6" in card
+    assert "| 0 | 1,000 |" in card
+    assert ("| 4 | 3,000 |" in card) == (step > 4)
+
+
+def test_what_cannot_be_exported(made, tmp_path, capsys):
+    _, folder = made
+
+    def refused(*arguments):
+        assert main(["export", *map(str, arguments)]) == 2
+        return capsys.readouterr().err
+
+    student = folder / "runs/student"
+    assert "no checkpoint of step 5; there are 3, 4, 6" in refused(student, tmp_path / "out", "--step=5").replace(
+        "5; there are 3, 6", ""
+    )
+    assert "exists already" in refused(student, folder / "out")
+    assert "no such configuration file" in refused(folder / "runs/nobody", tmp_path / "out")
+    shutil.copytree(folder / "corpus", tmp_path / "corpus")
+    moved = shutil.copytree(student, tmp_path / "moved")
+    shutil.rmtree(tmp_path / "corpus")
+    told = refused(moved, tmp_path / "out", f"--corpus.output={tmp_path / 'corpus'}")
+    assert "holds no prepared corpus" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_tokenizer_is_refused_with_both_digests(made, tmp_path, capsys):
+    family, folder = made
+    if family != "pythia":
+        pytest.skip("one merge: byte-level BPE")
+    other = shutil.copytree(folder / "scratch" / "pythia" / "1000", tmp_path / "teacher")
+    tree = json.loads((other / "tokenizer.json").read_text())
+    merges = tree["model"]["merges"]
+    merges[10], merges[11] = merges[11], merges[10]
+    (other / "tokenizer.json").write_text(json.dumps(tree))
+    teacher = f"--teacher={{trajectory: {other}, steps: [1]}}"
+    one_shot = "--schedule={policy: one_shot, checkpoint: 1}"
+    assert main(["train", str(folder / "run.yaml"), "--name=other", teacher, one_shot]) == 2
+    told = capsys.readouterr().err
+    assert digests(other)[0][:12] in told
+    assert read_meta(folder / "corpus")["tokenizer"]["digest"][:12] in told
+    assert "--like" in told
