@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import httpx
 import huggingface_hub
 import pytest
 import torch
@@ -184,3 +185,27 @@ def test_another_tokenizer_is_refused_with_both_digests(made, tmp_path, capsys):
     assert digests(other)[0][:12] in told
     assert read_meta(folder / "corpus")["tokenizer"]["digest"][:12] in told
     assert "--like" in told
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_repository_that_is_not_there(tmp_path, monkeypatch, capsys, offline):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    if not offline:
+
+        def gated(*_, **__):
+            raise huggingface_hub.errors.GatedRepoError("403: access is restricted", response=httpx.Response(403, request=ask))
+
+        ask = httpx.Request("GET", "http://127.0.0.1")
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", gated)
+    corpora.write_jsonl(tmp_path / "text.jsonl", corpora.documents(50))
+    yaml = configuration(tmp_path, "pythia", "hf:nobody/nothing@step{step}")
+    for arguments in (
+        ["prepare", yaml, "--like"],
+        ["prepare", yaml, "--corpus.tokenizer.model=hf:nobody/nothing"],
+        ["train", yaml],
+    ):
+        assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert "nobody/nothing" in line or "no prepared corpus" in line
+        assert not (tmp_path / "corpus").exists()
