@@ -104,6 +104,9 @@ class ModelConfig(OpenSection):
     tag: ClassVar[str] = "kind"
 
     kind: str
+    initial: str | None = Field(
+        None, description="weights to begin with: a run, a checkpoint's folder, hf:REPO[@REVISION]; of more layers every k-th"
+    )
 
     @property
     @abstractmethod

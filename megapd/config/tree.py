@@ -105,6 +105,7 @@ class TrajectoryWriterConfig(Section):
     every: int = Field(0, ge=0, description="steps between checkpoints; 0: only those of `steps`")
     steps: tuple[Annotated[int, Field(ge=1)], ...] = Field((), description="further steps at which one is written")
     shard_bytes: int = Field(2 << 30, ge=1 << 12, description="largest file of a checkpoint's weights")
+    export: bool = Field(False, description="also as transformers reads it, in exports/step_N of the run's folder")
 
     def check_steps(self, steps: int) -> None:
         """ValueError unless every checkpoint asked for lies within a run of `steps`."""
@@ -167,6 +168,8 @@ class Config(BaseSettings):
         if self.teacher is not None:
             self.teacher.check_found(self.scheduler)
             self.teacher.check_loss(self.loss)
+        if self.trajectory.export and self.model.causal is None:
+            raise ValueError(f"trajectory.export: an {self.model.kind} has no layout in transformers; set it to false")
         self.lr.check_steps(self.training.steps)
         self.trajectory.check_steps(self.training.steps)
         return self

@@ -15,6 +15,7 @@ from megapd.models.from_checkpoint import checkpoint_shape as checkpoint_shape
 from megapd.models.from_checkpoint import read_parts as read_parts
 from megapd.models.hub import load_hugging_face as load_hugging_face
 from megapd.models.hub import save_hugging_face as save_hugging_face
+from megapd.models.initial import start_from as start_from
 from megapd.models.mlp import MLP as MLP
 from megapd.models.transformer import Transformer as Transformer
 from megapd.models.weights import copy_weights as copy_weights

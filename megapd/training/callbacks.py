@@ -9,6 +9,7 @@ from typing import Any
 from megapd.config import Config, public_tree
 from megapd.evaluation import held_out
 from megapd.tasks import Task
+from megapd.training.export import export
 from megapd.training.run import Callback, Run, StepResult, due
 from megapd.trajectory.writer import write_checkpoint
 
@@ -55,6 +56,9 @@ class TrajectoryWriter(Callback):
                 shard_bytes=settings.shard_bytes,
                 run=run.folder.run,
             )
+            target = run.config.folder / "exports" / f"step_{result.step}"
+            if settings.export and not target.exists():  # a resumed run comes to the same weights again
+                export(run.config, target, step=result.step)
         else:
             for _ in run.engine.weights():
                 continue

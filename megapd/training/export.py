@@ -16,16 +16,16 @@ from megapd import __version__
 from megapd.config import Config, TextConfig
 from megapd.errors import UserError
 from megapd.files import check_run
-from megapd.models import copy_weights, parameter_count, save_hugging_face
+from megapd.models import build_model, copy_weights, parameter_count, save_hugging_face
 from megapd.signals import DTYPES
 from megapd.tasks import Task, build_task
 from megapd.tasks.blocks import Split, read_meta, token_roles
 from megapd.tokenization import Roles, Tokenizer, open_tokenizer
 from megapd.tokenization.export import same_ids, special_ids, transformers_files
 from megapd.training.folder import METRICS, check_config, numbers, read_record, recorded
-from megapd.training.start import build_student
 from megapd.training.state import StateReader, holds_state
 from megapd.trajectory import Trajectory, named_runs
+from megapd_kernels import LossOptions
 
 CHECKED_BLOCKS = 64  # held-out blocks whose text the exported tokenizer has to encode as the corpus' own does
 
@@ -52,7 +52,8 @@ def export(
     check_config(config.folder)
     task = build_task(config)
     found, source, weights = _weights(config, task, step)
-    learner = build_student(config, task)
+    sizes = {"vocab_size": task.vocab_size, "classes": task.classes, "length": task.length}
+    learner = build_model(config.model, **sizes, options=LossOptions(), seed=0)
     copy_weights(learner, weights, source)
     learner.to(DTYPES[dtype] if dtype is not None else next(iter(weights.values())).dtype)
     card = _card(config, task, found, parameter_count(learner)[0])

@@ -7,20 +7,21 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
 
 from megapd import registry
 from megapd.config import Config
 from megapd.errors import UserError
 from megapd.evaluation import check_samples
-from megapd.models import Learner, build_model, parameter_count
+from megapd.models import Learner, build_model, parameter_count, start_from
 from megapd.schedule.resolve import resolve_plan
 from megapd.tasks import Task, build_task
 from megapd.teacher.limits import check_teachers
 from megapd.teacher.locate import open_trajectory
 from megapd.training.callbacks import Checkpointer, Evaluation, Guard, TrajectoryWriter
 from megapd.training.engine import Engine, start_world
-from megapd.training.folder import agree, check_room, open_folder, write_config
+from megapd.training.folder import agree, check_room, open_folder, read_record, write_config
 from megapd.training.run import Callback, Progress, Run, StopRequest
 from megapd.training.state import CheckpointStore
 from megapd.training.teaching import open_teaching
@@ -74,6 +75,8 @@ def start(
         world = start_world()
         world.on_first(lambda: check_room(config, parameter_count(learner)[0]))
         digests = {"data": task.data_digest, "vocabulary": task.vocabulary_digest}
+        if config.model.initial is not None and not world.on_first(lambda: _has_weights(config.folder)):
+            digests["initial weights"] = start_from(learner, config.model, task.vocabulary_digest)
         agree(world, config, digests)
         if curriculum is not None and world.rank == 0:
             for warning in curriculum[1].warnings:
@@ -97,6 +100,12 @@ def start(
         stop = StopRequest(config.folder / "stop", watches_file=world.rank == 0)
         first, saved = progress.step, int(restored.get("step", -1))
         return Run(config, world, task, engine, teaching, folder, store, stop, whole, progress, first, saved, opened.pop_all())
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether the run in the folder saved a checkpoint, which it will go on from."""
+    record = read_record(folder)
+    return record is not None and record.saved >= 0
 
 
 def order(config: Config, added: Sequence[Callback]) -> list[Callback]:

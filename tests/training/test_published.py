@@ -47,7 +47,7 @@ teacher: {{trajectory: "{spec}", steps: [{steps}]}}
 schedule: {{policy: equal, checkpoints: 3, steps: 2}}
 training: {{steps: 6, global_batch: 8}}
 checkpoint: {{every: 4}}
-trajectory: {{every: 3}}
+trajectory: {{every: 3, export: true}}
 evaluation: {{samples: {SAMPLES}}}
 telemetry: {{wandb: disabled, progress: false}}
 """)
@@ -167,6 +167,14 @@ def test_what_cannot_be_exported(made, tmp_path, capsys):
     told = refused(moved, tmp_path / "out", f"--corpus.output={tmp_path / 'corpus'}")
     assert "holds no prepared corpus" in told
     assert not (tmp_path / "out").exists()
+
+
+def test_every_checkpoint_may_be_exported(made):
+    _, folder = made
+    exports = folder / "runs/student/exports"
+    assert sorted(path.name for path in exports.iterdir()) == ["step_3", "step_6"]
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (exports / "step_6" / name).read_bytes() == (folder / "out" / name).read_bytes()
 
 
 def test_another_tokenizer_is_refused_with_both_digests(made, tmp_path, capsys):

@@ -239,7 +239,7 @@ def _resume(
     if affected := numerics.affected(config, world, record.numerics):
         what = f"{folder} began with numerics version {record.numerics}, this megapd has {numerics.VERSION}"
         raise UserError(f"{what}: {'; '.join(affected)}; go on with the megapd that began it, or choose another name")
-    record.settings, record.digests = public_tree(config), dict(digests)
+    record.settings, record.digests = public_tree(config), {**record.digests, **digests}
     found = _with_record(record, resumed=True)
     others = [segment["changed"].get("telemetry.every", [1])[0] for segment in record.segments]
     found._lines_every = max(config.telemetry.every, *changed.get("telemetry.every", [1]), *others)
