@@ -15,6 +15,7 @@ from megapd.config.distillation import SchedulerConfig as SchedulerConfig
 from megapd.config.distillation import TeacherConfig as TeacherConfig
 from megapd.config.distillation import TeacherServerConfig as TeacherServerConfig
 from megapd.config.distillation import TransitionConfig as TransitionConfig
+from megapd.config.families import LlamaConfig as LlamaConfig
 from megapd.config.learning import CorpusConfig as CorpusConfig
 from megapd.config.learning import HierarchicalParityConfig as HierarchicalParityConfig
 from megapd.config.learning import MLPConfig as MLPConfig

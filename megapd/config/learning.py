@@ -286,7 +286,7 @@ class TextConfig(TaskConfig):
 
     def check_model(self, model: ModelConfig) -> None:
         if model.causal is None:
-            raise ValueError(f"model.kind: an {model.kind} cannot learn task.kind text; choose gpt or bert")
+            raise ValueError(f"model.kind: an {model.kind} cannot learn task.kind text; choose gpt, llama or bert")
         if model.causal != (self.objective == "clm"):
-            wanted = "bert" if self.objective == "mlm" else "gpt"
+            wanted = "a bidirectional model (bert)" if self.objective == "mlm" else "a causal model (gpt, llama)"
             raise ValueError(f"model.kind: task.objective {self.objective} needs {wanted}, not {model.kind}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,7 +22,12 @@ from megapd_kernels import LossOptions, LossResult, linear_distillation_loss
 
 
 class Body(nn.Module, ABC):
-    """Token ids to final hidden states; it initialises the weights of the learner that it is the body of."""
+    """Token ids to final hidden states; it initialises the weights of the learner that it is the body of.
+
+    plan: how tensor parallelism splits that learner, see sharding.py; empty: not at all
+    """
+
+    plan: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def forward(self, ids: Tensor, segments: Tensor | None = None) -> Tensor:

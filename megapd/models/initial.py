@@ -55,7 +55,7 @@ def start_from(learner: Learner, section: ModelConfig, vocabulary: str) -> str:
 
 
 def _opened(source: str) -> tuple[Checkpoints, int]:
-    """The trajectory that holds the weights, and their step: a run's or a trajectory's newest, a step's folder, a published model."""
+    """The trajectory that holds the weights, and their step: the newest of a run or trajectory, or a published model's."""
     folder = Path(source)
     if (folder / "trajectory").is_dir():
         folder = folder / "trajectory"

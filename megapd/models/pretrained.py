@@ -21,8 +21,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from megapd.batch import Batch
 from megapd.errors import UserError
+from megapd.models.layers import document_mask
 from megapd.models.sharding import allocate, whole_shape
-from megapd.models.transformer import document_mask
 from megapd.models.weights import stored_tensors
 from megapd.slices import Part, take
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -29,8 +29,6 @@ from torch.nn import functional as F
 from megapd.errors import UserError
 from megapd.models.build import Learner
 from megapd.models.layers import Embedding
-from megapd.models.mlp import MLP
-from megapd.models.transformer import Attention
 from megapd.slices import Part, Ranges
 from megapd_kernels import VocabularyShard
 
@@ -44,14 +42,6 @@ BY_CLASSES = ("vocabulary", "vocabulary_head")
 
 # By dotted name, * for a number. Position and type embeddings, norms and BERT's transform are whole on every rank.
 PLANS: dict[str, dict[str, Style]] = {
-    "megapd": {
-        "body.tokens": "vocabulary",
-        "body.blocks.*.attention.qkv": "colwise_qkv",
-        "body.blocks.*.attention.out": "rowwise",
-        "body.blocks.*.up": "colwise",
-        "body.blocks.*.down": "rowwise",
-        "head": "vocabulary_head",
-    },
     # By model_type, of transformers' models without a plan of their own; names below the base model. Output layer and token
     # embedding are added.
     "bert": {
@@ -82,9 +72,9 @@ Chosen = tuple[str, nn.Module, Style]  # a module that a plan names, under its n
 def plan_for(model: nn.Module) -> dict[str, Style]:
     """The plan of a Learner or of a Pretrained. Raises UserError if it has none."""
     if isinstance(model, Learner):
-        if isinstance(model.body, MLP):
-            raise UserError("teacher.sharding: an mlp cannot be split by tensor; choose whole or zero")
-        return dict(PLANS["megapd"])
+        if not model.body.plan:
+            raise UserError(f"teacher.sharding: an {type(model.body).__name__} cannot be split by tensor; choose whole or zero")
+        return cast("dict[str, Style]", dict(model.body.plan))
     return plan_of(model)
 
 
@@ -195,7 +185,7 @@ def whole_shape(parameter: Tensor) -> tuple[int, ...]:
 
 
 def _check(model: nn.Module, chosen: list[Chosen], ranks: int) -> None:
-    for what, number in _heads(model):
+    for what, number in _heads(model, chosen):
         if number % ranks:
             raise UserError(
                 f"teacher.sharding: {number} {what} cannot be divided by {ranks} ranks; start other ranks, or {USE_ZERO}"
@@ -218,11 +208,12 @@ def _check(model: nn.Module, chosen: list[Chosen], ranks: int) -> None:
             )
 
 
-def _heads(model: nn.Module) -> Iterator[tuple[str, int]]:
+def _heads(model: nn.Module, chosen: list[Chosen]) -> Iterator[tuple[str, int]]:
+    for owner in _owners(model, chosen):
+        for attribute in getattr(owner, "head_counts", ()):
+            yield "attention heads" if attribute == "heads" else "key-value heads", getattr(owner, attribute)
     for module in model.modules():
-        if isinstance(module, Attention):
-            yield "attention heads", module.heads
-        elif hasattr(module, "config"):
+        if hasattr(module, "config"):
             config: Any = module.config
             config = config.get_text_config()
             yield "attention heads", config.num_attention_heads
@@ -276,12 +267,16 @@ def _part(style: Style, shape: torch.Size, rank: int, ranks: int) -> Ranges:
 
 def _divide_heads(model: nn.Module, chosen: list[Chosen], ranks: int) -> None:
     """Modules that own projections of whole heads count this rank's from now on."""
-    colwise = (name for name, _, style in chosen if style in ("colwise", "colwise_qkv"))
-    for name in dict.fromkeys(name.rpartition(".")[0] for name in colwise):
-        owner = model.get_submodule(name)
-        for attribute in ("heads",) if isinstance(owner, Attention) else _LOCAL_SIZES:
+    for owner in _owners(model, chosen):
+        for attribute in getattr(owner, "head_counts", _LOCAL_SIZES):
             if isinstance(getattr(owner, attribute, None), int):
                 setattr(owner, attribute, getattr(owner, attribute) // ranks)
+
+
+def _owners(model: nn.Module, chosen: list[Chosen]) -> list[nn.Module]:
+    """The modules whose projections are split by output features."""
+    colwise = (name for name, _, style in chosen if style in ("colwise", "colwise_qkv"))
+    return [model.get_submodule(name) for name in dict.fromkeys(name.rpartition(".")[0] for name in colwise)]
 
 
 def _rows(classes: int, rank: int, ranks: int) -> tuple[int, int]:

@@ -13,19 +13,18 @@ Shape suffixes: B samples, L tokens a sample, D hidden width, H heads, N labelle
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from megapd.config import TransformerConfig
 from megapd.errors import UserError
 from megapd.models.build import Body, Parts
-from megapd.models.layers import Embedding, LayerNorm
+from megapd.models.layers import Block, Embedding, LayerNorm, document_mask, run_blocks
 
 LAYER_NORM_EPS = {"gpt": 1e-5, "bert": 1e-12}  # the published models' values
 INIT_STD = 0.02  # GPT-2's and BERT's
@@ -34,6 +33,8 @@ TOKEN_TYPES = 2  # BERT's sentence A and B; packed documents are all of type 0, 
 
 class Attention(nn.Module):
     """Multi-head self-attention; qkv holds the three projections one below the other, each split into heads."""
+
+    head_counts = ("heads",)
 
     def __init__(self, hidden: int, heads: int, causal: bool) -> None:
         super().__init__()
@@ -52,7 +53,7 @@ class Attention(nn.Module):
         return out_BLD
 
 
-class Block(nn.Module):
+class TransformerBlock(Block):
     """Attention, then a feed-forward layer, each with a residual; layer norm before (GPT) or after (BERT) each."""
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -66,30 +67,21 @@ class Block(nn.Module):
         self.down = nn.Linear(config.ffn_width, config.hidden)
         self.ffn_norm = LayerNorm(config.hidden, eps=LAYER_NORM_EPS[config.kind])
 
-    def forward(self, x_BLD: Tensor, mask_B1LL: Tensor | None) -> Tensor:
-        # Compiled below __call__: the block's own hooks (ZeRO-3's, if blocks are its leaves) stay outside the graph,
-        # and since parameters are inputs of the graph, all blocks share one compilation.
-        return (_compiled_layer() if self.compiled else Block.layer)(self, x_BLD, mask_B1LL)
-
-    def layer(self, x_BLD: Tensor, mask_B1LL: Tensor | None) -> Tensor:
+    def layer(self, x: Tensor, *others: Tensor | None) -> Tensor:
+        """others: the mask, see Attention."""
+        x_BLD, (mask_B1LL,) = x, others
         if self.norm_first:
             x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), mask_B1LL)
             x_BLD = x_BLD + self._feed_forward(self.ffn_norm(x_BLD))
         else:
             x_BLD = self.attention_norm(x_BLD + self.attention(x_BLD, mask_B1LL))
             x_BLD = self.ffn_norm(x_BLD + self._feed_forward(x_BLD))
-        return x_BLD
+        result: Tensor = x_BLD
+        return result
 
     def _feed_forward(self, x_BLD: Tensor) -> Tensor:
         out_BLD: Tensor = self.down(F.gelu(self.up(x_BLD), approximate=self.gelu))
         return out_BLD
-
-
-@cache
-def _compiled_layer() -> Callable[[Block, Tensor, Tensor | None], Tensor]:
-    """One for all blocks of the process, so that they share its compilations; made when the first one is to run, for
-    torch.compile imports dynamo and inductor, which takes seconds."""
-    return torch.compile(Block.layer)
 
 
 class Transformer(Body):
@@ -98,13 +90,24 @@ class Transformer(Body):
     vocab_size: rows of the token embedding. max_length: learned positions, the longest row it accepts.
     """
 
+    plan: Mapping[str, str] = MappingProxyType(
+        {
+            "body.tokens": "vocabulary",
+            "body.blocks.*.attention.qkv": "colwise_qkv",
+            "body.blocks.*.attention.out": "rowwise",
+            "body.blocks.*.up": "colwise",
+            "body.blocks.*.down": "rowwise",
+            "head": "vocabulary_head",
+        }
+    )
+
     def __init__(self, config: TransformerConfig, vocab_size: int, max_length: int) -> None:
         super().__init__()
         self.causal, self.checkpointing = config.kind == "gpt", config.activation_checkpointing
         self.tokens = Embedding(vocab_size, config.hidden)
         self.positions = Embedding(max_length, config.hidden)
         self.types = Embedding(TOKEN_TYPES, config.hidden) if config.kind == "bert" else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.layers))
         self.norm = LayerNorm(config.hidden, eps=LAYER_NORM_EPS[config.kind])  # GPT: after the blocks; BERT: before
 
     def forward(self, ids_BL: Tensor, segments_BL: Tensor | None = None) -> Tensor:
@@ -119,12 +122,7 @@ class Transformer(Body):
             # One row that broadcasts: looked up for each token, its gradient would scatter B * L rows into one.
             x_BLD = self.norm(x_BLD + self.types(ids_BL.new_zeros(1)))
         mask_B1LL = None if segments_BL is None else document_mask(segments_BL, self.causal)
-        for block in self.blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                # Without random numbers in the blocks there is no generator state to keep.
-                x_BLD = checkpoint(block, x_BLD, mask_B1LL, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_BLD = block(x_BLD, mask_B1LL)
+        x_BLD = run_blocks(self.blocks, x_BLD, mask_B1LL, checkpointing=self.checkpointing)
         if self.types is None:
             x_BLD = self.norm(x_BLD)
         return x_BLD
@@ -170,9 +168,3 @@ def build(section: TransformerConfig, *, vocab_size: int, classes: int, length: 
     body = Transformer(section, vocab_size, section.max_length or length)
     transform = None if section.causal else MaskedTransform(section.hidden)
     return Parts(body, transform, bias=not section.causal, embedding=body.tokens if section.tied else None)
-
-
-def document_mask(segments_BL: Tensor, causal: bool) -> Tensor:
-    """[B, 1, L, L] bool: True where query and key are of one document and, if causal, the key is not later."""
-    mask_BLL = segments_BL[:, :, None] == segments_BL[:, None, :]
-    return (mask_BLL.tril() if causal else mask_BLL).unsqueeze(1)

@@ -26,7 +26,7 @@ from megapd.batch import Batch
 from megapd.config import OptimizerConfig, TrainingConfig
 from megapd.errors import Diverged, UserError
 from megapd.models import Learner
-from megapd.models.transformer import Block
+from megapd.models.layers import Block
 from megapd.signals import Signal
 from megapd.tiling import Tiling, tile
 from megapd.world import World, init_deepspeed, join_world
@@ -97,7 +97,7 @@ class Engine:
         self.tiling = tile(training, world.size)
         if training.zero_stage == 3 and compiled:
             # Hooks inside a compiled block break its graph 21 times; with the block as the unit that is gathered there are none.
-            deepspeed.utils.set_z3_leaf_modules(learner, [Block])
+            deepspeed.utils.set_z3_leaf_modules(learner, list({type(m) for m in learner.modules() if isinstance(m, Block)}))
         self._linear = F.linear
         with redirect_stdout(StringIO()):  # where sums are in fp32 at stage 1, DeepSpeed prints 18 lines of memory
             self.deepspeed, *_ = deepspeed.initialize(

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megapd.batch import Batch
-from megapd.config import TransformerConfig
+from megapd.config import LlamaConfig, TransformerConfig
 from megapd.errors import UserError
 from megapd.models import build_model
 from megapd.models.pretrained import Pretrained, build_pretrained, check_head, read_pretrained
@@ -28,7 +28,17 @@ from megapd_kernels import LossOptions, linear_distillation_loss
 
 RANKS = 2
 LENGTH = 12
-OWN = [(kind, tied, vocab) for kind in ("gpt", "bert") for tied in (True, False) for vocab in (30, 37)]
+OWN = [
+    *((kind, tied, vocab) for kind in ("gpt", "bert") for tied in (True, False) for vocab in (30, 37)),
+    ("llama", False, 37),
+    ("neox", True, 30),
+    ("olmo2", False, 37),
+]
+LLAMAS = {
+    "llama": {"kv_heads": 2},
+    "neox": {"mlp": "gelu", "norm": "layer", "parallel": True, "biases": True, "rotary_share": 0.25},
+    "olmo2": {"qk_norm": "whole", "norm_place": "after"},
+}
 THEIRS = [("gpt_neox", torch.float32), ("bert", torch.float32), ("llama", torch.float32), ("gpt_neox", torch.bfloat16)]
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64}
 CONFIGS = {
@@ -127,7 +137,8 @@ def held(model: nn.Module, whole: nn.Module) -> float:
 
 
 def own_model(kind: str, tied: bool, vocab: int, rank: int, folder: Path) -> dict[str, float]:
-    config = TransformerConfig(kind=kind, layers=2, heads=4, hidden=32, ffn=64, tied=tied, max_length=16)
+    common = {"layers": 2, "heads": 4, "hidden": 32, "ffn": 64, "tied": tied, "max_length": 16}
+    config = LlamaConfig(**common, **LLAMAS[kind]) if kind in LLAMAS else TransformerConfig(kind=kind, **common)
     sizes = {"vocab_size": vocab, "classes": vocab, "length": LENGTH, "options": LossOptions(), "seed": 0}
     first, second = (fill(build_model(config, **sizes), seed).eval() for seed in (1, 2))
     if rank == 0:

@@ -10,7 +10,8 @@ from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertMo
 from megapd.batch import Batch
 from megapd.config import MLPConfig
 from megapd.errors import UserError
-from megapd.models import hub, load_hugging_face, save_hugging_face
+from megapd.models import load_hugging_face, save_hugging_face
+from megapd.models.hub import folder as hub
 from megapd_kernels import LossOptions
 
 from .test_transformer import KINDS, LENGTH, VOCAB, build, config
@@ -241,7 +242,7 @@ def copied(folder, target):
         ("gpt", {"n_head": 3}, "hidden 16 is not a multiple of heads 3"),
         ("gpt", {"n_layer": None}, "n_layer is missing"),
         ("gpt", {"vocab_size": "many"}, "vocab_size must be a positive integer"),
-        ("gpt", {"model_type": "llama"}, "model_type 'llama' is not supported"),
+        ("gpt", {"model_type": "t5"}, "model_type 't5' is not supported"),
         ("bert", {"hidden_act": "gelu_new"}, "hidden_act"),
         ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type"),
         ("bert", {"type_vocab_size": 3}, "type_vocab_size"),

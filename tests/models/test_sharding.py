@@ -9,7 +9,7 @@ from torch import nn
 from megapd.config import MLPConfig
 from megapd.errors import UserError
 from megapd.models.pretrained import build_pretrained
-from megapd.models.sharding import PLANS, allocate, plan_for, plan_of, shard, whole_shape
+from megapd.models.sharding import allocate, plan_for, plan_of, shard, whole_shape
 from megapd.slices import Ranges
 from tests.forked import run_ranks
 
@@ -39,9 +39,10 @@ def test_two_ranks_give_the_whole(found, name):
 
 @pytest.mark.parametrize("name", sharding_worker.names()[:-1])
 def test_a_rank_holds_its_share(found, name):
-    """Positions and BERT's transform are whole everywhere: of these tiny models they are up to a fifth."""
+    """Positions and BERT's transform are whole everywhere: of these tiny models they are up to a fifth; so is OLMo-2's attention,
+    whose norms need all heads."""
     shares = [found[rank][name]["held"] for rank in range(RANKS)]
-    assert all(0.49 <= share <= 0.62 for share in shares), shares
+    assert all(0.49 <= share <= (0.7 if "olmo2" in name else 0.62) for share in shares), shares
 
 
 def test_what_cannot_be_divided_is_told(found):
@@ -89,7 +90,7 @@ def test_one_rank_keeps_the_whole():
 
 
 def test_plans():
-    assert plan_for(build(config("bert"))) == PLANS["megapd"]
+    assert plan_for(build(config("bert"))) == dict(build(config("bert")).body.plan)
     for kind in ("gpt_neox", "bert"):
         model = build_pretrained(config_json(kind), torch.float32, torch.device("meta"))
         plan = plan_for(model)
@@ -98,7 +99,7 @@ def test_plans():
 
 
 def test_what_has_no_plan_is_told():
-    with pytest.raises(UserError, match=r"^teacher\.sharding: an mlp cannot be split"):
+    with pytest.raises(UserError, match=r"^teacher\.sharding: an MLP cannot be split"):
         plan_for(build(MLPConfig(width=3), vocab=2))
     gpt2 = build_pretrained({"model_type": "gpt2", "vocab_size": 9, "n_embd": 8, "n_layer": 1, "n_head": 2}, torch.float32, META)
     with pytest.raises(UserError, match=r"^teacher\.sharding: gpt2 brings no plan for tensor; .*zero"):

@@ -23,6 +23,12 @@ from tests.corpus import corpora
 pytestmark = pytest.mark.slow
 
 STYLES = {"pythia": "gpt", "olmo": "gpt", "llama": "gpt", "bert": "bert"}
+STUDENTS = {
+    "pythia": "kind: gpt",
+    "olmo": "kind: llama, ffn: 64, qk_norm: whole, norm_place: after",
+    "llama": "kind: llama, ffn: 64, kv_heads: 1, tied: true",
+    "bert": "kind: bert",
+}
 SAMPLES = 16
 
 
@@ -31,7 +37,7 @@ def families():
 
 
 def configuration(folder, family, spec):
-    objective, kind = ("mlm", "bert") if STYLES[family] == "bert" else ("clm", "gpt")
+    objective = "mlm" if STYLES[family] == "bert" else "clm"
     steps = ", ".join(map(str, standins.STEPS))
     (folder / "run.yaml").write_text(f"""
 name: student
@@ -42,7 +48,7 @@ corpus:
   block_length: {standins.LENGTH}
   heldout_fraction: 0.2
 task: {{kind: text, objective: {objective}}}
-model: {{kind: {kind}, layers: 2, heads: 2, hidden: 32}}
+model: {{{STUDENTS[family]}, layers: 2, heads: 2, hidden: 32}}
 teacher: {{trajectory: "{spec}", steps: [{steps}]}}
 schedule: {{policy: equal, checkpoints: 3, steps: 2}}
 training: {{steps: 6, global_batch: 8}}

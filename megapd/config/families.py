@@ -1,0 +1,96 @@
+"""Sections of the model families of today: `model.kind` llama."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megapd.config.base import problem
+from megapd.config.learning import ModelConfig
+from megapd.registry import models
+
+
+@models.register("llama")
+class LlamaConfig(ModelConfig):
+    """Llama (Touvron et al. 2023), and by its options the decoders like it: GPT-NeoX / Pythia, OLMo-2, Qwen3."""
+
+    builder = "megapd.models.llama:build"
+
+    kind: Literal["llama"] = "llama"
+    layers: int = Field(4, ge=1, description="blocks of attention and MLP")
+    heads: int = Field(4, ge=1, description="of queries, in each block")
+    kv_heads: int | None = Field(None, ge=1, description="of keys and values, shared by as many queries each; default: heads")
+    hidden: int = Field(256, ge=1, description="width of the hidden states")
+    head_size: int | None = Field(None, ge=2, description="of a head; default hidden / heads")
+    ffn: int | None = Field(None, ge=1, description="width of the MLP; default 8/3 hidden (swiglu), up to 64; 4 hidden (gelu)")
+    mlp: Literal["swiglu", "gelu"] = Field("swiglu", description="three matrices, gated; or two, as NeoX")
+    norm: Literal["rms", "layer"] = Field("rms", description="RMSNorm, or LayerNorm with bias, as NeoX")
+    norm_eps: float = Field(1e-5, gt=0.0, description="added to what the norm divides by")
+    norm_place: Literal["before", "after"] = Field("before", description="of a sublayer; after it, inside the residual: OLMo-2")
+    parallel: bool = Field(False, description="attention and MLP read the same hidden states, as NeoX")
+    qk_norm: Literal["none", "whole", "head"] = Field("none", description="RMSNorm of queries and keys: OLMo-2 whole, Qwen3 head")
+    biases: bool = Field(False, description="of all matrices, as NeoX")
+    rope_theta: float = Field(10_000.0, gt=1.0, description="base of the rotary frequencies")
+    rotary_share: float = Field(1.0, gt=0.0, le=1.0, description="of a head's width that is rotated; Pythia: 0.25")
+    restart_positions: bool = Field(False, description="count from 0 at each document, where task.document_mask keeps them apart")
+    max_length: int | None = Field(None, ge=1, description="tokens a sample that an export names; default: the task's length")
+    tied: bool = Field(False, description="the head shares the embedding's weight")
+    activation_checkpointing: bool = Field(False, description="compute activations again in backward, to save their memory")
+    compile: bool = Field(False, description="torch.compile each block")
+
+    @model_validator(mode="after")
+    def _fits(self) -> LlamaConfig:
+        if self.head_size is None and self.hidden % self.heads:
+            raise problem("heads", f"{self.heads} do not divide model.hidden {self.hidden}; or set model.head_size", self.heads)
+        if self.heads % self.key_heads:
+            raise problem("kv_heads", f"{self.key_heads} do not divide model.heads {self.heads}", self.kv_heads)
+        if self.rotated % 2 or self.rotated < 2:
+            what = f"{self.rotated} of {self.width_of_head} features would be rotated, which must be an even number of them"
+            raise problem("rotary_share", what, self.rotary_share)
+        if self.parallel and self.norm_place == "after":
+            raise problem("parallel", "norms after the sublayers are for sublayers one after the other; set it to false", True)
+        return self
+
+    @property
+    def key_heads(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def width_of_head(self) -> int:
+        return self.hidden // self.heads if self.head_size is None else self.head_size
+
+    @property
+    def rotated(self) -> int:
+        return int(self.width_of_head * self.rotary_share)
+
+    @property
+    def ffn_width(self) -> int:
+        if self.ffn is not None:
+            return self.ffn
+        return 4 * self.hidden if self.mlp == "gelu" else -(-8 * self.hidden // (3 * 64)) * 64
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden
+
+    @property
+    def causal(self) -> bool:
+        return True
+
+    def flops_per_token(self, *, classes: int, length: int, labelled_share: float) -> float:
+        """3 * (layers * (2 D (H + 2 K) E + 2 H E D + 4 H E (length + 1) / 2 + M D F) + s * 2 D V), with H and K heads of width E,
+        D hidden, F ffn, M 6 for swiglu's three matrices and 4 for two, V classes, s labelled_share."""
+        attended, keyed = self.heads * self.width_of_head, self.key_heads * self.width_of_head
+        attention = 2.0 * self.hidden * (2 * attended + 2 * keyed) + 2.0 * attended * (length + 1)
+        mlp = (6.0 if self.mlp == "swiglu" else 4.0) * self.hidden * self.ffn_width
+        return 3.0 * (self.layers * (attention + mlp) + labelled_share * 2.0 * self.hidden * classes)
+
+    def activations(self, length: int) -> int:
+        """With a fused attention a layer keeps its input, the residual and both norms' results (4 D), queries before and after
+        the rotation and what attention gives (3 H E), keys and values likewise (4 K E), and the MLP's products and what comes
+        of them (3 F or 2 F); checkpointing keeps the inputs and one layer's."""
+        attended, keyed = self.heads * self.width_of_head, self.key_heads * self.width_of_head
+        mlp = (3 if self.mlp == "swiglu" else 2) * self.ffn_width
+        layer = 4 * self.hidden + 3 * attended + 4 * keyed + mlp
+        return length * (layer + self.layers * self.hidden if self.activation_checkpointing else layer * self.layers)

@@ -1,0 +1,58 @@
+"""Students of each decoder family train: the same under every ZeRO stage, bitwise when resumed, with and without documents."""
+
+from __future__ import annotations
+
+import pytest
+
+from megapd.cli import main
+from tests.corpus import corpora
+from tests.training.runs import metrics
+
+pytestmark = pytest.mark.slow
+
+FAMILIES = {
+    "llama": "kv_heads: 1, tied: true",
+    "neox": "mlp: gelu, norm: layer, parallel: true, biases: true, rotary_share: 0.25",
+    "olmo2": "qk_norm: whole, norm_place: after, activation_checkpointing: true",
+    "qwen3": "qk_norm: head, head_size: 16, restart_positions: true",
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+    corpora.prepared(folder, "gpt")
+    return folder / "corpus"
+
+
+def train(corpus, folder, name, family, *overrides):
+    arguments = [
+        f"--runs_dir={folder}",
+        f"--name={name}",
+        f"--task={{kind: text, objective: clm, corpus: {corpus}, document_mask: true}}",
+        f"--model={{kind: llama, layers: 2, heads: 2, hidden: 16, ffn: 24, {FAMILIES[family]}}}",
+        "--training={steps: 4, global_batch: 8, micro_batch: 4}",
+        "--optimizer.lr=0.01",
+        "--checkpoint.every=2",
+        "--telemetry={every: 1, wandb: disabled, progress: false}",
+        "--evaluation.samples=4",
+        *overrides,
+    ]
+    assert main(["train", *arguments]) == 0
+    return [line for line in metrics(folder / name) if line["kind"] == "train"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_zero_stage_learns_the_same(corpus, tmp_path, family):
+    lines = [train(corpus, tmp_path, f"zero{stage}", family, f"--training.zero_stage={stage}") for stage in range(4)]
+    losses = [[line["loss"] for line in run] for run in lines]
+    assert losses[0][0] > losses[0][-1]
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_resumed_run_is_bitwise_the_same(corpus, tmp_path, family):
+    whole = train(corpus, tmp_path, "whole", family)
+    train(corpus, tmp_path, "parts", family, "--training.steps=2")
+    assert train(corpus, tmp_path, "parts", family) == whole
