@@ -13,6 +13,7 @@ from megapd.batch import Batch
 from megapd.config import ModelConfig
 from megapd.errors import UserError
 from megapd.models.build import build_model
+from megapd.models.hub.teaching import OwnArchitecture, own_architecture, read_own
 from megapd.models.pretrained import Pretrained, build_pretrained, check_head, max_length, read_pretrained
 from megapd.rng import Stream, integers
 from megapd.slices import Part
@@ -46,20 +47,26 @@ def checkpoint_shape(checkpoint: Checkpoint) -> Shape:
 
 
 def build_teacher(checkpoint: Checkpoint, chunk_bytes: int | None) -> nn.Module:
-    """A model of the checkpoint's architecture in fp32, its weights yet to be loaded: one of transformers' on the meta device.
+    """A model of the checkpoint's architecture in fp32, its weights yet to be loaded: one of transformers' on the meta device,
+    where megapd has not the architecture itself.
 
     It takes a Batch and mode "hidden", and its head has weight [V, D] and bias [V] or None. Raises UserError if the checkpoint
     does not describe a model that can be built.
     """
+    options = LossOptions(chunk_bytes=chunk_bytes)
     if HUGGING_FACE in checkpoint.config:
+        if (own := _own(checkpoint)) is not None:
+            return build_model(own.section, **own.sizes, options=options, seed=0)
         return build_pretrained(checkpoint.config[HUGGING_FACE], torch.float32, torch.device("meta"))
     model, shapes = _described(checkpoint)
-    return build_model(model, **shapes, options=LossOptions(chunk_bytes=chunk_bytes), seed=0)
+    return build_model(model, **shapes, options=options, seed=0)
 
 
 def read_parts(trajectory: Any, checkpoint: Checkpoint, model: nn.Module, parts: Mapping[str, Part]) -> dict[str, Tensor]:
     """The parts of the checkpoint's tensors under the names of the model's parameters."""
     if HUGGING_FACE in checkpoint.config:
+        if (own := _own(checkpoint)) is not None:
+            return read_own(own, checkpoint.path, model, parts)
         return read_pretrained(model, checkpoint.path, parts)
     tensors: dict[str, Tensor] = trajectory.read(checkpoint.step, parts)
     return tensors
@@ -86,6 +93,10 @@ def canary(checkpoint: Checkpoint) -> Batch:
         labels=torch.zeros_like(positions),
         sample_ids=torch.arange(CANARY_SAMPLES),
     )
+
+
+def _own(checkpoint: Checkpoint) -> OwnArchitecture | None:
+    return own_architecture(checkpoint.config[HUGGING_FACE], checkpoint.path / "config.json")
 
 
 def _described(checkpoint: Checkpoint) -> tuple[ModelConfig, dict[str, int]]:

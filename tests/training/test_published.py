@@ -125,7 +125,8 @@ def test_perplexity_is_that_of_evaluate(made):
 
 
 def test_an_export_teaches(made):
-    """The exported folder as a teacher: its vocabulary is proved, and its loss is that of the weights it was made of."""
+    """The exported folder as a teacher: its vocabulary is proved, and what is learnt from it is bitwise what is learnt from the
+    trajectory that it was made of."""
     _, folder = made
     shutil.rmtree(folder / "runs/again", ignore_errors=True)
     one_shot = "--schedule={policy: one_shot, checkpoint: 6}"
@@ -137,7 +138,7 @@ def test_an_export_teaches(made):
     for name in ("again", "own"):
         lines = map(json.loads, (folder / f"runs/{name}/metrics.jsonl").read_text().splitlines())
         losses.append([line["loss"] for line in lines if line["kind"] == "train"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize(("step", "source"), [(3, "trajectory"), (4, "checkpoints"), (6, "trajectory")])

@@ -8,7 +8,7 @@ layout, is copied to or from. Models of other architectures are pretrained.py's,
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,7 @@ def load_hugging_face(folder: str | Path, options: LossOptions | None = None) ->
     Raises UserError for missing or damaged files, another architecture, and options that megapd's models do not have.
     """
     folder = Path(folder)
-    settings, path = read_json(folder / "config.json"), folder / "config.json"
-    layout = next((layout for layout in LAYOUTS if layout.model_type == settings.get("model_type")), None)
-    if layout is None:
-        known = ", ".join(layout.model_type for layout in LAYOUTS)
-        raise UserError(f"{path}: model_type {settings.get('model_type')!r} is not supported; use one of {known}")
-    layout.check_options(settings, path)
-    section, vocab_size = _section(layout, settings, path)
+    layout, section, vocab_size = described(read_json(folder / "config.json"), folder / "config.json")
     length = getattr(section, "max_length", None)
     assert isinstance(length, int)
     sizes = {"vocab_size": vocab_size, "classes": vocab_size, "length": length}
@@ -57,7 +51,17 @@ def load_hugging_face(folder: str | Path, options: LossOptions | None = None) ->
     return section, learner
 
 
-def _section(layout: Layout, settings: dict[str, Any], path: Path) -> tuple[ModelConfig, int]:
+def described(settings: Mapping[str, Any], path: Path) -> tuple[Layout, ModelConfig, int]:
+    """(layout, our configuration, vocab_size) of the model that a config.json describes. UserError if it is none of ours."""
+    layout = next((layout for layout in LAYOUTS if layout.model_type == settings.get("model_type")), None)
+    if layout is None:
+        known = ", ".join(layout.model_type for layout in LAYOUTS)
+        raise UserError(f"{path}: model_type {settings.get('model_type')!r} is not supported; use one of {known}")
+    layout.check_options(settings, path)
+    return layout, *_section(layout, settings, path)
+
+
+def _section(layout: Layout, settings: Mapping[str, Any], path: Path) -> tuple[ModelConfig, int]:
     if "vocab_size" not in settings:
         raise UserError(f"{path}: vocab_size is missing; save the model again with save_pretrained")
     vocab_size = settings["vocab_size"]
@@ -74,34 +78,52 @@ def _section(layout: Layout, settings: dict[str, Any], path: Path) -> tuple[Mode
 def _fill(learner: Learner, section: ModelConfig, layout: Layout, folder: Path) -> None:
     """Copy the folder's tensors over the learner's; each of ours must come, and each of theirs have its place."""
     parameters = dict(learner.named_parameters())
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    twice: dict[str, Tensor] = {}
+    for link, source in linked(layout, section, folder, shapes, twice):
+        tensor = take(source, None)
+        link.own(parameters).copy_(tensor if link.pick is None else link.pick(tensor))
+    if getattr(section, "tied", False):
+        _check_tied(learner, twice, folder)
+
+
+def linked(
+    layout: Layout, section: ModelConfig, folder: Path, shapes: Mapping[str, tuple[int, ...]], twice: dict[str, Tensor]
+) -> Iterator[tuple[Link, Any]]:
+    """Each link of a model with what the folder's files hold for it: a tensor, or a slice of an open file (see slices.take).
+
+    shapes: of our parameters. twice: filled with the head's tensors of a tied model, where the files hold them as well as what
+    they are tied to. Raises UserError for a tensor without a place, of another shape, or missing; that after the last.
+    """
     tied = bool(getattr(section, "tied", False))
+    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     links: dict[str, list[Link]] = {}
     for link in layout.links(section):
         links.setdefault(link.theirs, []).append(link)
     missing = set(links)
-    twice: dict[str, Tensor] = {}  # the head's, where the files hold it as well as what it is tied to
+    bias: Any = None
     for path, stored, source in stored_tensors(folder):
         name = layout.canonical(stored)
         if name is None:
             continue
-        tensor = take(source, None)
-        if name in HEAD and (tied or name == DECODER_BIAS):
-            twice[name] = tensor
+        if name in HEAD and tied:
+            twice[name] = take(source, None)
             continue
         if name not in links:
             raise UserError(f"{path}: tensor {stored} has no place in megapd's {layout.kind}; is config.json this model's?")
+        shape = tuple(source.shape if isinstance(source, Tensor) else source.get_shape())
         for link in links[name]:
-            if tuple(tensor.shape) != (wanted := link.their_shape(parameters)):
-                shapes = f"{tuple(tensor.shape)}, but config.json asks for {wanted}"
-                raise UserError(f"{path}: {stored} has shape {shapes}; is config.json this model's?")
-            link.own(parameters).copy_(tensor if link.pick is None else link.pick(tensor))
+            if shape != (wanted := link.their_shape(empty)):
+                told = f"{shape}, but config.json asks for {wanted}"
+                raise UserError(f"{path}: {stored} has shape {told}; is config.json this model's?")
+            if name == DECODER_BIAS:  # untied, transformers adds this bias and leaves the other one unused, whatever their order
+                bias = link, take(source, None)
+            else:
+                yield link, source
         missing.discard(name)
-    if tied:
-        _check_tied(learner, twice, folder)
-    elif DECODER_BIAS in twice:
-        # After the files, whatever their order: untied, transformers adds this bias and leaves the other one unused.
-        parameters["head.bias"].copy_(twice[DECODER_BIAS])
-        missing -= {BIAS, DECODER_BIAS}
+    if bias is not None:
+        yield bias
+        missing.discard(BIAS)
     elif BIAS not in missing:
         missing.discard(DECODER_BIAS)
     if missing:
