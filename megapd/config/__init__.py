@@ -16,6 +16,7 @@ from megapd.config.distillation import TeacherConfig as TeacherConfig
 from megapd.config.distillation import TeacherServerConfig as TeacherServerConfig
 from megapd.config.distillation import TransitionConfig as TransitionConfig
 from megapd.config.families import LlamaConfig as LlamaConfig
+from megapd.config.families import ModernBertConfig as ModernBertConfig
 from megapd.config.learning import CorpusConfig as CorpusConfig
 from megapd.config.learning import HierarchicalParityConfig as HierarchicalParityConfig
 from megapd.config.learning import MLPConfig as MLPConfig

@@ -1,4 +1,4 @@
-"""Sections of the model families of today: `model.kind` llama."""
+"""Sections of the model families of today: `model.kind` llama and modernbert."""
 
 from __future__ import annotations
 
@@ -93,4 +93,67 @@ class LlamaConfig(ModelConfig):
         attended, keyed = self.heads * self.width_of_head, self.key_heads * self.width_of_head
         mlp = (3 if self.mlp == "swiglu" else 2) * self.ffn_width
         layer = 4 * self.hidden + 3 * attended + 4 * keyed + mlp
+        return length * (layer + self.layers * self.hidden if self.activation_checkpointing else layer * self.layers)
+
+
+@models.register("modernbert")
+class ModernBertConfig(ModelConfig):
+    """ModernBERT (Warner et al. 2024): rotary positions, GeGLU, every third block sees all tokens, the others near ones."""
+
+    builder = "megapd.models.modernbert:build"
+
+    kind: Literal["modernbert"] = "modernbert"
+    layers: int = Field(6, ge=1, description="blocks of attention and MLP")
+    heads: int = Field(4, ge=1, description="of attention, in each block; divide hidden")
+    hidden: int = Field(256, ge=1, description="width of the hidden states")
+    ffn: int | None = Field(None, ge=1, description="width of the gated MLP; default 3/2 hidden, up to 64")
+    global_every: int = Field(3, ge=1, description="every so many blocks, the first included, attend to all tokens")
+    local_window: int = Field(128, ge=2, description="tokens that the others attend to: half before, half after")
+    norm_eps: float = Field(1e-5, gt=0.0, description="added to what the norm divides by")
+    global_theta: float = Field(160_000.0, gt=1.0, description="base of the rotary frequencies where all tokens are seen")
+    local_theta: float = Field(10_000.0, gt=1.0, description="and where near ones are")
+    restart_positions: bool = Field(False, description="count from 0 at each document, where task.document_mask keeps them apart")
+    max_length: int | None = Field(None, ge=1, description="tokens a sample that an export names; default: the task's length")
+    tied: bool = Field(True, description="the head shares the embedding's weight")
+    activation_checkpointing: bool = Field(False, description="compute activations again in backward, to save their memory")
+    compile: bool = Field(False, description="torch.compile each block")
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModernBertConfig:
+        if self.hidden % (2 * self.heads):
+            raise problem(
+                "heads", f"twice {self.heads} does not divide model.hidden {self.hidden}, and features turn in pairs", None
+            )
+        if self.local_window % 2:
+            raise problem("local_window", f"{self.local_window} has no halves; make it even", self.local_window)
+        return self
+
+    @property
+    def ffn_width(self) -> int:
+        return self.ffn if self.ffn is not None else -(-3 * self.hidden // (2 * 64)) * 64
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden
+
+    @property
+    def causal(self) -> bool:
+        return False
+
+    def seen(self, layer: int, length: int) -> int:
+        """Tokens that one in the middle of a row attends to."""
+        return length if layer % self.global_every == 0 else min(length, self.local_window + 1)
+
+    def flops_per_token(self, *, classes: int, length: int, labelled_share: float) -> float:
+        """3 * (sum over layers of (8 D^2 + 6 D F + 4 D K) + s * (2 D V + 2 D^2)), with D hidden, F ffn, V classes, s
+        labelled_share, and K the tokens that the layer attends to: all, or the window, as far as the row is that long."""
+        keys = sum(self.seen(layer, length) for layer in range(self.layers))
+        blocks = self.layers * (8.0 * self.hidden**2 + 6.0 * self.hidden * self.ffn_width) + 4.0 * self.hidden * keys
+        return 3.0 * (blocks + labelled_share * (2.0 * self.hidden * classes + 2.0 * self.hidden**2))
+
+    def activations(self, length: int) -> int:
+        """With a fused attention a layer keeps its input, the residual and both norms' results (4 D), queries and keys before and
+        after the rotation, values and what attention gives (6 D), and the MLP's products and what comes of them (4 F);
+        checkpointing keeps the inputs and one layer's."""
+        layer = 10 * self.hidden + 4 * self.ffn_width
         return length * (layer + self.layers * self.hidden if self.activation_checkpointing else layer * self.layers)

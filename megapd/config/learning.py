@@ -286,7 +286,7 @@ class TextConfig(TaskConfig):
 
     def check_model(self, model: ModelConfig) -> None:
         if model.causal is None:
-            raise ValueError(f"model.kind: an {model.kind} cannot learn task.kind text; choose gpt, llama or bert")
+            raise ValueError(f"model.kind: an {model.kind} cannot learn task.kind text; choose gpt, llama, bert or modernbert")
         if model.causal != (self.objective == "clm"):
-            wanted = "a bidirectional model (bert)" if self.objective == "mlm" else "a causal model (gpt, llama)"
+            wanted = "a bidirectional model (bert, modernbert)" if self.objective == "mlm" else "a causal model (gpt, llama)"
             raise ValueError(f"model.kind: task.objective {self.objective} needs {wanted}, not {model.kind}")

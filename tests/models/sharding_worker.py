@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megapd.batch import Batch
-from megapd.config import LlamaConfig, TransformerConfig
+from megapd.config import LlamaConfig, ModernBertConfig, TransformerConfig
 from megapd.errors import UserError
 from megapd.models import build_model
 from megapd.models.pretrained import Pretrained, build_pretrained, check_head, read_pretrained
@@ -33,6 +33,7 @@ OWN = [
     ("llama", False, 37),
     ("neox", True, 30),
     ("olmo2", False, 37),
+    ("modernbert", True, 37),
 ]
 LLAMAS = {
     "llama": {"kv_heads": 2},
@@ -138,7 +139,10 @@ def held(model: nn.Module, whole: nn.Module) -> float:
 
 def own_model(kind: str, tied: bool, vocab: int, rank: int, folder: Path) -> dict[str, float]:
     common = {"layers": 2, "heads": 4, "hidden": 32, "ffn": 64, "tied": tied, "max_length": 16}
-    config = LlamaConfig(**common, **LLAMAS[kind]) if kind in LLAMAS else TransformerConfig(kind=kind, **common)
+    if kind == "modernbert":
+        config = ModernBertConfig(**common, local_window=4)
+    else:
+        config = LlamaConfig(**common, **LLAMAS[kind]) if kind in LLAMAS else TransformerConfig(kind=kind, **common)
     sizes = {"vocab_size": vocab, "classes": vocab, "length": LENGTH, "options": LossOptions(), "seed": 0}
     first, second = (fill(build_model(config, **sizes), seed).eval() for seed in (1, 2))
     if rank == 0:

@@ -13,7 +13,7 @@ from megapd.config import LlamaConfig
 from megapd.errors import UserError
 from megapd.models import build_model, load_hugging_face, save_hugging_face
 from megapd.models.layers import RMSNorm
-from megapd.models.llama import within_documents
+from megapd.models.rotary import within_documents
 from megapd_kernels import LossOptions
 
 VOCAB, LENGTH = 90, 12

@@ -1,4 +1,4 @@
-"""Students of each decoder family train: the same under every ZeRO stage, bitwise when resumed, with and without documents."""
+"""Students of each family train: the same under every ZeRO stage, bitwise when resumed, with and without documents."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ pytestmark = pytest.mark.slow
 
 FAMILIES = {
     "llama": "kv_heads: 1, tied: true",
+    "modernbert": "local_window: 8",
     "neox": "mlp: gelu, norm: layer, parallel: true, biases: true, rotary_share: 0.25",
     "olmo2": "qk_norm: whole, norm_place: after, activation_checkpointing: true",
     "qwen3": "qk_norm: head, head_size: 16, restart_positions: true",
@@ -21,16 +22,19 @@ FAMILIES = {
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("families")
-    corpora.prepared(folder, "gpt")
-    return folder / "corpus"
+    for style in ("gpt", "bert"):
+        (folder / style).mkdir()
+        corpora.prepared(folder / style, style)
+    return folder
 
 
 def train(corpus, folder, name, family, *overrides):
+    kind, objective, style = ("modernbert", "mlm", "bert") if family == "modernbert" else ("llama", "clm", "gpt")
     arguments = [
         f"--runs_dir={folder}",
         f"--name={name}",
-        f"--task={{kind: text, objective: clm, corpus: {corpus}, document_mask: true}}",
-        f"--model={{kind: llama, layers: 2, heads: 2, hidden: 16, ffn: 24, {FAMILIES[family]}}}",
+        f"--task={{kind: text, objective: {objective}, corpus: {corpus}/{style}/corpus, document_mask: true}}",
+        f"--model={{kind: {kind}, layers: 2, heads: 2, hidden: 16, ffn: 24, {FAMILIES[family]}}}",
         "--training={steps: 4, global_batch: 8, micro_batch: 4}",
         "--optimizer.lr=0.01",
         "--checkpoint.every=2",

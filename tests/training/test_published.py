@@ -27,7 +27,7 @@ STUDENTS = {
     "pythia": "kind: gpt",
     "olmo": "kind: llama, ffn: 64, qk_norm: whole, norm_place: after",
     "llama": "kind: llama, ffn: 64, kv_heads: 1, tied: true",
-    "bert": "kind: bert",
+    "bert": "kind: modernbert, local_window: 8",
 }
 SAMPLES = 16
 

@@ -24,12 +24,13 @@ from megapd.models.build import Learner, build_model
 from megapd.models.hub.gpt_bert import BERT, BIAS, DECODER, DECODER_BIAS, GPT2
 from megapd.models.hub.layout import Layout, Link
 from megapd.models.hub.llama import Decoder, GPTNeoX, OLMo2, Qwen3
+from megapd.models.hub.modernbert import ModernBERT
 from megapd.models.weights import read_json, stored_tensors
 from megapd.slices import take
 from megapd_kernels import LossOptions
 
-LAYOUTS: tuple[Layout, ...] = (GPT2(), BERT(), Decoder(), Qwen3(), OLMo2(), GPTNeoX())
-HEAD = ("lm_head.weight", "embed_out.weight", DECODER, DECODER_BIAS)  # what a tied model's files may hold twice
+LAYOUTS: tuple[Layout, ...] = (GPT2(), BERT(), Decoder(), Qwen3(), OLMo2(), GPTNeoX(), ModernBERT())
+HEAD = ("lm_head.weight", "embed_out.weight", "decoder.weight", DECODER, DECODER_BIAS)  # what a tied model's files may hold twice
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
