@@ -101,6 +101,10 @@ def _export(overrides: list[str], folder: Path, **options: Any) -> int:
     return _run("export.export_run", _load([*overrides, *place], folder / "config.yaml"), **options)
 
 
+def _distil(overrides: list[str], **options: Any) -> int:
+    return _run("distil.distil", overrides, **options)
+
+
 def _doctor(overrides: list[str], source: Path | None) -> int:
     return _run("doctor.examine_all", overrides, source)
 
@@ -192,6 +196,15 @@ def _parser() -> argparse.ArgumentParser:
     sub = _verb(verbs, "plan", "plan.show_plan", "print and plot which checkpoint teaches when", config=True)
     sub.add_argument("--output", type=Path, help="PNG of the timeline; default: plots/plan.png in the run's folder")
 
+    text = "a student of a published teacher in one command: verify, prepare, train, export"
+    sub = _verb(verbs, "distil", _distil, text)
+    sub.add_argument(
+        "teacher", metavar="TEACHER", help="as teacher.trajectory names it: hf:REPO@step{step}, PATH/step_{step}, a run"
+    )
+    _steps(sub)
+    sub.add_argument("--student", required=True, metavar="SIZE", help="tiny, mini, small, base, or LAYERSxHEADSxHIDDEN")
+    sub.add_argument("--data", required=True, nargs="+", metavar="SOURCE", help="files, folders, globs, or hub:DATA_SET[:CONFIG]")
+    sub.add_argument("--output", required=True, type=Path, metavar="OUT", help="folder of corpus, run and exported model")
     _trajectory_verbs(verbs)
     sub = _verb(verbs, "scheduler", _scheduler, "the service that knows every checkpoint and decides which one teaches when")
     words = "CONFIG | token ROLE | tokens | revoke NAME"

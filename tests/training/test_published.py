@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+import yaml
 
 from megapd.cli import main
 from megapd.config import load
@@ -224,3 +225,34 @@ def test_a_repository_that_is_not_there(tmp_path, monkeypatch, capsys, offline):
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert "nobody/nothing" in line or "no prepared corpus" in line
         assert not (tmp_path / "corpus").exists()
+
+
+def test_one_command(made, tmp_path, capsys):
+    """Verify, prepare, train, export; again, nothing is done twice; with other arguments it is refused."""
+    family, folder = made
+    spec, steps = standins.specification(family), ",".join(map(str, standins.STEPS))
+    arguments = ["distil", spec, "--steps", steps, "--student", "1x2x16", "--data", str(folder / "text.jsonl")]
+    settings = ["--training.steps=6", "--training.global_batch=8", "--telemetry.wandb=disabled"]
+    whole = [*arguments, "--output", str(tmp_path / "out"), *settings]
+    assert main(whole) == 0
+    told = capsys.readouterr().out
+    assert "3 checkpoints verified" in told
+    assert "bytes a labelled position" in told
+    tree = yaml.safe_load((tmp_path / "out/distil.yaml").read_text())
+    assert tree["schedule"]["ranges"] == [{"start": i * 2, "checkpoint": step} for i, step in enumerate(standins.STEPS)]
+    config = json.loads((tmp_path / "out/model/config.json").read_text())
+    assert config["model_type"] == standins.MODELS[family][0]  # the teacher's own architecture
+    assert config["vocab_size"] == standins.MODELS[family][1]
+    assert (tmp_path / "out/model/README.md").is_file()
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/model").iterdir()}
+    assert main(whole) == 0
+    told = capsys.readouterr()
+    assert "verified already" in told.out
+    assert "exported already" in told.out
+    assert "already prepared" in told.err
+    assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "out/model").iterdir()}
+    assert main([*whole, "--optimizer.lr=0.5"]) == 2
+    assert "was made with another optimizer.lr" in capsys.readouterr().err
+    assert main(["distil", spec, "--steps", steps, "--student", "huge", "--data", "x", "--output", str(tmp_path / "other")]) == 2
+    assert "'huge' is no size" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
