@@ -1,8 +1,8 @@
 """Does a teacher that transformers trained teach a student that transformers reads, on real text?
 
-A GPT-NeoX of about 10M parameters is trained in transformers' own model and a plain loop, with a tokenizer that tokenizers trained on
-the same text, and saved at a few steps as `save_pretrained` does. `megapd distil` makes of it a llama student, which is exported; the
-held-out loss of the exported folder in plain transformers stands against that of `megapd evaluate`.
+A GPT-NeoX of about 10M parameters is trained in transformers' model and a plain loop, with a tokenizer that tokenizers trained on
+the same text, and saved at a few steps as `save_pretrained` does. `megapd distil` makes of it a llama student, which is
+exported; the held-out loss of the exported folder in plain transformers stands against that of `megapd evaluate`.
 
     python benchmarks/published.py --data data/wikipedia.parquet data/books.parquet --folder /tmp/published
 """
@@ -93,11 +93,11 @@ def main() -> None:
     out, spec = arguments.folder / "out", f"{arguments.folder}/teacher/step_{{step}}"
     command = ["distil", spec, "--student", "4x4x128", "--output", str(out), "--data", *map(str, arguments.data)]
     settings = [
+        "--model={mlp: swiglu, norm: rms, parallel: false, biases: false, rotary_share: 1.0}",  # Llama's, not its teacher's
         f"--training.steps={arguments.student_steps}",
         "--training.global_batch=16",
         "--telemetry={wandb: disabled, progress: false}",
         "--corpus.heldout_fraction=0.1",
-        "--evaluation.samples=128",
         f"--trajectory.every={arguments.student_steps}",
     ]
     assert megapd([*command, *settings]) == 0
@@ -113,7 +113,8 @@ def main() -> None:
         "config": json.loads((out / "model" / "config.json").read_text()),
     }
     question = "a student of a teacher that transformers trained, exported: its perplexity by megapd evaluate and by transformers"
-    write_result(arguments.output, question, arguments, ("torch", "transformers", "tokenizers", "deepspeed"), **values)
+    named = argparse.Namespace(**{**vars(arguments), "data": [path.name for path in arguments.data], "folder": "FOLDER"})
+    write_result(arguments.output, question, named, ("torch", "transformers", "tokenizers", "deepspeed"), **values)
     print(json.dumps(values["perplexity"]))
 
 

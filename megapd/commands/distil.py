@@ -39,8 +39,8 @@ def distil(overrides: list[str], teacher: str, *, steps: tuple[int, ...], studen
     """`megapd distil TEACHER [--steps S,S] --student SIZE --data SOURCE [SOURCE] --output OUT [settings]`.
 
     Verifies the teacher's checkpoints, prepares the corpus with its tokenizer, shows the schedule and what the signals cost,
-    trains and exports. Each stage is kept in OUT, and not done again by the same command. The configuration is OUT/distil.yaml, with
-    which every stage can be run by its own verb, on several devices too.
+    trains and exports. Each stage is kept in OUT, and not done again by the same command. The configuration is
+    OUT/distil.yaml, with which every stage can be run by its own verb, on several devices too.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"distil: it is one process; run it, then: deepspeed --module megapd train {output / YAML}")

@@ -10,11 +10,11 @@ import torch
 
 from megapd.config import Config
 from megapd.errors import UserError
-from megapd.evaluation import held_out
+from megapd.evaluation import held_out, label_logprobs, open_downstream
 from megapd.files import check_run, write_atomic
-from megapd.models import copy_weights
+from megapd.models import Learner, copy_weights
 from megapd.signals import DTYPES
-from megapd.tasks import build_task
+from megapd.tasks import Task, build_task
 from megapd.tiling import tile
 from megapd.training import CheckpointStore, build_student, start_world, student_engine
 from megapd.training.folder import check_config, held, read_record
@@ -56,8 +56,7 @@ def _trajectory(config: Config, trajectory: Trajectory, world: World) -> Iterato
         if checkpoint.vocabulary != task.vocabulary_digest:
             raise UserError(f"{checkpoint.path} was trained on another vocabulary than task.corpus has now; restore the corpus")
         copy_weights(learner, trajectory.load(step), checkpoint.path)
-        with torch.no_grad():
-            yield step, held_out(task, config.evaluation.samples, world, micro, lambda batch: learner(batch)[1])
+        yield step, _measured(config, task, learner, world, micro)
 
 
 def _newest(config: Config, folder: Path, world: World) -> Iterator[tuple[int, dict[str, float]]]:
@@ -74,9 +73,21 @@ def _newest(config: Config, folder: Path, world: World) -> Iterator[tuple[int, d
     if not holds_state(path):  # of an older megapd: DeepSpeed reads it, on the ranks that wrote it
         engine = student_engine(config, learner, world)
         store.load(engine, path)
-        yield step, held_out(task, config.evaluation.samples, world, micro, engine.evaluate)
+        values = held_out(task, config.evaluation.samples, world, micro, engine.evaluate)
+        for downstream in open_downstream(config, task):
+            values |= downstream.score(engine.label_logprobs, world, micro)
+        yield step, values
         return
     learner = learner.to(world.device, DTYPES[config.training.precision])
-    with torch.no_grad(), StateReader(path) as state:
+    with StateReader(path) as state:
         copy_weights(learner, dict(state.weights()), path)
-        yield step, held_out(task, config.evaluation.samples, world, micro, lambda batch: learner(batch)[1])
+    yield step, _measured(config, task, learner, world, micro)
+
+
+@torch.no_grad()
+def _measured(config: Config, task: Task, learner: Learner, world: World, micro: int) -> dict[str, float]:
+    """Held-out loss and accuracy, and evaluation.tasks."""
+    values = held_out(task, config.evaluation.samples, world, micro, lambda batch: learner(batch)[1])
+    for downstream in open_downstream(config, task):
+        values |= downstream.score(lambda batch: label_logprobs(learner, batch), world, micro)
+    return values

@@ -30,6 +30,7 @@ from megapd.config.learning import TransformerConfig as TransformerConfig
 from megapd.config.tree import ENV_PREFIX as ENV_PREFIX
 from megapd.config.tree import RETIRED_SETTINGS as RETIRED_SETTINGS
 from megapd.config.tree import Config as Config
+from megapd.config.tree import DownstreamConfig as DownstreamConfig
 from megapd.config.tree import EvaluationConfig as EvaluationConfig
 from megapd.config.tree import LearningRateConfig as LearningRateConfig
 from megapd.config.tree import OptimizerConfig as OptimizerConfig

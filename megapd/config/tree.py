@@ -114,10 +114,19 @@ class TrajectoryWriterConfig(Section):
             raise ValueError(f"trajectory.steps: {late} lie beyond training.steps {steps}")
 
 
+class DownstreamConfig(Section):
+    """Questions with a right answer, scored by log-likelihood: HellaSwag's, ARC's, PIQA's or BLiMP's layout."""
+
+    path: Path = Field(description="JSONL, a question a line")
+    name: str | None = Field(None, description="what metrics call it: NAME/accuracy; default: the file's name")
+    samples: int | None = Field(None, ge=1, description="questions, the first of the file; default: all")
+
+
 class EvaluationConfig(Section):
     every: int = Field(0, ge=0, description="steps between evaluations on held-out data; 0: only at the end")
     samples: int = Field(1024, ge=1, description="held-out samples of an evaluation, at most those that there are")
     micro_batch: int | None = Field(None, ge=1, description="samples a forward; default: the training micro-batch")
+    tasks: tuple[DownstreamConfig, ...] = Field((), description="downstream tasks that are scored at each evaluation")
 
 
 class TelemetryConfig(Section):

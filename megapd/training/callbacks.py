@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megapd.config import Config, public_tree
-from megapd.evaluation import held_out
+from megapd.evaluation import held_out, open_downstream
 from megapd.tasks import Task
 from megapd.training.export import export
 from megapd.training.run import Callback, Run, StepResult, due
@@ -27,13 +27,18 @@ class Guard(Callback):
 
 
 class Evaluation(Callback):
-    """Held-out loss and accuracy, each evaluation.every steps and at the end."""
+    """Held-out loss and accuracy and downstream tasks, each evaluation.every steps and at the end."""
+
+    def start(self, run: Run) -> None:
+        self._tasks = open_downstream(run.config, run.task)
 
     def after_step(self, run: Run, result: StepResult) -> None:
         settings = run.config.evaluation
         if due(result.step, settings.every, run.steps):
             micro = settings.micro_batch or run.engine.tiling.micro_batch
             values = held_out(run.task, settings.samples, run.world, micro, run.engine.evaluate)
+            for task in self._tasks:
+                values |= task.score(run.engine.label_logprobs, run.world, micro)
             for callback in run.callbacks:
                 callback.evaluated(run, result.step, values)
 

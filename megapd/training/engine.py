@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from megapd.batch import Batch
 from megapd.config import OptimizerConfig, TrainingConfig
 from megapd.errors import Diverged, UserError
+from megapd.evaluation import label_logprobs
 from megapd.models import Learner
 from megapd.models.layers import Block
 from megapd.signals import Signal
@@ -167,6 +168,11 @@ class Engine:
         """Detached sums [3] of a held-out batch against its labels: 0, cross entropy, correct."""
         stats: Tensor = self.learner(batch, None, max(batch.labelled, 1))[1]
         return stats
+
+    @torch.no_grad()
+    def label_logprobs(self, batch: Batch) -> Tensor:
+        """log p of each label of a batch [N], fp32."""
+        return label_logprobs(self.learner, batch)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter's name and whole tensor, gathered one at a time under ZeRO-3; all ranks must iterate together."""

@@ -19,8 +19,9 @@ from megapd.files import check_run
 from megapd.models import build_model, copy_weights, parameter_count, save_hugging_face
 from megapd.signals import DTYPES
 from megapd.tasks import Task, build_task
-from megapd.tasks.blocks import Split, read_meta, token_roles
-from megapd.tokenization import Roles, Tokenizer, open_tokenizer
+from megapd.tasks.blocks import Split, read_meta
+from megapd.tasks.tokenizer import corpus_vocabulary
+from megapd.tokenization import Tokenizer
 from megapd.tokenization.export import same_ids, special_ids, transformers_files
 from megapd.training.folder import METRICS, check_config, numbers, read_record, recorded
 from megapd.training.state import StateReader, holds_state
@@ -61,7 +62,7 @@ def export(
     ids: dict[str, int] = {}
     if isinstance(config.task, TextConfig):
         folder = config.task.corpus or config.corpus.output
-        tokenizer, roles, style = corpus_tokenizer(folder)
+        tokenizer, roles, style = corpus_vocabulary(config, "task.corpus")
         files = transformers_files(tokenizer, roles, style, task.length)
         _check_ids(files, tokenizer, folder)
         ids = special_ids(tokenizer, roles, style)
@@ -70,12 +71,6 @@ def export(
             beside["generation_config.json"] = (json.dumps({**ids, "max_length": task.length}, indent=1) + "\n").encode()
     save_hugging_face(learner, config.model, output, shard_bytes=shard_bytes, special_tokens=ids, beside=beside)
     return Exported(found, source, output)
-
-
-def corpus_tokenizer(folder: Path) -> tuple[Tokenizer, Roles, str]:
-    """The tokenizer of a prepared corpus, the roles that its tokens have there, and the corpus' style."""
-    meta = read_meta(folder)
-    return open_tokenizer(str(folder), "task.corpus"), Roles(**token_roles(meta)), str(meta["tokenizer"]["style"])  # type: ignore[arg-type]
 
 
 def _weights(config: Config, task: Task, step: int | None) -> tuple[int, Path, Mapping[str, Tensor]]:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from megapd import registry
 from megapd.config import Config
 from megapd.errors import UserError
-from megapd.evaluation import check_samples
+from megapd.evaluation import check_samples, open_downstream
 from megapd.models import Learner, build_model, parameter_count, start_from
 from megapd.schedule.resolve import resolve_plan
 from megapd.tasks import Task, build_task
@@ -60,6 +60,7 @@ def start(
     """
     task = build_task(config)
     check_samples(task, config.evaluation.samples)
+    open_downstream(config, task)  # a file that holds no questions shows before the run begins
     curriculum = None
     if config.teacher is not None:
         trajectory = open_trajectory(config)
