@@ -10,7 +10,7 @@ $(VENV)/ready: pyproject.toml kernels/pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ./kernels --editable '.[dev]'
 	touch $@
 
-.PHONY: install demo test test-fast test-full test-peers kernels-report lint format clean
+.PHONY: install demo test test-fast test-full test-harness test-peers kernels-report lint format clean
 install: $(VENV)/ready
 
 demo: $(VENV)/ready
@@ -20,7 +20,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -m "not full" -n $(WORKERS) --dist loadfile
 
-test-full: $(VENV)/ready
+test-full: $(VENV)/ready test-harness
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # What starts no process, no service, no browser and no Triton interpreter.
@@ -35,6 +35,16 @@ test-peers: .venv-peers/ready
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet torch==2.13.0
 	.venv-peers/bin/pip install --quiet --requirement tests/peers/requirements.txt --editable ./kernels
+	touch $@
+
+# lm-eval on exported students, in an environment of its own.
+test-harness: .venv-harness/ready
+	MEGAPD_HARNESS=required .venv-harness/bin/python -m pytest -q -p no:cacheprovider tests/harness
+
+.venv-harness/ready: tests/harness/requirements.txt pyproject.toml kernels/pyproject.toml
+	$(PYTHON) -m venv .venv-harness
+	.venv-harness/bin/pip install --quiet torch==2.13.0
+	.venv-harness/bin/pip install --quiet --requirement tests/harness/requirements.txt --editable ./kernels --editable .
 	touch $@
 
 # Registers, shared memory and spills of the Triton kernels, compiled for GPUs that need not be there.
@@ -52,4 +62,4 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-peers build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-peers .venv-harness build *.egg-info .pytest_cache .mypy_cache .ruff_cache
