@@ -40,13 +40,20 @@ def open_source(source: str, steps: tuple[int, ...] = ()) -> Trajectory | Huggin
     return Trajectory(within if within.is_dir() else folder)
 
 
-def suggest(source: Path, overrides: list[str], checkpoints: int | None, metric: str | None) -> tuple[Found, Path]:
+def suggest(
+    source: Path, overrides: list[str], checkpoints: int | None, metric: str | None, probe_samples: int = 0
+) -> tuple[Found, Path]:
     """What schedule.policy transition would choose, and where its plot goes unless told otherwise.
 
     source: the folder of a trajectory or of its run, or the YAML file of a student, whose schedule it is then if it is a
-    transition. checkpoints, metric: settings of the schedule, instead of its own. Raises UserError as find_transition does.
+    transition. checkpoints, metric: settings of the schedule, instead of its own. probe_samples: held-out samples on which each
+    checkpoint's loss is measured, which published ones need, for they carry no metrics; 0: none. Raises UserError as
+    find_transition does.
     """
     settings: dict[str, Any] = {"steps": 1}  # T changes nothing in the choice
+    losses: dict[int, float] = {}
+    if probe_samples and source.is_dir():
+        raise UserError(f"--probe: it needs held-out samples; give the YAML file of a student instead of {source}")
     if source.is_dir():
         if overrides:
             raise UserError(f"{overrides[0]!r}: settings go with a configuration, and {source} is a folder")
@@ -55,14 +62,18 @@ def suggest(source: Path, overrides: list[str], checkpoints: int | None, metric:
         folder = trajectory.folder.parent if trajectory.folder.name == "trajectory" else trajectory.folder
         opened: Checkpoints = trajectory
     else:
+        from megapd.evaluation.probe import TaskProbe  # these two need torch, and a folder does not
         from megapd.teacher.locate import open_trajectory
 
         config = load(source, overrides)
         if config.teacher is None:
             raise UserError(f"{source}: teacher: this configuration has none; name a student's, or the folder of a trajectory")
         opened = open_trajectory(config)
-        if isinstance(opened, HuggingFaceTrajectory):
-            fix = "name checkpoints with schedule.policy explicit"
+        if probe_samples:
+            probe = TaskProbe(config, probe_samples)
+            losses = {step: probe(opened, opened.checkpoint(step)) for step in opened.steps if step > 0}
+        elif isinstance(opened, HuggingFaceTrajectory):
+            fix = "give --probe SAMPLES, or name checkpoints with schedule.policy explicit"
             raise UserError(f"teacher.trajectory: checkpoints of transformers carry no metrics to find a transition in; {fix}")
         if isinstance(config.schedule, TransitionConfig):
             settings = config.schedule.model_dump()
@@ -72,7 +83,8 @@ def suggest(source: Path, overrides: list[str], checkpoints: int | None, metric:
         schedule = TransitionConfig(**settings)
     except ValidationError as error:
         raise UserError(f"--{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from error
-    metrics = all_metrics(opened.steps, lambda step: opened.checkpoint(step).metrics)
+    known = {step: {"eval/loss": loss} for step, loss in losses.items()}
+    metrics = all_metrics(opened.steps, lambda step: known.get(step) or opened.checkpoint(step).metrics)
     if not metrics:
         raise UserError(f"{source}: the trajectory holds no checkpoint after step 0; train the teacher further")
     return find_transition(schedule, metrics), folder / "plots" / "transition.png"

@@ -24,9 +24,14 @@ def verify_source(source: str, steps: tuple[int, ...] = ()) -> int:
 
 
 def suggest_transition(
-    overrides: Sequence[str], source: Path, checkpoints: int | None, metric: str | None, output: Path | None
+    overrides: Sequence[str],
+    source: Path,
+    checkpoints: int | None,
+    metric: str | None,
+    output: Path | None,
+    probe_samples: int = 0,
 ) -> int:
-    found, picture = suggest(source, list(overrides), checkpoints, metric)
+    found, picture = suggest(source, list(overrides), checkpoints, metric, probe_samples)
     print(describe_found(found))
     print(plot_found(found, output or picture))
     return 0

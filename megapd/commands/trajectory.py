@@ -32,7 +32,7 @@ def import_checkpoints(
     """
     probe = None
     if probe_samples:
-        from megapd.scheduler.registry.probe import TaskProbe  # builds models: no other verb of the scheduler needs them
+        from megapd.evaluation.probe import TaskProbe  # builds models: no other verb of the scheduler needs them
 
         probe = TaskProbe(config, probe_samples)
 

@@ -12,6 +12,7 @@ from megapd.models.from_checkpoint import build_teacher as build_teacher
 from megapd.models.from_checkpoint import canary as canary
 from megapd.models.from_checkpoint import check_architecture as check_architecture
 from megapd.models.from_checkpoint import checkpoint_shape as checkpoint_shape
+from megapd.models.from_checkpoint import load_teacher as load_teacher
 from megapd.models.from_checkpoint import read_parts as read_parts
 from megapd.models.hub import load_hugging_face as load_hugging_face
 from megapd.models.hub import save_hugging_face as save_hugging_face

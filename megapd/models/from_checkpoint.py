@@ -15,6 +15,7 @@ from megapd.errors import UserError
 from megapd.models.build import build_model
 from megapd.models.hub.teaching import OwnArchitecture, own_architecture, read_own
 from megapd.models.pretrained import Pretrained, build_pretrained, check_head, max_length, read_pretrained
+from megapd.models.sharding import allocate
 from megapd.rng import Stream, integers
 from megapd.slices import Part
 from megapd.trajectory import Checkpoint
@@ -70,6 +71,19 @@ def read_parts(trajectory: Any, checkpoint: Checkpoint, model: nn.Module, parts:
         return read_pretrained(model, checkpoint.path, parts)
     tensors: dict[str, Tensor] = trajectory.read(checkpoint.step, parts)
     return tensors
+
+
+@torch.no_grad()
+def load_teacher(trajectory: Any, checkpoint: Checkpoint) -> nn.Module:
+    """The checkpoint's model whole on the host in fp32, for a look at it; one that teaches is held by megapd.teacher.engine."""
+    model = allocate(build_teacher(checkpoint, None), torch.device("cpu")).requires_grad_(False).eval()
+    own = dict(model.named_parameters())
+    tensors = read_parts(trajectory, checkpoint, model, dict.fromkeys(own))
+    for name, parameter in own.items():
+        if parameter.shape != tensors[name].shape:
+            raise UserError(f"{checkpoint.path}: {name} has shape {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}")
+        parameter.copy_(tensors[name])
+    return model
 
 
 def check_architecture(model: nn.Module, batch: Batch) -> None:

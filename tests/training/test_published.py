@@ -256,3 +256,25 @@ def test_one_command(made, tmp_path, capsys):
     assert main(["distil", spec, "--steps", steps, "--student", "huge", "--data", "x", "--output", str(tmp_path / "other")]) == 2
     assert "'huge' is no size" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_a_probe_gives_metrics(made, tmp_path, monkeypatch, capsys):
+    """Losses of checkpoints that carry none; measured once."""
+    from megapd.evaluation import probe
+
+    _, folder = made
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    arguments = ["trajectory", "suggest", str(folder / "run.yaml"), "--output", str(tmp_path / "t.png")]
+    assert main(arguments) == 2
+    assert "--probe SAMPLES" in capsys.readouterr().err
+    code = main([*arguments, "--probe", "8"])  # of random teachers: they may show no transition, and that is told
+    told = capsys.readouterr()
+    assert "eval/loss" in (told.out if code == 0 else told.err)
+    files = sorted((tmp_path / "megapd" / "probes").iterdir())
+    assert len(files) == len(standins.STEPS)
+    losses = sorted(json.loads(file.read_text())["loss"] for file in files)
+    assert all(1 < loss < 20 for loss in losses)
+    assert len(set(losses)) == len(losses)
+    monkeypatch.setattr(probe, "load_teacher", lambda *_: pytest.fail("measured again"))
+    assert main([*arguments, "--probe", "8"]) == code
+    assert capsys.readouterr() == told
