@@ -39,7 +39,7 @@ test-peers: .venv-peers/ready
 
 # lm-eval on exported students, in an environment of its own.
 test-harness: .venv-harness/ready
-	MEGAPD_HARNESS=required .venv-harness/bin/python -m pytest -q -p no:cacheprovider tests/harness
+	REQUIRE_LM_EVAL=1 .venv-harness/bin/python -m pytest -q -p no:cacheprovider tests/harness
 
 .venv-harness/ready: tests/harness/requirements.txt pyproject.toml kernels/pyproject.toml
 	$(PYTHON) -m venv .venv-harness

@@ -1,6 +1,6 @@
 """lm-eval runs on an exported student, with a local task, and finds what `megapd evaluate` finds.
 
-It needs lm-eval, which make test-harness installs into an environment of its own; MEGAPD_HARNESS=required makes its absence a
+It needs lm-eval, which make test-harness installs into an environment of its own; REQUIRE_LM_EVAL=1 makes its absence a
 failure.
 """
 
@@ -16,7 +16,7 @@ import pytest
 from megapd.cli import main
 from tests.corpus import corpora
 
-if importlib.util.find_spec("lm_eval") is None and os.environ.get("MEGAPD_HARNESS") != "required":
+if importlib.util.find_spec("lm_eval") is None and os.environ.get("REQUIRE_LM_EVAL") != "1":
     pytest.skip("lm-eval is not installed; make test-harness", allow_module_level=True)
 
 pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("ignore")]  # of what lm-eval imports
