@@ -278,3 +278,26 @@ def test_a_probe_gives_metrics(made, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(probe, "load_teacher", lambda *_: pytest.fail("measured again"))
     assert main([*arguments, "--probe", "8"]) == code
     assert capsys.readouterr() == told
+
+
+def test_like_a_run_of_megapds_own(made, tmp_path, capsys):
+    """The corpus that the run learnt on has its tokenizer, whatever it was."""
+    family, folder = made
+    corpora.write_jsonl(tmp_path / "text.jsonl", corpora.documents(60, seed=8))
+    objective = "mlm" if STYLES[family] == "bert" else "clm"
+    base = [
+        f"--corpus.output={tmp_path}/corpus",
+        f"--corpus.sources=[{{path: {tmp_path}/text.jsonl}}]",
+        "--corpus.block_length=16",
+        "--corpus.heldout_fraction=0.3",
+        f"--task={{kind: text, objective: {objective}}}",
+        f"--model={{{STUDENTS[family]}, layers: 1, heads: 2, hidden: 16}}",
+    ]
+    assert main(["prepare", "--like", str(folder / "runs/student/trajectory"), *base]) == 0
+    own, theirs = (read_meta(path / "corpus")["tokenizer"] for path in (tmp_path, folder))
+    assert all(own[key] == theirs[key] for key in ("digest", "vocab_size", "roles", "style"))
+    capsys.readouterr()
+    assert main(["prepare", *base, "--like"]) == 2
+    assert "--like: name a teacher, or set teacher.trajectory" in capsys.readouterr().err
+    assert main(["prepare", "--like", str(folder / "out"), *base, "--corpus.tokenizer.model=other.json"]) == 2
+    assert "corpus.tokenizer.model: other.json, but --like would take" in capsys.readouterr().err
