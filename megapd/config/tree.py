@@ -135,6 +135,9 @@ class TelemetryConfig(Section):
     project: str = Field("megapd", description="of the run's page at wandb")
     progress: bool = Field(True, description="a bar on a terminal, lines elsewhere")
     trackers: tuple[str, ...] = Field(("wandb", "progress"), description="where metrics go beside metrics.jsonl")
+    statistics: bool = Field(
+        False, description="each step: entropies of student and teacher, top-1 agreement; the loss then takes longer"
+    )
     peak_tflops: float | None = Field(None, gt=0.0, description="a device's peak, for the MFU; default: known by its name")
 
 

@@ -19,8 +19,8 @@ def held_out(task: Task, samples: int, world: World, micro_batch: int, sums_of: 
     """Cross entropy and accuracy over the first `samples` held-out samples; the same for any number of ranks.
 
     Of a task whose samples come from several sources, also the cross entropy of each, as `loss/NAME`.
-    sums_of: detached sums [3] of a batch: divergence, cross entropy, correct. All ranks call it together and make the same
-    number of forwards, as ZeRO-3 gathers weights in each: a rank whose share ends early runs empty batches.
+    sums_of: detached sums of a batch, the first three divergence, cross entropy, correct. All ranks call it together and make
+    the same number of forwards, as ZeRO-3 gathers weights in each: a rank whose share ends early runs empty batches.
     """
     check_samples(task, samples)
     by_source: Callable[[int], dict[str, Any]] = getattr(task, "heldout_by_source", lambda n: {"": range(n)})
@@ -30,7 +30,7 @@ def held_out(task: Task, samples: int, world: World, micro_batch: int, sums_of: 
         for first in range(0, len(rows), micro_batch * world.size):
             begin = min(len(rows), first + world.rank * micro_batch)
             batch = task.heldout(rows[begin : begin + micro_batch]).to(world.device)
-            kept[:3] += sums_of(batch)
+            kept[:3] += sums_of(batch)[:3]
             kept[3] += batch.labelled
     if world.size > 1:
         dist.all_reduce(sums)

@@ -121,8 +121,9 @@ class Learner(nn.Module):
         """mode loss -> (loss, stats); hidden -> final hidden states [N, D]; logits -> [N, V]; N labelled positions.
 
         loss: scalar, the sum over the positions divided by `denominator` (None: N). stats: detached float64 [3], sums
-        of divergence, cross entropy and correct predictions over the N positions. Without a signal the loss is the
-        labels' cross entropy.
+        of divergence, cross entropy and correct predictions over the N positions; with options.per_token [6], and of the
+        student's entropy, the teacher's, and positions where both have the same largest class. Without a signal the loss is
+        the labels' cross entropy.
         """
         hidden_ND: Tensor = self._labelled(batch, self.body(batch.ids, batch.segments))
         if self.transform is not None:
@@ -133,7 +134,9 @@ class Learner(nn.Module):
             logits_NV: Tensor = self.head(hidden_ND, mode="logits")
             return logits_NV
         result = self.head(hidden_ND, batch.labels, signal, denominator)
-        sums = (result.divergence, result.cross_entropy, result.correct)
+        sums = [result.divergence, result.cross_entropy, result.correct]
+        if (tokens := result.tokens) is not None:
+            sums += [tokens.entropy.sum(), tokens.teacher_entropy.sum(), tokens.agreement.sum()]
         return result.loss, torch.stack([s.detach().to(torch.float64) for s in sums])
 
     def _labelled(self, batch: Batch, hidden_BRD: Tensor) -> Tensor:

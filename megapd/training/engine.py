@@ -118,7 +118,7 @@ class Engine:
         self.grad_norm = math.nan  # of the last update, before clipping
 
     def accumulate(self, batch: Batch, signal: Signal | None, denominator: int) -> Tensor:
-        """Forward and backward of one micro-batch; returns its detached sums [3]: divergence, cross entropy, correct.
+        """Forward and backward of one micro-batch; returns its detached sums, see Learner.forward.
 
         denominator: labelled positions of the whole global batch. Ranks and micro-batches add up to the gradient of the
         global mean, however many there are; DeepSpeed averages over ranks, which the factor world.size undoes.
@@ -165,7 +165,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
-        """Detached sums [3] of a held-out batch against its labels: 0, cross entropy, correct."""
+        """Detached sums of a held-out batch against its labels: 0, cross entropy, correct, .."""
         stats: Tensor = self.learner(batch, None, max(batch.labelled, 1))[1]
         return stats
 

@@ -99,7 +99,7 @@ def train_run(run: Run) -> bool:
                 signals, source = teaching.signals(step, batches)
 
             # Forward and backward of each micro-batch, then one update.
-            sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+            sums = torch.zeros(6 if config.telemetry.statistics else 3, dtype=torch.float64, device=world.device)
             for batch, signal in zip(batches, signals, strict=False):
                 sums += engine.accumulate(batch, signal, labelled)
             lr = learning_rate(config.lr, config.optimizer.lr, step, run.steps)
@@ -120,6 +120,9 @@ def train_run(run: Run) -> bool:
         reason = run.stop.reason or "another rank"
         log.warning("stopped by %s at step %d of %d; start the same command again to continue", reason, run.step, run.steps)
     return finished
+
+
+STATISTICS = ("entropy", "teacher_entropy", "agreement")  # of telemetry.statistics: nats, nats, share of the positions
 
 
 def count_nonfinite(run: Run, applied: bool, sums: Tensor, taught: Sequence[Batch] | None = None) -> None:
@@ -149,10 +152,10 @@ def count_nonfinite(run: Run, applied: bool, sums: Tensor, taught: Sequence[Batc
 
 
 def step_metrics(run: Run, sums: Tensor, labelled: int, lr: float, source: Source) -> dict[str, Any]:
-    """Global means of the step just made, and the run's counts; a collective. sums [3], of this rank: see Engine.accumulate."""
+    """Global means of the step just made, and the run's counts; a collective. sums, of this rank: see Learner.forward."""
     if run.world.size > 1:
         dist.all_reduce(sums)
-    divergence, cross_entropy, correct = (sums / max(labelled, 1)).tolist()
+    divergence, cross_entropy, correct, *statistics = (sums / max(labelled, 1)).tolist()
     loss = run.config.loss
     scale = loss.student_temperature**2 if loss.scale_t2 else 1.0
     mixed = loss.alpha * cross_entropy + (1.0 - loss.alpha) * scale * divergence
@@ -161,6 +164,7 @@ def step_metrics(run: Run, sums: Tensor, labelled: int, lr: float, source: Sourc
         **run.teaching.metrics(run.step - 1, divergence),
         "cross_entropy": cross_entropy,
         "accuracy": correct,
+        **(dict(zip(STATISTICS, statistics, strict=True)) if source != "labels" and statistics else {}),
         "lr": lr,
         "grad_norm": run.engine.grad_norm,
         "labelled": labelled,

@@ -36,7 +36,7 @@ Entry = TypeVar("Entry")
 
 def build_student(config: Config, task: Task) -> Learner:
     try:
-        options = LossOptions(**config.loss.model_dump())
+        options = LossOptions(**config.loss.model_dump(), per_token=config.telemetry.statistics)
     except ValueError as error:
         raise UserError(f"loss.{error}") from error
     return build_model(
