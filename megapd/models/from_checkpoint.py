@@ -14,7 +14,7 @@ from megapd.config import ModelConfig
 from megapd.errors import UserError
 from megapd.models.build import build_model
 from megapd.models.hub.teaching import OwnArchitecture, own_architecture, read_own
-from megapd.models.pretrained import Pretrained, build_pretrained, check_head, max_length, read_pretrained
+from megapd.models.pretrained import Pretrained, build_pretrained, check_head, logit_form, max_length, read_pretrained
 from megapd.models.sharding import allocate
 from megapd.rng import Stream, integers
 from megapd.slices import Part
@@ -45,6 +45,13 @@ def checkpoint_shape(checkpoint: Checkpoint) -> Shape:
         return Shape(settings["vocab_size"], width, settings["vocab_size"], length)
     model, shapes = _described(checkpoint)
     return Shape(shapes["classes"], model.head_width, shapes["vocab_size"], shapes["length"])
+
+
+def teacher_logit_form(checkpoint: Checkpoint) -> tuple[float, float | None]:
+    """(scale, soft cap) of the logits that its head gives, which the student's loss applies: see LossOptions."""
+    if HUGGING_FACE not in checkpoint.config or _own(checkpoint) is not None:
+        return 1.0, None  # megapd's own architectures have neither
+    return logit_form(checkpoint.config[HUGGING_FACE])
 
 
 def build_teacher(checkpoint: Checkpoint, chunk_bytes: int | None) -> nn.Module:

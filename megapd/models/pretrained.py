@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -25,18 +26,11 @@ from megapd.models.layers import document_mask
 from megapd.models.sharding import allocate, whole_shape
 from megapd.models.weights import stored_tensors
 from megapd.slices import Part, take
+from megapd_kernels.compat.conventions import logit_shape
 
 PROBE_LOGIT = 64.0  # as large as logits get: a soft cap of 30 makes 29.2 of it
 PROBE_TOKENS = 4  # of each of two documents
 
-# What architectures do to their logits after the head, as config.json calls it, with the values that do nothing.
-_AFTER_HEAD: dict[str, tuple[Any, ...]] = {
-    "final_logit_softcapping": (None, 0),
-    "logit_scale": (None, 1),
-    "logits_scaling": (None, 1),
-    "lm_head_multiplier": (None, 1),
-    "output_multiplier_scale": (None, 1),
-}
 # Masked and causal models whose first token stands at position padding_idx + 1: fairseq's heritage (Ott et al. 2019). A test
 # compares the list with transformers'.
 _OFFSET = ("camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm")
@@ -44,6 +38,21 @@ OFFSET_POSITIONS = (*_OFFSET, "xlm-roberta", "xlm-roberta-xl", "xmod")
 _PADDING = 1  # their padding_idx, where config.json does not say
 _RENAMED = {"lm_head.weight": "embed_out.weight"}  # GPT-NeoX's head in published files: transformers 5 calls it as others do
 _WINDOWS = ("sliding_window", "attention_chunk_size")
+
+
+def logit_form(config_json: Mapping[str, Any]) -> tuple[float, float | None]:
+    """(scale, soft cap) that the model that a config.json describes applies to its head's logits; 1 and None: nothing.
+
+    transformers fills in what the file leaves out. Raises UserError for a cap under a name that is not known.
+    """
+    return _form(_configuration(config_json).get_text_config())
+
+
+def _form(text: Any) -> tuple[float, float | None]:
+    try:
+        return logit_shape(SimpleNamespace(**text.to_dict()))
+    except ValueError as error:
+        raise UserError(f"teacher.trajectory: {error}; choose another teacher") from error
 
 
 def max_length(config_json: Mapping[str, Any]) -> int | None:
@@ -107,6 +116,7 @@ class Pretrained(nn.Module):
         self._mask_form: str | None = None
         text = network.config.get_text_config()
         self.max_length = max_length(text.to_dict())
+        self.logit_scale, self.soft_cap = _form(text)
         windows = [getattr(text, name, None) for name in _WINDOWS if getattr(text, "use_sliding_window", True) is not False]
         self._window = min((size for size in windows if isinstance(size, int)), default=None)
         self.requires_grad_(False).eval()
@@ -118,7 +128,8 @@ class Pretrained(nn.Module):
         return head
 
     def forward(self, batch: Batch, mode: Literal["hidden", "logits"] = "hidden") -> Tensor:
-        """mode hidden -> final hidden states [N, D]; logits -> [N, V], or a rank's classes of them; N labelled positions.
+        """mode hidden -> final hidden states [N, D]; logits -> [N, V], or a rank's classes of them; N labelled positions. What
+        the head makes of hidden states is not `shaped`: the loss does that, by the teacher's scale and cap.
 
         Raises UserError for samples longer than the model's positions, and for a batch with segments if the architecture does
         not keep documents apart: the first such batch is preceded by a few tiny ones that find out.
@@ -127,7 +138,13 @@ class Pretrained(nn.Module):
         hidden = self._run(batch.ids, mask)
         if batch.labelled != batch.tokens:
             hidden = hidden.index_select(0, batch.positions)
-        return hidden if mode == "hidden" else self.head(hidden, mode="logits")
+        return hidden if mode == "hidden" else self.shaped(self.head(hidden, mode="logits"))
+
+    def shaped(self, logits: Tensor) -> Tensor:
+        """What the architecture makes of its head's logits: scaled (Cohere, Granite), then capped (Gemma)."""
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
     def _run(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Final hidden states [B * L, D] of all positions."""
@@ -229,7 +246,7 @@ class Pretrained(nn.Module):
 
 @torch.no_grad()
 def check_head(model: Pretrained, batch: Batch) -> None:
-    """That the model's own logits are those of its head: hidden @ weight.T + bias, nothing after it.
+    """That the model's own logits are those of its head: hidden @ weight.T + bias, then its scale and cap, and nothing else.
 
     batch: small, for logits of all its positions are formed; all ranks that share the model check at once, and where classes are
     split each checks its own. Compared twice: with the model's weights, within 2^-5 of the largest logit (bf16), 2^-8 (fp16) or
@@ -239,20 +256,37 @@ def check_head(model: Pretrained, batch: Batch) -> None:
     head = model.head
     own = model._network_logits(batch.ids, None, "logits").flatten(0, -2)
     hidden = model._take_hidden(batch.ids)
-    wanted = head(hidden, mode="logits").float()
+    wanted = model.shaped(head(hidden, mode="logits")).float()
     probe = torch.linspace(-PROBE_LOGIT, PROBE_LOGIT, wanted.shape[1], device=wanted.device).to(hidden.dtype)
     answered = model._network_logits(batch.ids, None, probe)
     model._take_hidden(batch.ids)
     tolerance = {torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8}.get(hidden.dtype, 1e-5) * wanted.abs().max().item()
     near = own.shape == wanted.shape and (own.float() - wanted).abs().max().item() <= tolerance
-    if not near or not torch.equal(answered.float(), probe.float().expand_as(answered)):
-        text = model.network.config.get_text_config()
-        causes = [f"{name} {getattr(text, name)}" for name, none in _AFTER_HEAD.items() if getattr(text, name, None) not in none]
-        told = f" ({', '.join(causes)})" if causes else ", by soft-capping, scaling or the like"
-        raise UserError(f"teacher.trajectory: {model.kind} changes its logits after the head{told}; choose another teacher")
+    expected = model.shaped(probe).float().expand_as(answered)
+    # Untouched they come out as they are; scaled or capped, in whatever type and order the architecture computes.
+    exact = model.logit_scale == 1.0 and model.soft_cap is None
+    slack = 0.0 if exact else {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}.get(hidden.dtype, 1e-6) * PROBE_LOGIT
+    if not near or not (answered.float() - expected).abs().max().item() <= slack:
+        known = f"scale {model.logit_scale:g}, cap {model.soft_cap}"
+        what = f"changes its logits after the head otherwise than its config.json says ({known})"
+        raise UserError(f"teacher.trajectory: {model.kind} {what}; choose another teacher")
 
 
 # --------------------------------------------------------------------------------------------------------------- building
+
+
+def _configuration(config_json: Mapping[str, Any]) -> Any:
+    """transformers' configuration of a config.json; UserError where it has none of that model_type, or refuses it."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = config_json.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise UserError(f"teacher.trajectory: transformers {transformers.__version__} has no model_type {kind!r}; upgrade it")
+    try:
+        return CONFIG_MAPPING[kind].from_dict({k: v for k, v in config_json.items() if k != "quantization_config"})
+    except Exception as error:  # transformers checks configurations with exceptions of several libraries
+        raise UserError(f"teacher.trajectory: config.json of {kind}: {' '.join(str(error).split())[:200]}") from error
 
 
 def build_pretrained(config_json: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Pretrained:
@@ -263,15 +297,8 @@ def build_pretrained(config_json: Mapping[str, Any], dtype: torch.dtype, device:
     """
     import transformers
     from transformers.models.auto import modeling_auto
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    kind = config_json.get("model_type")
-    if kind not in CONFIG_MAPPING:
-        raise UserError(f"teacher.trajectory: transformers {transformers.__version__} has no model_type {kind!r}; upgrade it")
-    try:
-        config = CONFIG_MAPPING[kind].from_dict({k: v for k, v in config_json.items() if k != "quantization_config"})
-    except Exception as error:  # transformers checks configurations with exceptions of several libraries
-        raise UserError(f"teacher.trajectory: config.json of {kind}: {' '.join(str(error).split())[:200]}") from error
+    config, kind = _configuration(config_json), config_json.get("model_type")
     if "quantization_config" in config_json or getattr(config, "is_encoder_decoder", False):
         what = "quantized weights" if "quantization_config" in config_json else "an encoder and a decoder"
         raise UserError(f"teacher.trajectory: {kind} with {what} is not supported; choose another model")

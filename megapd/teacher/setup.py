@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from megapd.config import Config, TeacherConfig
 from megapd.errors import UserError
-from megapd.models import Shape, checkpoint_shape
+from megapd.models import Shape, checkpoint_shape, teacher_logit_form
 from megapd.registry import signal_kinds
 from megapd.schedule.plan import Plan
 from megapd.signals import Encoding, SignalSpec, definition_of, negotiate
@@ -44,6 +44,9 @@ def signal_spec(config: Config, task: Task, plan: Plan, checkpoint: Checkpoint) 
     precision: Encoding = teacher.precision or config.training.precision
     definition = definition_of(kind)
     encoding = precision if teacher.encoding == "auto" or teacher.encoding not in definition.encodings else teacher.encoding
+    if "temperature" in definition.uses and teacher_logit_form(checkpoint) != (1.0, None):
+        what = f"{kind} holds probabilities, and this teacher scales or caps its logits after the head"
+        raise UserError(f"teacher.signal: {what}; choose hidden, dense or argmax")
     temperature = config.loss.teacher_temperature
     spec = definition.spec(kind, encoding, classes=shape.classes, k=teacher.k, temperature=temperature, seed=config.seed)
     if shape.classes > task.classes and spec.columns[0].holds == "ids":

@@ -14,7 +14,8 @@ from megapd import registry
 from megapd.config import Config
 from megapd.errors import UserError
 from megapd.evaluation import check_samples, open_downstream
-from megapd.models import Learner, build_model, parameter_count, start_from
+from megapd.models import Learner, build_model, parameter_count, start_from, teacher_logit_form
+from megapd.schedule.plan import Plan
 from megapd.schedule.resolve import resolve_plan
 from megapd.tasks import Task, build_task
 from megapd.teacher.limits import check_teachers
@@ -26,6 +27,7 @@ from megapd.training.run import Callback, Progress, Run, StopRequest
 from megapd.training.state import CheckpointStore
 from megapd.training.teaching import open_teaching
 from megapd.training.telemetry import Meter, Telemetry
+from megapd.trajectory import Checkpoints
 from megapd.world import World
 from megapd_kernels import LossOptions
 
@@ -34,9 +36,13 @@ log = logging.getLogger(__name__)
 Entry = TypeVar("Entry")
 
 
-def build_student(config: Config, task: Task) -> Learner:
+def build_student(config: Config, task: Task, teacher_form: tuple[float, float | None] = (1.0, None)) -> Learner:
+    """teacher_form: scale and soft cap of the teacher's logits, see teacher_logit_form."""
+    scale, cap = teacher_form
     try:
-        options = LossOptions(**config.loss.model_dump(), per_token=config.telemetry.statistics)
+        options = LossOptions(
+            **config.loss.model_dump(), per_token=config.telemetry.statistics, teacher_logit_scale=scale, teacher_soft_cap=cap
+        )
     except ValueError as error:
         raise UserError(f"loss.{error}") from error
     return build_model(
@@ -72,7 +78,7 @@ def start(
     with ExitStack() as opened:
         for callback in whole:
             opened.callback(callback.close)
-        learner = build_student(config, task)
+        learner = build_student(config, task, _teacher_form(curriculum))
         world = start_world()
         world.on_first(lambda: check_room(config, parameter_count(learner)[0]))
         digests = {"data": task.data_digest, "vocabulary": task.vocabulary_digest}
@@ -101,6 +107,15 @@ def start(
         stop = StopRequest(config.folder / "stop", watches_file=world.rank == 0)
         first, saved = progress.step, int(restored.get("step", -1))
         return Run(config, world, task, engine, teaching, folder, store, stop, whole, progress, first, saved, opened.pop_all())
+
+
+def _teacher_form(curriculum: tuple[Checkpoints, Plan] | None) -> tuple[float, float | None]:
+    """Scale and cap of the teacher's logits, which all checkpoints of a trajectory share."""
+    if curriculum is None:
+        return 1.0, None
+    trajectory, plan = curriculum
+    written = next((step for step in plan.teachers if trajectory.written(step)), None)
+    return (1.0, None) if written is None else teacher_logit_form(trajectory.describe(written))
 
 
 def _has_weights(folder: Path) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 from megapd.batch import Batch
 from megapd.errors import UserError
 from megapd.models import pretrained
-from megapd.models.pretrained import Pretrained, build_pretrained, check_head, read_pretrained
+from megapd.models.pretrained import Pretrained, build_pretrained, check_head, logit_form, read_pretrained
 from megapd.models.sharding import plan_for, shard
 from megapd.slices import Flat, Ranges
 
@@ -140,12 +140,40 @@ def test_architectures_without_document_masks_are_told(saved):
     assert windowed(make_batch()).shape == (7, 32)
 
 
+SHAPED = {
+    "gemma2": ({**SOFT_CAPPED, "final_logit_softcapping": 2.0}, (1.0, 2.0)),
+    "gemma2, its default": (SOFT_CAPPED, (1.0, 30.0)),
+    "cohere": ({**SPECIAL, **SIZES, "model_type": "cohere", "num_key_value_heads": 2, "logit_scale": 0.25}, (0.25, None)),
+    "granite": ({**SPECIAL, **SIZES, "model_type": "granite", "num_key_value_heads": 2, "logits_scaling": 3.0}, (1 / 3, None)),
+}
+
+
+@pytest.mark.parametrize("name", SHAPED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_that_change_after_the_head_are_told(dtype):
+def test_caps_and_scales_are_known(name, dtype):
+    """The logits are the architecture's own, and the check that they are passes."""
+    described, form = SHAPED[name]
+    assert logit_form(described) == form
+    model = fill(build_pretrained(described, dtype, CPU))
+    batch = make_batch()
+    with torch.no_grad():
+        model.head.weight.mul_(4.0)  # so large that the cap does something to them
+        plain = model.head(model(batch, mode="hidden"), mode="logits").float()
+        found = model(batch, mode="logits").float()
+        wanted = model._network_logits(batch.ids, None, "logits").flatten(0, 1)[batch.positions].float()
+    tolerance = 1e-5 if dtype == torch.float32 else 2.0**-6 * wanted.abs().max().item()
+    torch.testing.assert_close(found, wanted, atol=tolerance, rtol=1e-5)
+    assert (found - plain).abs().max() > 0.01 * plain.abs().max()
+    check_head(model, batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_change_otherwise_are_told(dtype):
     model = fill(build_pretrained(SOFT_CAPPED, dtype, CPU))
+    model.soft_cap = None  # as if config.json did not say it
     with torch.no_grad():
         model.head.weight.mul_(0.01)  # logits so small that a cap of 30 does nothing to them
-    with pytest.raises(UserError, match=r"^teacher\.trajectory: gemma2 changes its logits .*final_logit_softcapping 30"):
+    with pytest.raises(UserError, match=r"^teacher\.trajectory: gemma2 changes its logits after the head otherwise"):
         check_head(model, make_batch())
 
 
