@@ -56,7 +56,7 @@ def test_dump_is_a_configuration(tmp_path):
         ("", ["--optimizer.momentum=0.9"], "optimizer.momentum"),
         ("", ["--trajectory.steps=[2000]"], "trajectory.steps"),
         ("", ["--model.width=4"], "model.kind: missing; it says which settings the section has"),
-        ("", ["--model.kind=mpl"], "model.kind: unknown model 'mpl'; the nearest is 'mlp', of bert, gpt, mlp"),
+        ("", ["--model.kind=mpl"], "model.kind: unknown model 'mpl'; the nearest is 'mlp', of bert, gpt, llama, mlp, modernbert"),
         ("", ["--task.kind=[text]"], "task.kind: unknown task"),
         ("", ["--model=3"], "model: Input should be a valid dictionary"),
         ("", ["--model.kind=mlp", "--model.width=0"], "model.width: Input should be greater than or equal to 1 (got 0)"),

@@ -64,7 +64,7 @@ def test_a_task_a_model_a_policy_a_callback_and_a_tracker_of_another_package_tra
     assert "mean_labelled" in lines[1][2]
     meta = json.loads((folder / "runs" / "student" / "trajectory" / "step_20" / "meta.json").read_text())
     assert meta["config"]["task"] == {"kind": "bitcount", "length": 6, "classes": 3}
-    assert meta["config"]["model"] == {"kind": "signs", "width": 6}
+    assert meta["config"]["model"] == {"kind": "signs", "initial": None, "width": 6}
     assert "schedule halves: 2 checkpoints over 20 student steps" in megapd("plan", "student.yaml").stdout
 
 
