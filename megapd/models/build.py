@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from megapd.batch import Batch
 from megapd.config import ModelConfig
+from megapd.errors import UserError
 from megapd.registry import imported
 from megapd.signals import LossTargets, Signal
 from megapd_kernels import LossOptions, LossResult, linear_distillation_loss
@@ -54,6 +55,18 @@ class Parts:
     transform: nn.Module | None = None
     bias: bool = False
     embedding: nn.Embedding | None = None
+
+
+def check_sizes(section: Any, vocab_size: int, classes: int, length: int) -> None:
+    """For a transformer's build: UserError if `length` exceeds model.max_length, or a tied head would need classes !=
+    vocab_size."""
+    if section.max_length is not None and length > section.max_length:
+        raise UserError(f"model.max_length: {section.max_length} is below the task's {length} tokens a sample; raise it")
+    if section.tied and classes != vocab_size:
+        raise UserError(
+            f"model.tied: the task has {classes} classes but {vocab_size} tokens, so head and embedding cannot share a weight; "
+            "set model.tied=false"
+        )
 
 
 class LossHead(nn.Module):

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megapd.config.families import LlamaConfig
-from megapd.errors import UserError
-from megapd.models.build import Body, Parts
+from megapd.models.build import Body, Parts, check_sizes
 from megapd.models.layers import Block, Embedding, LayerNorm, RMSNorm, document_mask, run_blocks
 from megapd.models.rotary import rotary_table, rotate, within_documents
 
@@ -166,10 +165,6 @@ def _plan(config: LlamaConfig) -> dict[str, str]:
 
 def build(section: LlamaConfig, *, vocab_size: int, classes: int, length: int) -> Parts:
     """The parts of a decoder. UserError if `length` exceeds model.max_length, or a tied head would need classes != vocab_size."""
-    if section.max_length is not None and length > section.max_length:
-        raise UserError(f"model.max_length: {section.max_length} is below the task's {length} tokens a sample; raise it")
-    if section.tied and classes != vocab_size:
-        what = f"the task has {classes} classes but {vocab_size} tokens, so head and embedding cannot share a weight"
-        raise UserError(f"model.tied: {what}; set model.tied=false")
+    check_sizes(section, vocab_size, classes, length)
     body = Llama(section, vocab_size, section.max_length or length)
     return Parts(body, bias=False, embedding=body.tokens if section.tied else None)

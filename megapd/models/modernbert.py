@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megapd.config.families import ModernBertConfig
-from megapd.errors import UserError
-from megapd.models.build import Body, Parts
+from megapd.models.build import Body, Parts, check_sizes
 from megapd.models.layers import Block, Embedding, LayerNorm, document_mask, run_blocks
 from megapd.models.rotary import rotary_table, rotate, within_documents
 
@@ -158,10 +157,6 @@ def near(places: Tensor, reach: int, seen: Tensor | None) -> Tensor | None:
 def build(section: ModernBertConfig, *, vocab_size: int, classes: int, length: int) -> Parts:
     """The parts of an encoder. UserError if `length` exceeds model.max_length, or a tied head would need classes !=
     vocab_size."""
-    if section.max_length is not None and length > section.max_length:
-        raise UserError(f"model.max_length: {section.max_length} is below the task's {length} tokens a sample; raise it")
-    if section.tied and classes != vocab_size:
-        what = f"the task has {classes} classes but {vocab_size} tokens, so head and embedding cannot share a weight"
-        raise UserError(f"model.tied: {what}; set model.tied=false")
+    check_sizes(section, vocab_size, classes, length)
     body = ModernBert(section, vocab_size, section.max_length or length)
     return Parts(body, PredictionTransform(section), bias=True, embedding=body.tokens if section.tied else None)

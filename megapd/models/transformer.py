@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megapd.config import TransformerConfig
-from megapd.errors import UserError
-from megapd.models.build import Body, Parts
+from megapd.models.build import Body, Parts, check_sizes
 from megapd.models.layers import Block, Embedding, LayerNorm, document_mask, run_blocks
 
 LAYER_NORM_EPS = {"gpt": 1e-5, "bert": 1e-12}  # the published models' values
@@ -158,13 +157,7 @@ class MaskedTransform(nn.Module):
 def build(section: TransformerConfig, *, vocab_size: int, classes: int, length: int) -> Parts:
     """The parts of a GPT or BERT. UserError if `length` exceeds model.max_length, or a tied head would need classes !=
     vocab_size."""
-    if section.max_length is not None and length > section.max_length:
-        raise UserError(f"model.max_length: {section.max_length} is below the task's {length} tokens a sample; raise it")
-    if section.tied and classes != vocab_size:
-        raise UserError(
-            f"model.tied: the task has {classes} classes but {vocab_size} tokens, so head and embedding cannot share a weight; "
-            "set model.tied=false"
-        )
+    check_sizes(section, vocab_size, classes, length)
     body = Transformer(section, vocab_size, section.max_length or length)
     transform = None if section.causal else MaskedTransform(section.hidden)
     return Parts(body, transform, bias=not section.causal, embedding=body.tokens if section.tied else None)
