@@ -186,7 +186,8 @@ def test_a_service_that_loses_its_database_meanwhile(http, tmp_path, caplog):
         with running(tmp_path, line, ADAPTIVE) as run:
             run.go(15, pause=0.01, accuracy=0.5)
             line.http = other
-            waiting(lambda: other.get("/v1/runs/student").status_code == 200)
+            # Registered, and its schedule with it: a new one is refused before there is one that it replaces.
+            waiting(lambda: other.get("/v1/runs/student").status_code == 200 and versions(other) == [(1, 0)])
             put(other, 1, 100)
             waiting(lambda: run.plan.version == 2 or run.go(run.step + 1))
             waiting(lambda: versions(other) == [(1, 0), (2, 100)])
