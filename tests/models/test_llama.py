@@ -119,11 +119,22 @@ def test_config_json_in_the_spelling_before_transformers_5(tmp_path):
             torch.testing.assert_close(logits(learner), model(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_norm_eps_that_config_json_leaves_out(tmp_path):
+    for name, eps in (("llama", 1e-6), ("olmo2", 1e-5)):
+        theirs(name).save_pretrained(tmp_path / name)
+        tree = json.loads((tmp_path / name / "config.json").read_text())
+        del tree["rms_norm_eps"]
+        (tmp_path / name / "config.json").write_text(json.dumps(tree))
+        assert load_hugging_face(tmp_path / name)[0].norm_eps == eps
+        assert transformers.AutoConfig.for_model(name).rms_norm_eps == eps
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
         ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0}}, "rope_type 'llama3' is not supported"),
         ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "rope_type 'linear'"),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type 'linear' is not supported"),
         ("llama", {"attention_bias": True}, "attention_bias True is not supported"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ("gpt_neox", {"hidden_act": "gelu_fast"}, "hidden_act 'gelu_fast' is not supported"),

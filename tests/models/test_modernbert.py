@@ -97,6 +97,7 @@ def test_config_json_in_the_spelling_before_transformers_5(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type 'yarn' of rope_scaling"),
         ({"norm_bias": True}, "norm_bias True is not supported"),
         ({"hidden_activation": "silu"}, "hidden_activation 'silu' is not supported"),
         ({"layer_types": ["sliding_attention"] * 4}, "layer_types are not full attention at every n-th layer"),

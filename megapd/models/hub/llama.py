@@ -23,6 +23,7 @@ class Decoder(Layout):
 
     fixed   settings of ours that the model_type implies
     norms   their names of our attention_norm and mlp_norm
+    norm_eps  of a config.json that leaves it out
     """
 
     kind, model_type, architecture, prefix = "llama", "llama", "LlamaForCausalLM", "model."
@@ -43,6 +44,7 @@ class Decoder(Layout):
         "rotary_share": 1.0,
     }
     norms: ClassVar[tuple[str, str]] = ("input_layernorm", "post_attention_layernorm")
+    norm_eps: ClassVar[float] = 1e-6
 
     def section(self, settings: Mapping[str, Any], path: Path) -> LlamaConfig:
         return LlamaConfig(
@@ -50,7 +52,7 @@ class Decoder(Layout):
             **self.fixed,
             kv_heads=settings.get("num_key_value_heads"),
             head_size=settings.get("head_dim"),
-            norm_eps=settings.get("rms_norm_eps", 1e-6),
+            norm_eps=settings.get("rms_norm_eps", self.norm_eps),
             rope_theta=_rope(settings, path).get("rope_theta", 10_000.0),
             max_length=settings.get("max_position_embeddings"),
             tied=settings.get("tie_word_embeddings", False),
@@ -104,6 +106,7 @@ class OLMo2(Decoder):
     options: ClassVar[Mapping[str, tuple[Any, ...]]] = {"hidden_act": ("silu",), "attention_bias": (False,)}
     fixed: ClassVar[Mapping[str, Any]] = {**Decoder.fixed, "qk_norm": "whole", "norm_place": "after"}
     norms = ("post_attention_layernorm", "post_feedforward_layernorm")
+    norm_eps = 1e-5
 
     def misfit(self, section: ModelConfig) -> str:
         assert isinstance(section, LlamaConfig)
@@ -211,9 +214,12 @@ def _sizes(section: LlamaConfig, body: Llama) -> dict[str, Any]:
 
 def _rope(settings: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     """What config.json says of the rotary positions, in the spelling of transformers 5 or before. UserError for scaled ones."""
-    found = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    kind = found.get("rope_type", found.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"{path}: rope_type {kind!r} is not supported; megapd's llama has 'default'")
+    found: dict[str, Any] = {}
+    for name in ("rope_parameters", "rope_scaling"):  # a file may have both
+        one = settings.get(name) or {}
+        kind = one.get("rope_type", one.get("type", "default"))
+        if kind != "default":
+            raise UserError(f"{path}: rope_type {kind!r} is not supported; megapd's llama has 'default'")
+        found |= one
     theta = settings.get("rope_theta")
     return {**({} if theta is None else {"rope_theta": theta}), **found}

@@ -37,7 +37,7 @@ class ModernBERT(Layout):
 
     def section(self, settings: Mapping[str, Any], path: Path) -> ModernBertConfig:
         rope = settings.get("rope_parameters") or {}
-        for kind, one in rope.items():
+        for kind, one in {**rope, "rope_scaling": settings.get("rope_scaling")}.items():
             if isinstance(one, Mapping) and one.get("rope_type", "default") != "default":
                 raise UserError(f"{path}: rope_type {one['rope_type']!r} of {kind} is not supported; megapd's has 'default'")
         thetas = {kind: (rope.get(kind) or {}).get("rope_theta") for kind in (FULL, SLIDING)}
