@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from megapd.errors import DataDamaged, UserError
 from megapd.files import sha256_file, unsealed
 from megapd.rng import Stream, bits, permute
+from megapd.tokenization.base import MODEL
 
 META = "meta.json"
-MODEL = "tokenizer.model"
 FORMAT = 3  # of the folder; raised when older readers would misread it
 READ_FORMATS = (2, FORMAT)  # 2: tokenizer.model alone, whose sha256 is its digest, and roles by their names
 COLUMNS = ("ids", "segments")

@@ -8,6 +8,10 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+# Files of tokenizers, as transformers names them.
+JSON, MODEL, VOCAB = "tokenizer.json", "tokenizer.model", "vocab.txt"
+CONFIG, SPECIAL_MAP = "tokenizer_config.json", "special_tokens_map.json"
+
 
 class Tokenizer(ABC):
     """An existing tokenizer, whatever its format.

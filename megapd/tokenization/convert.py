@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import tokenizers
@@ -17,8 +16,8 @@ _UNIGRAM, _BPE = 1, 2  # trainer_spec.model_type of sentencepiece's model
 _NEVER = -1e6
 
 
-def tokenizer_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
-    """The tree of a tokenizer.json. Raises UserError for models that are neither unigram nor BPE, or say blanks otherwise.
+def converted(tokenizer: SentencePieceTokenizer) -> Any:
+    """As a tokenizers.Tokenizer. Raises UserError for models that are neither unigram nor BPE, or say blanks otherwise.
 
     The whole text is one word: sentencepiece itself finds the best cut of all of it, not of what is between blanks.
     """
@@ -33,7 +32,7 @@ def tokenizer_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
         )
     pieces, unknown = list(proto.pieces), proto.trainer_spec.unk_id
     types = type(pieces[0])
-    added = [(i, p) for i, p in enumerate(pieces) if p.type in (types.CONTROL, types.UNKNOWN)]
+    special = [p.piece for p in pieces if p.type in (types.CONTROL, types.UNKNOWN)]
     # One character that no other piece has is cut off by itself; longer ones the library has to look for beforehand.
     defined = [p.piece for p in pieces if p.type == types.USER_DEFINED and len(p.piece) > 1]
     own = tokenizers.Tokenizer(_unigram(pieces, unknown) if kind == _UNIGRAM else _bpe(pieces, unknown))
@@ -50,10 +49,9 @@ def tokenizer_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
         own.normalizer = normalizers.Sequence(steps)
     strip = [decoders.Strip(" ", 1, 0)] if norm.add_dummy_prefix else []
     own.decoder = decoders.Sequence([decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
-    own.add_special_tokens([AddedToken(p.piece, special=True, normalized=False) for _, p in added])
+    own.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
     own.add_tokens([AddedToken(piece.replace(BLANK, " "), special=False, normalized=False) for piece in defined])
-    tree: dict[str, Any] = json.loads(own.to_str())
-    return tree
+    return own
 
 
 def _unigram(pieces: list[Any], unknown: int) -> Any:

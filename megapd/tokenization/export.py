@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from megapd.tokenization.base import Tokenizer
-from megapd.tokenization.folder import CONFIG, JSON, VOCAB, tree_of
+from megapd.tokenization.base import CONFIG, JSON, VOCAB, Tokenizer
+from megapd.tokenization.convert import converted
+from megapd.tokenization.folder import tree_of
 from megapd.tokenization.gigatoken import SAMPLE
-from megapd.tokenization.hugging_face import HuggingFaceTokenizer, wordpiece_json
+from megapd.tokenization.hugging_face import HuggingFaceTokenizer, bert_template, wordpiece_json
 from megapd.tokenization.roles import Roles
 from megapd.tokenization.sentence_piece import SentencePieceTokenizer
 
 CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json as it is, whatever the version
-
-log = logging.getLogger(__name__)
 
 
 def transformers_files(tokenizer: Tokenizer, roles: Roles, style: str, length: int | None) -> dict[str, bytes]:
@@ -29,16 +26,17 @@ def transformers_files(tokenizer: Tokenizer, roles: Roles, style: str, length: i
     """
     files = dict(tokenizer.files)
     if isinstance(tokenizer, SentencePieceTokenizer):
-        from megapd.tokenization.convert import tokenizer_json
-
-        files[JSON] = _text(_framed(tokenizer_json(tokenizer), tokenizer, roles, style))
+        own = converted(tokenizer)
+        if style == "bert" and roles.opener is not None:  # as blocks and documents are in the corpus
+            own.post_processor = bert_template([(tokenizer.token_of(i), i) for i in (roles.opener, roles.separator)])
+        files[JSON] = own.to_str(pretty=True).encode()
     elif JSON not in files:
         files[JSON] = wordpiece_json(files[VOCAB], tree_of(files, CONFIG), VOCAB)
     config = {"tokenizer_class": CLASS, "clean_up_tokenization_spaces": False, **tree_of(files, CONFIG)}
     config |= {name: token for name, token in _named(tokenizer, roles, style).items() if not config.get(name)}
     if length is not None:
         config["model_max_length"] = length
-    files[CONFIG] = _text(config)
+    files[CONFIG] = (json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode()
     return files
 
 
@@ -69,24 +67,3 @@ def _named(tokenizer: Tokenizer, roles: Roles, style: str) -> dict[str, str]:
     else:
         chosen |= {"eos_token": roles.separator, "bos_token": roles.opener}
     return {**tokenizer.named, **{name: tokenizer.token_of(i) for name, i in chosen.items() if i is not None}}
-
-
-def _framed(tree: dict[str, Any], tokenizer: Tokenizer, roles: Roles, style: str) -> dict[str, Any]:
-    """With BERT's template: [CLS] text [SEP], as blocks and documents are in the corpus."""
-    if style != "bert" or roles.opener is None:
-        return tree
-    from tokenizers import Tokenizer as Library
-    from tokenizers import processors
-
-    own = Library.from_str(json.dumps(tree))
-    ends = [(tokenizer.token_of(i), i) for i in (roles.opener, roles.separator)]
-    (opener, _), (separator, _) = ends
-    own.post_processor = processors.TemplateProcessing(
-        f"{opener} $A {separator}", f"{opener} $A {separator} $B:1 {separator}:1", ends
-    )
-    framed: dict[str, Any] = json.loads(own.to_str())
-    return framed
-
-
-def _text(tree: Mapping[str, Any]) -> bytes:
-    return (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode()

@@ -10,10 +10,8 @@ from typing import Any
 
 from megapd.errors import UserError
 from megapd.hub import HUB, fetch
-from megapd.tokenization.base import Tokenizer
-from megapd.tokenization.sentence_piece import MODEL
+from megapd.tokenization.base import CONFIG, JSON, MODEL, SPECIAL_MAP, VOCAB, Tokenizer
 
-JSON, VOCAB, CONFIG, SPECIAL_MAP = "tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json"
 FORMS = (JSON, MODEL, VOCAB)  # of several that a folder holds, transformers takes the first; so does megapd
 FILES = (*FORMS, CONFIG, SPECIAL_MAP)
 
@@ -64,31 +62,28 @@ def _of_folder(folder: Path, where: str) -> Tokenizer:
 
 
 def _of_file(path: Path, beside: Mapping[str, bytes], setting: str) -> Tokenizer:
-    where = setting if str(path) in setting else f"{setting}: {path}"
+    where = f"{setting}: {path}"
     data = _read(path, where)
     if path.suffix not in (".json", ".txt"):
         from megapd.tokenization.sentence_piece import SentencePieceTokenizer
 
-        return SentencePieceTokenizer(data, where, _named(beside, {}))
-    from megapd.tokenization import hugging_face
+        return SentencePieceTokenizer(data, where, _named(beside))
+    from megapd.tokenization.hugging_face import HuggingFaceTokenizer, wordpiece_json
 
-    if path.suffix == ".json":
-        hugging_face.canonical_digest(data, where)  # that it is one
-        own = hugging_face.named_by_template(data)
-        return hugging_face.HuggingFaceTokenizer(data, where, _named(beside, own), {JSON: data, **beside})
-    files = {VOCAB: data, **beside}
-    data = hugging_face.wordpiece_json(data, tree_of(beside, CONFIG), where)
-    return hugging_face.HuggingFaceTokenizer(data, where, _named(beside, hugging_face.named_by_template(data)), files)
+    files = {JSON if path.suffix == ".json" else VOCAB: data, **beside}
+    if path.suffix == ".txt":
+        data = wordpiece_json(data, tree_of(beside, CONFIG), where)
+    return HuggingFaceTokenizer(data, where, _named(beside), files)
 
 
 def _trees(folder: Path) -> dict[str, bytes]:
     return {name: _read(folder / name, str(folder / name)) for name in (CONFIG, SPECIAL_MAP) if (folder / name).is_file()}
 
 
-def _named(beside: Mapping[str, bytes], own: Mapping[str, str]) -> dict[str, str]:
+def _named(beside: Mapping[str, bytes]) -> dict[str, str]:
     from megapd.tokenization.hugging_face import named_in
 
-    return {**own, **named_in(*(tree_of(beside, name) for name in (SPECIAL_MAP, CONFIG)))}
+    return named_in(*(tree_of(beside, name) for name in (SPECIAL_MAP, CONFIG)))
 
 
 def tree_of(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
@@ -108,5 +103,4 @@ def _read(path: Path, where: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        told = where if str(path) in where else f"{where}: {path}"
-        raise UserError(f"{told}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{where}: cannot be read: {error.strerror}") from error

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,6 @@ ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 _BERT = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
 _WORD_CHARS = 100  # BERT's: longer words are unknown
 
-log = logging.getLogger(__name__)
-
 
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer that the tokenizers library reads.
@@ -32,16 +31,19 @@ class HuggingFaceTokenizer(Tokenizer):
     """
 
     def __init__(self, data: bytes, where: str, named: Mapping[str, str], files: Mapping[str, bytes]) -> None:
-        """data: the content of a tokenizer.json. Raises UserError that names `where` for anything else."""
-        self._tokenizer = _parsed(data, where)
+        """data: the content of a tokenizer.json; named: the roles that files beside it give, over those that its special tokens
+        tell by their names. Raises UserError that names `where` for anything else."""
+        with _reading(where):
+            self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
         own = self._tokenizer
         self.digest, self.files = canonical_digest(data, where), files
         table: dict[str, int] = own.get_vocab(with_added_tokens=True)
         self.size = max(table.values(), default=-1) + 1
+        added = {token.content: token.special for token in own.get_added_tokens_decoder().values()}
+        marked = {token for token, special in added.items() if special}
+        named = {**_named_by_content(marked), **named}
         self.named = {role: token for role, token in named.items() if role in ROLES and token in table}
-        added = own.get_added_tokens_decoder()
-        marked = {token.content for token in added.values() if token.special}
-        if missing := sorted({token for token in self.named.values() if token in {t.content for t in added.values()}} - marked):
+        if missing := sorted((added.keys() - marked).intersection(self.named.values())):
             own.add_special_tokens(missing)
         own.no_padding()
         own.no_truncation()
@@ -101,10 +103,14 @@ def wordpiece_json(vocabulary: bytes, config: Mapping[str, Any], where: str) -> 
     own.add_special_tokens([token for token in named.values() if token in table])
     ends = [(named[role], table[named[role]]) for role in ("cls_token", "sep_token") if named[role] in table]
     if len(ends) == 2:
-        (opener, _), (separator, _) = ends
-        pair = f"{opener} $A {separator} $B:1 {separator}:1"
-        own.post_processor = processors.TemplateProcessing(f"{opener} $A {separator}", pair, ends)
+        own.post_processor = bert_template(ends)
     return bytes(own.to_str().encode())
+
+
+def bert_template(ends: list[tuple[str, int]]) -> Any:
+    """[CLS] text [SEP], and of two texts [CLS] a [SEP] b [SEP], as a post-processor; ends: both tokens with their ids."""
+    (opener, _), (separator, _) = ends
+    return processors.TemplateProcessing(f"{opener} $A {separator}", f"{opener} $A {separator} $B:1 {separator}:1", ends)
 
 
 def named_in(*trees: Mapping[str, Any]) -> dict[str, str]:
@@ -119,12 +125,10 @@ def named_in(*trees: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def named_by_template(data: bytes) -> dict[str, str]:
-    """The roles that a tokenizer.json alone tells: by BERT's template, or by names that no other token has."""
-    tree = json.loads(data)
-    contents = {token["content"] for token in tree.get("added_tokens") or () if token.get("special")}
+def _named_by_content(contents: Collection[str]) -> dict[str, str]:
+    """The roles that special tokens tell alone: those of BERT, or by names of which there is one."""
     found = {role: token for role, token in _BERT.items() if token in contents}
-    names: dict[str, Iterable[str]] = {
+    names: dict[str, tuple[str, ...]] = {
         "eos_token": ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>"),
         "bos_token": ("<s>", "<|begin_of_text|>", "<bos>"),
         "pad_token": ("<pad>", "<|padding|>", "<|pad|>"),
@@ -145,23 +149,17 @@ def canonical_digest(data: bytes, where: str) -> str:
     The library reads the file first, so that its older spellings (merges as strings) are today's; what is false, empty or null
     is left out, for versions of the library differ in which defaults they write.
     """
-    key = hashlib.sha256(data).hexdigest()
-    if key not in _digests:
-        tree = json.loads(_parsed(data, where).to_str())
-        kept = {name: tree.get(name) for name in ("normalizer", "pre_tokenizer", "model")}
-        kept["added_tokens"] = sorted(tree.get("added_tokens") or (), key=lambda token: int(token["id"]))
-        _keep(_digests, key, hashlib.sha256(_compact(_bare(kept)).encode()).hexdigest())
-    return _digests[key]
+    with _reading(where):
+        return _canonical_digest(data)
 
 
-_digests: dict[str, str] = {}  # sha256 of a file -> digest: a trajectory has the same tokenizer at each of its steps
-_KEPT = 64
-
-
-def _keep(index: dict[str, str], key: str, value: str) -> None:
-    while len(index) >= _KEPT:
-        index.pop(next(iter(index)))
-    index[key] = value
+@lru_cache(maxsize=4)  # a trajectory has the same tokenizer at each of its steps
+def _canonical_digest(data: bytes) -> str:
+    tree = json.loads(tokenizers.Tokenizer.from_str(data.decode("utf-8")).to_str())
+    kept = {name: tree.get(name) for name in ("normalizer", "pre_tokenizer", "model")}
+    kept["added_tokens"] = sorted(tree.get("added_tokens") or (), key=lambda token: int(token["id"]))
+    compact = json.dumps(_bare(kept), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(compact.encode()).hexdigest()
 
 
 def _bare(tree: Any) -> Any:
@@ -172,12 +170,9 @@ def _bare(tree: Any) -> Any:
     return [_bare(value) for value in tree] if isinstance(tree, list) else tree
 
 
-def _compact(tree: Any) -> str:
-    return json.dumps(tree, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-
-
-def _parsed(data: bytes, where: str) -> Any:
+@contextmanager
+def _reading(where: str) -> Iterator[None]:
     try:
-        return tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+        yield
     except Exception as error:  # the library raises Exception itself
         raise UserError(f"{where}: not a tokenizer.json that tokenizers reads: {' '.join(str(error).split())[:200]}") from error

@@ -10,10 +10,8 @@ import sentencepiece
 from numpy.typing import NDArray
 
 from megapd.errors import UserError
-from megapd.tokenization.base import Tokenizer
+from megapd.tokenization.base import MODEL, Tokenizer
 from megapd.tokenization.gigatoken import Encoder
-
-MODEL = "tokenizer.model"
 
 
 class SentencePieceTokenizer(Tokenizer):
