@@ -13,7 +13,8 @@ from megapd.batch import Batch
 from megapd.config import ModelConfig
 from megapd.errors import UserError
 from megapd.models.build import build_model
-from megapd.models.hub.teaching import OwnArchitecture, own_architecture, read_own
+from megapd.models.hub.folder import OwnArchitecture
+from megapd.models.hub.teaching import own_architecture, read_own
 from megapd.models.pretrained import Pretrained, build_pretrained, check_head, logit_form, max_length, read_pretrained
 from megapd.models.sharding import allocate
 from megapd.rng import Stream, integers

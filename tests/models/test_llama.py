@@ -140,6 +140,7 @@ def test_norm_eps_that_config_json_leaves_out(tmp_path):
         ("gpt_neox", {"hidden_act": "gelu_fast"}, "hidden_act 'gelu_fast' is not supported"),
         ("llama", {"num_key_value_heads": 3}, "kv_heads"),
         ("llama", {"num_hidden_layers": 3}, "tensors are missing"),
+        ("llama", {"max_position_embeddings": None}, "max_position_embeddings is missing"),
         ("llama", {"intermediate_size": 41}, "has shape"),
     ],
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -43,63 +43,73 @@ def load_hugging_face(folder: str | Path, options: LossOptions | None = None) ->
     Raises UserError for missing or damaged files, another architecture, and options that megapd's models do not have.
     """
     folder = Path(folder)
-    layout, section, vocab_size = described(read_json(folder / "config.json"), folder / "config.json")
-    length = getattr(section, "max_length", None)
-    assert isinstance(length, int)
-    sizes = {"vocab_size": vocab_size, "classes": vocab_size, "length": length}
-    learner = build_model(section, **sizes, options=options or LossOptions(), seed=0)
-    _fill(learner, section, layout, folder)
-    return section, learner
+    own = described(read_json(folder / "config.json"), folder / "config.json")
+    learner = build_model(own.section, **own.sizes, options=options or LossOptions(), seed=0)
+    _fill(learner, own, folder)
+    return own.section, learner
 
 
-def described(settings: Mapping[str, Any], path: Path) -> tuple[Layout, ModelConfig, int]:
-    """(layout, our configuration, vocab_size) of the model that a config.json describes. UserError if it is none of ours."""
+class OwnArchitecture(NamedTuple):
+    """How a published model is one of megapd's: layout of its files, configuration, and sizes as build_model takes them."""
+
+    layout: Layout
+    section: ModelConfig
+    sizes: dict[str, int]
+
+    @property
+    def tied(self) -> bool:
+        return bool(getattr(self.section, "tied", False))
+
+
+def described(settings: Mapping[str, Any], path: Path) -> OwnArchitecture:
+    """The model that a config.json describes. Raises UserError if it is none of ours."""
     layout = next((layout for layout in LAYOUTS if layout.model_type == settings.get("model_type")), None)
     if layout is None:
         known = ", ".join(layout.model_type for layout in LAYOUTS)
         raise UserError(f"{path}: model_type {settings.get('model_type')!r} is not supported; use one of {known}")
     layout.check_options(settings, path)
-    return layout, *_section(layout, settings, path)
-
-
-def _section(layout: Layout, settings: Mapping[str, Any], path: Path) -> tuple[ModelConfig, int]:
     if "vocab_size" not in settings:
         raise UserError(f"{path}: vocab_size is missing; save the model again with save_pretrained")
     vocab_size = settings["vocab_size"]
     if not isinstance(vocab_size, int) or vocab_size < 1:
         raise UserError(f"{path}: vocab_size must be a positive integer, got {vocab_size!r}")
     try:
-        return layout.section(settings, path), vocab_size
+        section = layout.section(settings, path)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: {'.'.join(map(str, first['loc'])) or 'sizes'}: {first['msg']}") from error
+    length = getattr(section, "max_length", None)
+    if length is None:
+        raise UserError(f"{path}: max_position_embeddings is missing; save the model again with save_pretrained")
+    return OwnArchitecture(layout, section, {"vocab_size": vocab_size, "classes": vocab_size, "length": length})
 
 
 @torch.no_grad()
-def _fill(learner: Learner, section: ModelConfig, layout: Layout, folder: Path) -> None:
+def _fill(learner: Learner, architecture: OwnArchitecture, folder: Path) -> None:
     """Copy the folder's tensors over the learner's; each of ours must come, and each of theirs have its place."""
     parameters = dict(learner.named_parameters())
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     twice: dict[str, Tensor] = {}
-    for link, source in linked(layout, section, folder, shapes, twice):
+    for link, source in linked(architecture, folder, shapes, twice):
         tensor = take(source, None)
         link.own(parameters).copy_(tensor if link.pick is None else link.pick(tensor))
-    if getattr(section, "tied", False):
+    if architecture.tied:
         _check_tied(learner, twice, folder)
 
 
 def linked(
-    layout: Layout, section: ModelConfig, folder: Path, shapes: Mapping[str, tuple[int, ...]], twice: dict[str, Tensor]
+    architecture: OwnArchitecture, folder: Path, shapes: Mapping[str, tuple[int, ...]], twice: dict[str, Tensor] | None = None
 ) -> Iterator[tuple[Link, Any]]:
     """Each link of a model with what the folder's files hold for it: a tensor, or a slice of an open file (see slices.take).
 
     shapes: of our parameters. twice: filled with the head's tensors of a tied model, where the files hold them as well as what
-    they are tied to. Raises UserError for a tensor without a place, of another shape, or missing; that after the last.
+    they are tied to; None: they are not read. Raises UserError for a tensor without a place, of another shape, or missing; that
+    after the last.
     """
-    tied = bool(getattr(section, "tied", False))
+    layout = architecture.layout
     empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     links: dict[str, list[Link]] = {}
-    for link in layout.links(section):
+    for link in layout.links(architecture.section):
         links.setdefault(link.theirs, []).append(link)
     missing = set(links)
     bias: Any = None
@@ -107,8 +117,9 @@ def linked(
         name = layout.canonical(stored)
         if name is None:
             continue
-        if name in HEAD and tied:
-            twice[name] = take(source, None)
+        if name in HEAD and architecture.tied:
+            if twice is not None:
+                twice[name] = take(source, None)
             continue
         if name not in links:
             raise UserError(f"{path}: tensor {stored} has no place in megapd's {layout.kind}; is config.json this model's?")
