@@ -34,6 +34,8 @@ _DISK_ERRORS |= {errno.EACCES: _FORBIDDEN, errno.EPERM: _FORBIDDEN}
 _TORCH = re.compile(r"inline_container|iostream error|Parent directory .* does not exist")  # its RuntimeErrors of a file
 _UNCLEAR = (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO)  # what a disk that fails says
 
+CACHE = "XDG_CACHE_HOME"
+
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
@@ -237,6 +239,11 @@ def parse_finite(text: bytes | str) -> Any:
         return json.loads(text, parse_constant=number, parse_float=number)
     except RecursionError as error:
         raise ValueError("nested too deep") from error
+
+
+def machine_cache(kind: str) -> Path:
+    """Where what this machine found out of `kind` is kept: XDG_CACHE_HOME/megapd/KIND, by default beneath ~/.cache."""
+    return Path(os.environ.get(CACHE) or Path.home() / ".cache") / "megapd" / kind
 
 
 def sha256_file(path: Path) -> str:

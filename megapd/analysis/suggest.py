@@ -18,6 +18,7 @@ from megapd.errors import UserError
 from megapd.schedule.transition import Found, all_metrics, find_transition
 from megapd.trajectory import Checkpoints, Trajectory
 from megapd.trajectory.hugging_face import HuggingFaceTrajectory, is_hugging_face
+from megapd.trajectory.opening import open_checkpoints
 
 AROUND = 8  # checkpoints shown on either side of the drop
 LISTED = ("eval/loss", "eval/accuracy", "train/loss")
@@ -25,19 +26,10 @@ TICKS = 7  # labels of the axis of steps
 
 
 def open_source(source: str, steps: tuple[int, ...] = ()) -> Trajectory | HuggingFaceTrajectory:
-    """The trajectory that `source` names, as teacher.trajectory does, or as the folder of a run. UserError if there is none.
-
-    steps: of a published one, those that there are; empty: all that are found.
-    """
-    folder = Path(source)
-    if is_hugging_face(source) and not (folder / "trajectory").is_dir():
-        return HuggingFaceTrajectory(source, steps)
-    if steps:
-        raise UserError(f"--steps: {source} is megapd's own trajectory, which knows its steps; leave them out")
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name a trajectory's, runs/NAME/trajectory, or the run's")
-    within = folder / "trajectory"
-    return Trajectory(within if within.is_dir() else folder)
+    """`open_checkpoints`, with what may be named where there is nothing."""
+    if not is_hugging_face(source) and not Path(source).is_dir():
+        raise UserError(f"{source}: no such folder; name a trajectory's, runs/NAME/trajectory, or the run's")
+    return open_checkpoints(source, steps)
 
 
 def suggest(
@@ -51,7 +43,7 @@ def suggest(
     find_transition does.
     """
     settings: dict[str, Any] = {"steps": 1}  # T changes nothing in the choice
-    losses: dict[int, float] = {}
+    probed: dict[int, dict[str, float]] = {}
     if probe_samples and source.is_dir():
         raise UserError(f"--probe: it needs held-out samples; give the YAML file of a student instead of {source}")
     if source.is_dir():
@@ -71,7 +63,7 @@ def suggest(
         opened = open_trajectory(config)
         if probe_samples:
             probe = TaskProbe(config, probe_samples)
-            losses = {step: probe(opened, opened.checkpoint(step)) for step in opened.steps if step > 0}
+            probed = {step: {"eval/loss": probe(opened, opened.checkpoint(step))} for step in opened.steps if step > 0}
         elif isinstance(opened, HuggingFaceTrajectory):
             fix = "give --probe SAMPLES, or name checkpoints with schedule.policy explicit"
             raise UserError(f"teacher.trajectory: checkpoints of transformers carry no metrics to find a transition in; {fix}")
@@ -83,8 +75,7 @@ def suggest(
         schedule = TransitionConfig(**settings)
     except ValidationError as error:
         raise UserError(f"--{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from error
-    known = {step: {"eval/loss": loss} for step, loss in losses.items()}
-    metrics = all_metrics(opened.steps, lambda step: known.get(step) or opened.checkpoint(step).metrics)
+    metrics = all_metrics(opened.steps, lambda step: probed.get(step) or opened.checkpoint(step).metrics)
     if not metrics:
         raise UserError(f"{source}: the trajectory holds no checkpoint after step 0; train the teacher further")
     return find_transition(schedule, metrics), folder / "plots" / "transition.png"

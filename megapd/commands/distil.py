@@ -20,10 +20,9 @@ from megapd.commands.train import train_command
 from megapd.config import Config, ModelConfig, flatten, load, parse_overrides
 from megapd.errors import UserError
 from megapd.files import write_atomic
-from megapd.models import HUGGING_FACE, checkpoint_shape
-from megapd.models.hub.teaching import own_architecture
+from megapd.models import HUGGING_FACE, checkpoint_shape, model_section
 from megapd.schedule.resolve import resolve_plan
-from megapd.tasks import build_task
+from megapd.tasks import Task, build_task
 from megapd.teacher.locate import open_trajectory
 from megapd.teacher.setup import describe_signal, signal_spec
 from megapd.training.export import export
@@ -53,10 +52,11 @@ def distil(overrides: list[str], teacher: str, *, steps: tuple[int, ...], studen
     print((output / YAML).read_text(), flush=True)
     _verify(trajectory, chosen, output)
     prepare_corpus(with_tokenizer_of(config, ""))
-    held = build_task(config).heldout_samples
+    task = build_task(config)
+    held = task.heldout_samples
     if "samples" not in config.evaluation.model_fields_set and held < config.evaluation.samples:
         config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"samples": held})})
-    _show(config)
+    _show(config, task)
     train_command(config, allow_change=[], take_over=False)
     model = output / "model"
     if model.exists():
@@ -72,8 +72,9 @@ def _chosen(steps: Sequence[int]) -> tuple[int, ...]:
     trained = [step for step in steps if step > 0] or list(steps)
     if len(trained) <= TEACHERS:
         return tuple(trained)
-    wanted = torch.logspace(0, 1, TEACHERS, base=trained[-1] / trained[0], dtype=torch.float64) * trained[0]
-    return tuple(sorted({min(trained, key=lambda step: abs(step - float(target))) for target in wanted}))
+    ratio = trained[-1] / trained[0]
+    wanted = [trained[0] * ratio ** (number / (TEACHERS - 1)) for number in range(TEACHERS)]
+    return tuple(sorted({min(trained, key=lambda step: abs(step - target)) for target in wanted}))
 
 
 def _tree(
@@ -127,22 +128,19 @@ def _student(first: Checkpoint, size: str) -> tuple[bool, dict[str, Any]]:
         known = ", ".join(f"{name} ({'x'.join(map(str, sizes))})" for name, sizes in SIZES.items())
         raise UserError(f"--student: {size!r} is no size; choose {known}, or LAYERSxHEADSxHIDDEN")
     sizes = {"layers": layers, "heads": heads, "hidden": hidden}
-    if HUGGING_FACE not in first.config:
-        described = dict(first.config["model"])
-        return described["kind"] != "bert", {"kind": described["kind"], **sizes}
-    config_json = first.config[HUGGING_FACE]
-    own = own_architecture(config_json, first.path / "config.json")
-    if own is None:
-        causal = not any("MaskedLM" in str(name) for name in config_json.get("architectures") or ())
-        return causal, {"kind": "llama" if causal else "modernbert", **sizes}
-    return bool(own.section.causal), {**_architecture(own.section), **sizes}
+    section = model_section(first)
+    if section is not None:
+        return bool(section.causal), {**_architecture(section), **sizes}
+    causal = not any("MaskedLM" in str(name) for name in first.config[HUGGING_FACE].get("architectures") or ())
+    return causal, {"kind": "llama" if causal else "modernbert", **sizes}
 
 
 def _architecture(section: ModelConfig) -> dict[str, Any]:
-    """The settings that make a family's member what it is, without its sizes."""
-    sized = {"layers", "heads", "hidden", "ffn", "kv_heads", "head_size", "max_length"}
+    """The settings that make a family's member what it is, without its sizes, and how the teacher was trained."""
+    others = {"layers", "heads", "hidden", "ffn", "kv_heads", "head_size", "max_length"}
+    others |= {"initial", "activation_checkpointing", "compile"}
     default = type(section).model_construct(kind=section.kind).model_dump()
-    return {k: v for k, v in section.model_dump().items() if k == "kind" or (k not in sized and v != default.get(k))}
+    return {k: v for k, v in section.model_dump().items() if k == "kind" or (k not in others and v != default.get(k))}
 
 
 def _source(name: str) -> dict[str, Any]:
@@ -192,12 +190,11 @@ def _verify(trajectory: Any, chosen: Sequence[int], output: Path) -> None:
     print(f"{len(digests)} checkpoints verified")
 
 
-def _show(config: Config) -> None:
+def _show(config: Config, task: Task) -> None:
     """The schedule, and what the signals cost by kind."""
     trajectory = open_trajectory(config)
     plan = resolve_plan(config, trajectory)
     checkpoint = trajectory.checkpoint(plan.checkpoint_at(0))
-    task = build_task(config)
     spec = signal_spec(config, task, plan, checkpoint)
     print(describe_plan(plan))
     print(describe_signal(task, spec, checkpoint_shape(checkpoint)), flush=True)

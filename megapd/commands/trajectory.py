@@ -12,6 +12,7 @@ from megapd.interrupts import until_signalled
 from megapd.scheduler.client.http import Refusal
 from megapd.scheduler.local import open_api
 from megapd.scheduler.registry import import_trajectory, verify_trajectory, watch_trajectory
+from megapd.trajectory.hugging_face import is_hugging_face
 
 RETRY_SECONDS = 60.0  # an import outlives a service that starts again
 
@@ -44,7 +45,8 @@ def import_checkpoints(
             with until_signalled() as stop:
                 watch_trajectory(api, source, stop, name=name, probe=probe, told=told)
             return 0
-        steps = steps or (config.teacher.steps if config.teacher is not None else ())
+        if not steps and config.teacher is not None and is_hugging_face(source):
+            steps = config.teacher.steps
         done = import_trajectory(api, source, steps=steps, name=name, probe=probe)
     print(f"{done.digest}  {len(done.added)} checkpoints added, {len(done.known)} known")
     return 0

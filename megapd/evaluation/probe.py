@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,12 @@ from torch.nn.functional import cross_entropy
 
 from megapd.config import Config, public_tree
 from megapd.errors import UserError
-from megapd.files import write_atomic
+from megapd.files import machine_cache, write_atomic
 from megapd.models import checkpoint_shape, load_teacher
 from megapd.tasks import build_task
 from megapd.trajectory import Checkpoint
 
 SAMPLES = 16  # a forward pass
-CACHE = "XDG_CACHE_HOME"
 
 
 class TaskProbe:
@@ -54,8 +52,7 @@ class TaskProbe:
 
     def _file(self, checkpoint: Checkpoint) -> Path:
         key = " ".join([checkpoint.digest, self._task.data_digest, self._settings, str(self._samples)])
-        folder = Path(os.environ.get(CACHE) or Path.home() / ".cache") / "megapd" / "probes"
-        return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+        return machine_cache("probes") / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
     @torch.no_grad()
     def _measured(self, trajectory: Any, checkpoint: Checkpoint) -> float:

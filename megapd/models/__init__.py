@@ -13,6 +13,7 @@ from megapd.models.from_checkpoint import canary as canary
 from megapd.models.from_checkpoint import check_architecture as check_architecture
 from megapd.models.from_checkpoint import checkpoint_shape as checkpoint_shape
 from megapd.models.from_checkpoint import load_teacher as load_teacher
+from megapd.models.from_checkpoint import model_section as model_section
 from megapd.models.from_checkpoint import read_parts as read_parts
 from megapd.models.from_checkpoint import teacher_logit_form as teacher_logit_form
 from megapd.models.hub import load_hugging_face as load_hugging_face

@@ -48,6 +48,14 @@ def checkpoint_shape(checkpoint: Checkpoint) -> Shape:
     return Shape(shapes["classes"], model.head_width, shapes["vocab_size"], shapes["length"])
 
 
+def model_section(checkpoint: Checkpoint) -> ModelConfig | None:
+    """megapd's configuration of the checkpoint's model; None: an architecture that only transformers has."""
+    if HUGGING_FACE not in checkpoint.config:
+        return _described(checkpoint)[0]
+    own = _own(checkpoint)
+    return None if own is None else own.section
+
+
 def teacher_logit_form(checkpoint: Checkpoint) -> tuple[float, float | None]:
     """(scale, soft cap) of the logits that its head gives, which the student's loss applies: see LossOptions."""
     if HUGGING_FACE not in checkpoint.config or _own(checkpoint) is not None:

@@ -12,8 +12,9 @@ from megapd.tokenization import Roles, Tokenizer, open_tokenizer
 
 
 class CorpusVocabulary(NamedTuple):
-    """A corpus' tokenizer, the ids of its roles there, and the corpus' style, bert or gpt."""
+    """A corpus' folder, its tokenizer, the ids of its roles there, and the corpus' style, bert or gpt."""
 
+    folder: Path
     tokenizer: Tokenizer
     roles: Roles
     style: str
@@ -27,6 +28,5 @@ def corpus_vocabulary(config: Config, setting: str) -> CorpusVocabulary:
     meta = read_meta(folder)
     separator, *others = (token_roles(meta)[role] for role in Roles._fields)
     assert separator is not None
-    return CorpusVocabulary(
-        open_tokenizer(str(folder), "task.corpus"), Roles(separator, *others), str(meta["tokenizer"]["style"])
-    )
+    tokenizer = open_tokenizer(str(folder), "task.corpus")
+    return CorpusVocabulary(folder, tokenizer, Roles(separator, *others), str(meta["tokenizer"]["style"]))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megapd.config import Config, public_tree
-from megapd.evaluation import held_out, open_downstream
+from megapd.evaluation import DownstreamTask, held_out
 from megapd.tasks import Task
 from megapd.training.export import export
 from megapd.training.run import Callback, Run, StepResult, due
@@ -29,8 +30,8 @@ class Guard(Callback):
 class Evaluation(Callback):
     """Held-out loss and accuracy and downstream tasks, each evaluation.every steps and at the end."""
 
-    def start(self, run: Run) -> None:
-        self._tasks = open_downstream(run.config, run.task)
+    def __init__(self, tasks: Sequence[DownstreamTask] = ()) -> None:
+        self._tasks = tasks
 
     def after_step(self, run: Run, result: StepResult) -> None:
         settings = run.config.evaluation

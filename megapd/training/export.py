@@ -15,7 +15,6 @@ from torch import Tensor
 from megapd import __version__
 from megapd.config import Config, TextConfig
 from megapd.errors import UserError
-from megapd.files import check_run
 from megapd.models import build_model, copy_weights, parameter_count, save_hugging_face
 from megapd.signals import DTYPES
 from megapd.tasks import Task, build_task
@@ -23,9 +22,9 @@ from megapd.tasks.blocks import Split, read_meta
 from megapd.tasks.tokenizer import corpus_vocabulary
 from megapd.tokenization import Tokenizer
 from megapd.tokenization.export import same_ids, special_ids, transformers_files
-from megapd.training.folder import METRICS, check_config, numbers, read_record, recorded
+from megapd.training.folder import METRICS, RunRecord, check_weights, numbers, recorded
 from megapd.training.state import StateReader, holds_state
-from megapd.trajectory import Trajectory, named_runs
+from megapd.trajectory import Trajectory
 from megapd_kernels import LossOptions
 
 CHECKED_BLOCKS = 64  # held-out blocks whose text the exported tokenizer has to encode as the corpus' own does
@@ -50,19 +49,20 @@ def export(
     bf16 or fp16; None: that of the weights. Raises UserError where there is no such step, the corpus is not here or another one
     now, or the model has no layout in transformers.
     """
-    check_config(config.folder)
+    record = check_weights(config.folder)
     task = build_task(config)
-    found, source, weights = _weights(config, task, step)
+    if record is not None and record.digests.get("vocabulary", task.vocabulary_digest) != task.vocabulary_digest:
+        raise UserError(f"task.corpus: {config.folder} learnt another vocabulary than the corpus has now; restore the corpus")
+    found, source, weights = _weights(config.folder, step)
     sizes = {"vocab_size": task.vocab_size, "classes": task.classes, "length": task.length}
     learner = build_model(config.model, **sizes, options=LossOptions(), seed=0)
     copy_weights(learner, weights, source)
     learner.to(DTYPES[dtype] if dtype is not None else next(iter(weights.values())).dtype)
-    card = _card(config, task, found, parameter_count(learner)[0])
+    card = _card(config, task, record, found, parameter_count(learner)[0])
     beside: dict[str, bytes] = {"README.md": card.encode()}
     ids: dict[str, int] = {}
     if isinstance(config.task, TextConfig):
-        folder = config.task.corpus or config.corpus.output
-        tokenizer, roles, style = corpus_vocabulary(config, "task.corpus")
+        folder, tokenizer, roles, style = corpus_vocabulary(config, "task.corpus")
         files = transformers_files(tokenizer, roles, style, task.length)
         _check_ids(files, tokenizer, folder)
         ids = special_ids(tokenizer, roles, style)
@@ -73,14 +73,8 @@ def export(
     return Exported(found, source, output)
 
 
-def _weights(config: Config, task: Task, step: int | None) -> tuple[int, Path, Mapping[str, Tensor]]:
+def _weights(folder: Path, step: int | None) -> tuple[int, Path, Mapping[str, Tensor]]:
     """(step, where they are, the weights) of the step that is asked for."""
-    folder, record = config.folder, read_record(config.folder)
-    if record is not None:
-        for path, named in named_runs(folder / "trajectory"):
-            check_run(path, named, record.id)
-        if record.digests.get("vocabulary", task.vocabulary_digest) != task.vocabulary_digest:
-            raise UserError(f"task.corpus: {folder} learnt another vocabulary than the corpus has now; restore the corpus")
     trajectory = Trajectory(folder / "trajectory", must_exist=False)
     states = {int(p.name.removeprefix("step_")): p for p in (folder / "checkpoints").glob("step_*") if holds_state(p)}
     steps = sorted({*trajectory.steps, *states})
@@ -105,9 +99,8 @@ def _check_ids(files: Mapping[str, bytes], tokenizer: Tokenizer, folder: Path) -
         log.warning("%s; tokenizer.model beside it is exact", what)
 
 
-def _card(config: Config, task: Task, step: int, parameters: int) -> str:
+def _card(config: Config, task: Task, record: RunRecord | None, step: int, parameters: int) -> str:
     """README.md in the form of the hub's model cards."""
-    record = read_record(config.folder)
     causal = config.model.causal
     lines = ["---", "library_name: transformers", f"pipeline_tag: {'text-generation' if causal else 'fill-mask'}"]
     lines += ["tags: [megapd, progressive-distillation]", "---", "", f"# {config.name}", ""]

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from megapd import registry
 from megapd.config import Config
 from megapd.errors import UserError
-from megapd.evaluation import check_samples, open_downstream
+from megapd.evaluation import DownstreamTask, check_samples, open_downstream
 from megapd.models import Learner, build_model, parameter_count, start_from, teacher_logit_form
 from megapd.schedule.plan import Plan
 from megapd.schedule.resolve import resolve_plan
@@ -66,7 +66,7 @@ def start(
     """
     task = build_task(config)
     check_samples(task, config.evaluation.samples)
-    open_downstream(config, task)  # a file that holds no questions shows before the run begins
+    downstream = open_downstream(config, task)
     curriculum = None
     if config.teacher is not None:
         trajectory = open_trajectory(config)
@@ -74,7 +74,7 @@ def start(
         check_teachers(config, task, trajectory, plan)
         curriculum = trajectory, plan
     named = [make() for make in _registered(registry.callbacks, config.training.callbacks, "training.callbacks")]
-    whole = order(config, [*named, *callbacks])
+    whole = order(config, [*named, *callbacks], downstream)
     with ExitStack() as opened:
         for callback in whole:
             opened.callback(callback.close)
@@ -124,7 +124,7 @@ def _has_weights(folder: Path) -> bool:
     return record is not None and record.saved >= 0
 
 
-def order(config: Config, added: Sequence[Callback]) -> list[Callback]:
+def order(config: Config, added: Sequence[Callback], downstream: Sequence[DownstreamTask] = ()) -> list[Callback]:
     """All callbacks of a run, in the order in which they are called.
 
     The guard of the folder; the meter, whose numbers the others see; those that were added, in their order; then what acts on the
@@ -134,7 +134,7 @@ def order(config: Config, added: Sequence[Callback]) -> list[Callback]:
     if twice := [name for name, count in Counter(callback.name for callback in added).items() if count > 1]:
         raise UserError(f"training.callbacks: two are called {twice[0]!r}; give one another name, the key of its state")
     trackers = _registered(registry.trackers, config.telemetry.trackers, "telemetry.trackers")
-    return [Guard(), Meter(), *added, Telemetry(trackers), Evaluation(), TrajectoryWriter(), Checkpointer()]
+    return [Guard(), Meter(), *added, Telemetry(trackers), Evaluation(downstream), TrajectoryWriter(), Checkpointer()]
 
 
 def _registered(entries: registry.Registry[Entry], names: Sequence[str], setting: str) -> list[Entry]:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import threading
 import time
 from collections import defaultdict
@@ -33,12 +32,11 @@ import numpy as np
 import xxhash
 
 from megapd.errors import DiskFailed, UserError
-from megapd.files import write_atomic
+from megapd.files import CACHE, machine_cache, write_atomic
 from megapd.trajectory.pickles import load_pickle
 
 log = logging.getLogger(__name__)
 
-CACHE = "XDG_CACHE_HOME"
 FORMAT = "megapd-digests/1"
 CHUNK_BYTES = 1 << 20  # a whole number of values of every type
 RACE_SECONDS = 2.0
@@ -173,8 +171,7 @@ def _pickled(path: Path) -> tuple[dict[str, str], tuple[str, ...]]:
 
 
 def _index_file(real: Path) -> Path:
-    folder = Path(os.environ.get(CACHE) or Path.home() / ".cache") / "megapd"
-    return folder / "digests" / f"{hashlib.sha256(str(real).encode()).hexdigest()[:32]}.json"
+    return machine_cache("digests") / f"{hashlib.sha256(str(real).encode()).hexdigest()[:32]}.json"
 
 
 def _from_index(entry: Path, real: Path, state: list[int]) -> FileDigests | None:

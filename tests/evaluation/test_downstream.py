@@ -103,7 +103,7 @@ def setup(request, tmp_path_factory):
 
 def by_hand(config, learner, length, context, continuation):
     """The log-likelihood of one option, alone and unpadded."""
-    own, roles, style = corpus_vocabulary(config, "x")
+    _, own, roles, style = corpus_vocabulary(config, "x")
     if style == "gpt":  # a blank between the two is the continuation's
         context, continuation = context.rstrip(), context[len(context.rstrip()) :] + continuation
     whole, before = own.encode([context + continuation])[0].tolist(), len(own.encode([context])[0])

@@ -301,3 +301,21 @@ def test_like_a_run_of_megapds_own(made, tmp_path, capsys):
     assert "--like: name a teacher, or set teacher.trajectory" in capsys.readouterr().err
     assert main(["prepare", "--like", str(folder / "out"), *base, "--corpus.tokenizer.model=other.json"]) == 2
     assert "corpus.tokenizer.model: other.json, but --like would take" in capsys.readouterr().err
+
+
+def test_the_student_is_of_its_teachers_family(made):
+    """Of megapd's own trajectory, too: masked or causal by what the family is, with its options and without its sizes."""
+    from megapd.commands.distil import _student
+    from megapd.trajectory import Trajectory
+
+    family, folder = made
+    trajectory = Trajectory(folder / "runs/student/trajectory")
+    causal, section = _student(trajectory.checkpoint(6), "1x2x16")
+    assert causal == (STYLES[family] == "gpt")
+    options = {
+        "pythia": {"kind": "gpt"},
+        "olmo": {"kind": "llama", "qk_norm": "whole", "norm_place": "after"},
+        "llama": {"kind": "llama", "tied": True},
+        "bert": {"kind": "modernbert", "local_window": 8},
+    }
+    assert section == {**options[family], "layers": 1, "heads": 2, "hidden": 16}

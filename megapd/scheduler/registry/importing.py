@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from megapd.errors import UserError
 from megapd.scheduler.client.http import Api
 from megapd.scheduler.registry.rules import Flags, judge
-from megapd.trajectory import Checkpoint, Checkpoints, Trajectory
+from megapd.trajectory import Checkpoint, Checkpoints
 from megapd.trajectory.digests import safetensors_header
-from megapd.trajectory.hugging_face import HuggingFaceTrajectory, is_hugging_face
+from megapd.trajectory.opening import open_checkpoints
 
 HASH_BYTES = 1 << 20  # at once
 
@@ -33,14 +33,6 @@ class Imported(NamedTuple):
     known: tuple[int, ...]
 
 
-def open_files(source: str, steps: tuple[int, ...] = (), *, must_exist: bool = True) -> Checkpoints:
-    """Those that a folder (a trajectory's or its run's), a pattern or hf:REPO stands for. UserError if there are none."""
-    if is_hugging_face(source):
-        return HuggingFaceTrajectory(source, steps)
-    folder = Path(source)
-    return Trajectory(folder / "trajectory" if (folder / "trajectory").is_dir() else folder, must_exist=must_exist)
-
-
 def import_trajectory(
     api: Api, source: str, *, steps: tuple[int, ...] = (), name: str | None = None, probe: Probe | None = None
 ) -> Imported:
@@ -49,7 +41,7 @@ def import_trajectory(
     The files' sha256 are those that the checkpoint's writer recorded, or, of published ones, those that they have now; `verify`
     compares them. Raises UserError, naming the step, where a checkpoint that is registered has become another one.
     """
-    files = open_files(source, steps)
+    files = open_checkpoints(source, steps)
     if not files.steps:
         raise UserError(f"{source}: no complete checkpoint")
     digest = _add_trajectory(api, files, source, name)
@@ -72,7 +64,7 @@ def watch_trajectory(
     """
     digest = None
     while True:
-        files = open_files(source, must_exist=False)
+        files = open_checkpoints(source, must_exist=False)
         if files.steps:
             if digest is None:
                 digest = _add_trajectory(api, files, source, name)

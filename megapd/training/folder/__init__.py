@@ -3,7 +3,16 @@
 from megapd.training.folder.branch import branch
 from megapd.training.folder.lock import held
 from megapd.training.folder.metrics import METRICS, MetricsFile, changed_lines, named_run, numbers, recorded, tell_changed
-from megapd.training.folder.open import RunFolder, agree, check_config, examine, open_folder, seen_by_all, write_config
+from megapd.training.folder.open import (
+    RunFolder,
+    agree,
+    check_config,
+    check_weights,
+    examine,
+    open_folder,
+    seen_by_all,
+    write_config,
+)
 from megapd.training.folder.record import RunRecord, read_record
 from megapd.training.folder.room import check_room, room_for
 
@@ -17,6 +26,7 @@ __all__ = [
     "changed_lines",
     "check_config",
     "check_room",
+    "check_weights",
     "examine",
     "held",
     "named_run",

@@ -141,6 +141,19 @@ def check_config(folder: Path) -> None:
         _check_same(folder, tree, record.settings)
 
 
+def check_weights(folder: Path) -> RunRecord | None:
+    """The run's record, before its weights are read: config.yaml is the recorded one, and the trajectory the run's own.
+
+    None: there is no run.json. Raises UserError.
+    """
+    check_config(folder)
+    record = read_record(folder)
+    if record is not None:
+        for path, named in named_runs(folder / "trajectory"):
+            check_run(path, named, record.id)
+    return record
+
+
 # ------------------------------------------------------------------------------------------------------------ what is there
 
 
