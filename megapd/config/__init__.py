@@ -19,6 +19,7 @@ from megapd.config.families import LlamaConfig as LlamaConfig
 from megapd.config.families import ModernBertConfig as ModernBertConfig
 from megapd.config.learning import CorpusConfig as CorpusConfig
 from megapd.config.learning import HierarchicalParityConfig as HierarchicalParityConfig
+from megapd.config.learning import LanguageModelConfig as LanguageModelConfig
 from megapd.config.learning import MLPConfig as MLPConfig
 from megapd.config.learning import ModelConfig as ModelConfig
 from megapd.config.learning import ParityConfig as ParityConfig

@@ -7,21 +7,19 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megapd.config.base import problem
-from megapd.config.learning import ModelConfig
+from megapd.config.learning import LanguageModelConfig
 from megapd.registry import models
 
 
 @models.register("llama")
-class LlamaConfig(ModelConfig):
+class LlamaConfig(LanguageModelConfig):
     """Llama (Touvron et al. 2023), and by its options the decoders like it: GPT-NeoX / Pythia, OLMo-2, Qwen3."""
 
     builder = "megapd.models.llama:build"
 
     kind: Literal["llama"] = "llama"
-    layers: int = Field(4, ge=1, description="blocks of attention and MLP")
     heads: int = Field(4, ge=1, description="of queries, in each block")
     kv_heads: int | None = Field(None, ge=1, description="of keys and values, shared by as many queries each; default: heads")
-    hidden: int = Field(256, ge=1, description="width of the hidden states")
     head_size: int | None = Field(None, ge=2, description="of a head; default hidden / heads")
     ffn: int | None = Field(None, ge=1, description="width of the MLP; default 8/3 hidden (swiglu), up to 64; 4 hidden (gelu)")
     mlp: Literal["swiglu", "gelu"] = Field("swiglu", description="three matrices, gated; or two, as NeoX")
@@ -34,10 +32,7 @@ class LlamaConfig(ModelConfig):
     rope_theta: float = Field(10_000.0, gt=1.0, description="base of the rotary frequencies")
     rotary_share: float = Field(1.0, gt=0.0, le=1.0, description="of a head's width that is rotated; Pythia: 0.25")
     restart_positions: bool = Field(False, description="count from 0 at each document, where task.document_mask keeps them apart")
-    max_length: int | None = Field(None, ge=1, description="tokens a sample that an export names; default: the task's length")
     tied: bool = Field(False, description="the head shares the embedding's weight")
-    activation_checkpointing: bool = Field(False, description="compute activations again in backward, to save their memory")
-    compile: bool = Field(False, description="torch.compile each block")
 
     @model_validator(mode="after")
     def _fits(self) -> LlamaConfig:
@@ -71,10 +66,6 @@ class LlamaConfig(ModelConfig):
         return 4 * self.hidden if self.mlp == "gelu" else -(-8 * self.hidden // (3 * 64)) * 64
 
     @property
-    def head_width(self) -> int:
-        return self.hidden
-
-    @property
     def causal(self) -> bool:
         return True
 
@@ -97,15 +88,13 @@ class LlamaConfig(ModelConfig):
 
 
 @models.register("modernbert")
-class ModernBertConfig(ModelConfig):
+class ModernBertConfig(LanguageModelConfig):
     """ModernBERT (Warner et al. 2024): rotary positions, GeGLU, every third block sees all tokens, the others near ones."""
 
     builder = "megapd.models.modernbert:build"
 
     kind: Literal["modernbert"] = "modernbert"
     layers: int = Field(6, ge=1, description="blocks of attention and MLP")
-    heads: int = Field(4, ge=1, description="of attention, in each block; divide hidden")
-    hidden: int = Field(256, ge=1, description="width of the hidden states")
     ffn: int | None = Field(None, ge=1, description="width of the gated MLP; default 3/2 hidden, up to 64")
     global_every: int = Field(3, ge=1, description="every so many blocks, the first included, attend to all tokens")
     local_window: int = Field(128, ge=2, description="tokens that the others attend to: half before, half after")
@@ -113,10 +102,6 @@ class ModernBertConfig(ModelConfig):
     global_theta: float = Field(160_000.0, gt=1.0, description="base of the rotary frequencies where all tokens are seen")
     local_theta: float = Field(10_000.0, gt=1.0, description="and where near ones are")
     restart_positions: bool = Field(False, description="count from 0 at each document, where task.document_mask keeps them apart")
-    max_length: int | None = Field(None, ge=1, description="tokens a sample that an export names; default: the task's length")
-    tied: bool = Field(True, description="the head shares the embedding's weight")
-    activation_checkpointing: bool = Field(False, description="compute activations again in backward, to save their memory")
-    compile: bool = Field(False, description="torch.compile each block")
 
     @model_validator(mode="after")
     def _fits(self) -> ModernBertConfig:
@@ -131,10 +116,6 @@ class ModernBertConfig(ModelConfig):
     @property
     def ffn_width(self) -> int:
         return self.ffn if self.ffn is not None else -(-3 * self.hidden // (2 * 64)) * 64
-
-    @property
-    def head_width(self) -> int:
-        return self.hidden
 
     @property
     def causal(self) -> bool:

@@ -152,22 +152,32 @@ class MLPConfig(ModelConfig):
         return 2 * self.width
 
 
+class LanguageModelConfig(ModelConfig):
+    """What every transformer over token ids has."""
+
+    layers: int = Field(4, ge=1, description="blocks of attention and MLP")
+    heads: int = Field(4, ge=1, description="of attention, in each block; divide hidden")
+    hidden: int = Field(256, ge=1, description="width of the hidden states")
+    max_length: int | None = Field(None, ge=1, description="tokens a sample that an export names; default: the task's length")
+    tied: bool = Field(True, description="the head shares the embedding's weight")
+    activation_checkpointing: bool = Field(False, description="compute activations again in backward, to save their memory")
+    compile: bool = Field(False, description="torch.compile each block")
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden
+
+
 @models.register("gpt")
 @models.register("bert")
-class TransformerConfig(ModelConfig):
+class TransformerConfig(LanguageModelConfig):
     """GPT (causal, pre-LN) or BERT (bidirectional, post-LN)."""
 
     builder = "megapd.models.transformer:build"
 
     kind: Literal["gpt", "bert"]
-    layers: int = Field(4, ge=1, description="blocks of attention and MLP")
-    heads: int = Field(4, ge=1, description="of attention, in each block; divide hidden")
-    hidden: int = Field(256, ge=1, description="width of the hidden states")
     ffn: int | None = Field(None, ge=1, description="width of the feed-forward layer; default 4 * hidden")
     max_length: int | None = Field(None, ge=1, description="learned positions; default: the task's length")
-    tied: bool = Field(True, description="the head shares the embedding's weight")
-    activation_checkpointing: bool = Field(False, description="compute activations again in backward, to save their memory")
-    compile: bool = Field(False, description="torch.compile each block")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> TransformerConfig:
@@ -178,10 +188,6 @@ class TransformerConfig(ModelConfig):
     @property
     def ffn_width(self) -> int:
         return self.ffn if self.ffn is not None else 4 * self.hidden
-
-    @property
-    def head_width(self) -> int:
-        return self.hidden
 
     @property
     def causal(self) -> bool:

@@ -8,14 +8,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megapd.batch import Batch
-from megapd.config import ModelConfig
+from megapd.config import LanguageModelConfig, ModelConfig
 from megapd.errors import UserError
 from megapd.registry import imported
 from megapd.signals import LossTargets, Signal
@@ -57,7 +57,7 @@ class Parts:
     embedding: nn.Embedding | None = None
 
 
-def check_sizes(section: Any, vocab_size: int, classes: int, length: int) -> None:
+def check_sizes(section: LanguageModelConfig, vocab_size: int, classes: int, length: int) -> None:
     """For a transformer's build: UserError if `length` exceeds model.max_length, or a tied head would need classes !=
     vocab_size."""
     if section.max_length is not None and length > section.max_length:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megapd.config import ModelConfig
+from megapd.config import LanguageModelConfig, ModelConfig
 from megapd.errors import UserError
 from megapd.files import commit_folder, temporary_folder
 from megapd.models.build import Learner, build_model
@@ -36,7 +36,7 @@ HEAD = ("lm_head.weight", "embed_out.weight", "decoder.weight", DECODER, DECODER
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def load_hugging_face(folder: str | Path, options: LossOptions | None = None) -> tuple[ModelConfig, Learner]:
+def load_hugging_face(folder: str | Path, options: LossOptions | None = None) -> tuple[LanguageModelConfig, Learner]:
     """A model that transformers (or `save_hugging_face`) saved, as (its configuration, a learner in fp32 on the CPU).
 
     options: the loss of the learner's head; the default's if None. Vocabulary and classes are config.json's vocab_size.
@@ -53,12 +53,8 @@ class OwnArchitecture(NamedTuple):
     """How a published model is one of megapd's: layout of its files, configuration, and sizes as build_model takes them."""
 
     layout: Layout
-    section: ModelConfig
+    section: LanguageModelConfig
     sizes: dict[str, int]
-
-    @property
-    def tied(self) -> bool:
-        return bool(getattr(self.section, "tied", False))
 
 
 def described(settings: Mapping[str, Any], path: Path) -> OwnArchitecture:
@@ -78,10 +74,9 @@ def described(settings: Mapping[str, Any], path: Path) -> OwnArchitecture:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: {'.'.join(map(str, first['loc'])) or 'sizes'}: {first['msg']}") from error
-    length = getattr(section, "max_length", None)
-    if length is None:
+    if section.max_length is None:
         raise UserError(f"{path}: max_position_embeddings is missing; save the model again with save_pretrained")
-    return OwnArchitecture(layout, section, {"vocab_size": vocab_size, "classes": vocab_size, "length": length})
+    return OwnArchitecture(layout, section, {"vocab_size": vocab_size, "classes": vocab_size, "length": section.max_length})
 
 
 @torch.no_grad()
@@ -93,7 +88,7 @@ def _fill(learner: Learner, architecture: OwnArchitecture, folder: Path) -> None
     for link, source in linked(architecture, folder, shapes, twice):
         tensor = take(source, None)
         link.own(parameters).copy_(tensor if link.pick is None else link.pick(tensor))
-    if architecture.tied:
+    if architecture.section.tied:
         _check_tied(learner, twice, folder)
 
 
@@ -117,7 +112,7 @@ def linked(
         name = layout.canonical(stored)
         if name is None:
             continue
-        if name in HEAD and architecture.tied:
+        if name in HEAD and architecture.section.tied:
             if twice is not None:
                 twice[name] = take(source, None)
             continue
@@ -162,6 +157,7 @@ def layout_of(section: ModelConfig) -> Layout:
     if not of_kind:
         known = ", ".join(dict.fromkeys(layout.kind for layout in LAYOUTS))
         raise UserError(f"model.kind: an {section.kind} has no Hugging Face layout; export one of {known}")
+    assert isinstance(section, LanguageModelConfig)  # as all that have a layout
     misfits = {layout.model_type: layout.misfit(section) for layout in of_kind}
     for layout in of_kind:
         if not misfits[layout.model_type]:
@@ -188,6 +184,7 @@ def save_hugging_face(
     empty.
     """
     folder, layout = Path(folder), layout_of(model_config)
+    assert isinstance(model_config, LanguageModelConfig)
     tokens: Any = learner.body.tokens
     vocab_size, classes = tokens.num_embeddings, learner.head.weight.shape[0]
     if classes != vocab_size:
@@ -204,7 +201,7 @@ def save_hugging_face(
             "vocab_size": vocab_size,
             **layout.settings(model_config, learner),
             **{option: allowed[0] for option, allowed in layout.options.items()},
-            "tie_word_embeddings": getattr(model_config, "tied", False),
+            "tie_word_embeddings": model_config.tied,
             "torch_dtype": str(learner.head.weight.dtype).removeprefix("torch."),
             # Not left to transformers' defaults, which are ids of the published vocabularies.
             **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),

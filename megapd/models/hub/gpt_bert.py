@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from megapd.config import ModelConfig, TransformerConfig
+from megapd.config import LanguageModelConfig, TransformerConfig
 from megapd.models.build import Learner
 from megapd.models.hub.layout import Layout, Link, pair, required
 from megapd.models.transformer import LAYER_NORM_EPS, TOKEN_TYPES, Transformer
@@ -39,11 +39,11 @@ class GPT2(Layout):
         tied = settings.get("tie_word_embeddings", True)
         return TransformerConfig(kind="gpt", tied=tied, ffn=settings.get("n_inner"), **required(settings, self.sizes, path))
 
-    def settings(self, section: ModelConfig, learner: Learner) -> dict[str, Any]:
+    def settings(self, section: LanguageModelConfig, learner: Learner) -> dict[str, Any]:
         dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
         return {**_sizes(self.sizes, section, learner), "n_inner": _ffn(section), **dropout}
 
-    def links(self, section: ModelConfig) -> list[Link]:
+    def links(self, section: LanguageModelConfig) -> list[Link]:
         assert isinstance(section, TransformerConfig)
         links = [Link("transformer.wte.weight", "body.tokens.weight"), Link("transformer.wpe.weight", "body.positions.weight")]
         for layer in range(section.layers):
@@ -84,11 +84,11 @@ class BERT(Layout):
         tied = settings.get("tie_word_embeddings", True)
         return TransformerConfig(kind="bert", tied=tied, **required(settings, self.sizes, path))
 
-    def settings(self, section: ModelConfig, learner: Learner) -> dict[str, Any]:
+    def settings(self, section: LanguageModelConfig, learner: Learner) -> dict[str, Any]:
         dropout = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
         return {**_sizes(self.sizes, section, learner), "intermediate_size": _ffn(section), **dropout}
 
-    def links(self, section: ModelConfig) -> list[Link]:
+    def links(self, section: LanguageModelConfig) -> list[Link]:
         assert isinstance(section, TransformerConfig)
         tables = {"word": "tokens", "position": "positions", "token_type": "types"}
         links = [Link(f"bert.embeddings.{theirs}_embeddings.weight", f"body.{ours}.weight") for theirs, ours in tables.items()]
@@ -119,12 +119,12 @@ def _conv(theirs: str, ours: str) -> list[Link]:
     return [Link(f"{theirs}.weight", f"{ours}.weight", pick=Tensor.t), Link(f"{theirs}.bias", f"{ours}.bias")]
 
 
-def _ffn(section: ModelConfig) -> int:
+def _ffn(section: LanguageModelConfig) -> int:
     assert isinstance(section, TransformerConfig)
     return section.ffn_width
 
 
-def _sizes(names: Mapping[str, str], section: ModelConfig, learner: Learner) -> dict[str, Any]:
+def _sizes(names: Mapping[str, str], section: LanguageModelConfig, learner: Learner) -> dict[str, Any]:
     assert isinstance(learner.body, Transformer)
     sizes = {**section.model_dump(), "max_length": learner.body.positions.num_embeddings}
     return {theirs: sizes[ours] for ours, theirs in names.items()}

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from megapd.config import ModelConfig
+from megapd.config import LanguageModelConfig
 from megapd.errors import UserError
 from megapd.models.build import Learner
 
@@ -64,18 +64,18 @@ class Layout(ABC):
     options: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     @abstractmethod
-    def section(self, settings: Mapping[str, Any], path: Path) -> ModelConfig:
+    def section(self, settings: Mapping[str, Any], path: Path) -> LanguageModelConfig:
         """Our configuration of the model that a config.json describes; raises UserError, or pydantic's ValidationError."""
 
     @abstractmethod
-    def settings(self, section: ModelConfig, learner: Learner) -> dict[str, Any]:
+    def settings(self, section: LanguageModelConfig, learner: Learner) -> dict[str, Any]:
         """What config.json says of ours, beside what every model says."""
 
     @abstractmethod
-    def links(self, section: ModelConfig) -> list[Link]:
+    def links(self, section: LanguageModelConfig) -> list[Link]:
         """All of the learner's parameters."""
 
-    def misfit(self, section: ModelConfig) -> str:
+    def misfit(self, section: LanguageModelConfig) -> str:
         """The setting of ours that the model_type does not have; "": it has all."""
         return ""
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from megapd.config import LlamaConfig, ModelConfig
+from megapd.config import LanguageModelConfig, LlamaConfig
 from megapd.errors import UserError
 from megapd.models.build import Learner
 from megapd.models.hub.layout import Layout, Link, pair, required
@@ -58,7 +58,7 @@ class Decoder(Layout):
             tied=settings.get("tie_word_embeddings", False),
         )
 
-    def settings(self, section: ModelConfig, learner: Learner) -> dict[str, Any]:
+    def settings(self, section: LanguageModelConfig, learner: Learner) -> dict[str, Any]:
         section, body = _llama(section, learner)
         rope = {"rope_type": "default", "rope_theta": section.rope_theta}
         return {
@@ -70,7 +70,7 @@ class Decoder(Layout):
             "rope_parameters": rope,
         }
 
-    def links(self, section: ModelConfig) -> list[Link]:
+    def links(self, section: LanguageModelConfig) -> list[Link]:
         assert isinstance(section, LlamaConfig)
         links = [Link("model.embed_tokens.weight", "body.tokens.weight")]
         for layer in range(section.layers):
@@ -87,7 +87,7 @@ class Decoder(Layout):
         links += pair("model.norm", "body.norm", bias=False)
         return links if section.tied else [*links, Link("lm_head.weight", "head.weight")]
 
-    def misfit(self, section: ModelConfig) -> str:
+    def misfit(self, section: LanguageModelConfig) -> str:
         return next((name for name, value in self.fixed.items() if getattr(section, name) != value), "")
 
 
@@ -108,7 +108,7 @@ class OLMo2(Decoder):
     norms = ("post_attention_layernorm", "post_feedforward_layernorm")
     norm_eps = 1e-5
 
-    def misfit(self, section: ModelConfig) -> str:
+    def misfit(self, section: LanguageModelConfig) -> str:
         assert isinstance(section, LlamaConfig)
         return super().misfit(section) or ("head_size" if section.width_of_head * section.heads != section.hidden else "")
 
@@ -141,7 +141,7 @@ class GPTNeoX(Layout):
             tied=settings.get("tie_word_embeddings", False),
         )
 
-    def settings(self, section: ModelConfig, learner: Learner) -> dict[str, Any]:
+    def settings(self, section: LanguageModelConfig, learner: Learner) -> dict[str, Any]:
         section, body = _llama(section, learner)
         share, theta = section.rotary_share, section.rope_theta
         rope = {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": share}
@@ -150,7 +150,7 @@ class GPTNeoX(Layout):
         own = {"layer_norm_eps": section.norm_eps, "use_parallel_residual": section.parallel}
         return {**_sizes(section, body), **own, **former, "rope_parameters": rope, **dropout}
 
-    def links(self, section: ModelConfig) -> list[Link]:
+    def links(self, section: LanguageModelConfig) -> list[Link]:
         assert isinstance(section, LlamaConfig)
         links = [Link("gpt_neox.embed_in.weight", "body.tokens.weight")]
         heads, width = section.heads, section.width_of_head
@@ -178,7 +178,7 @@ class GPTNeoX(Layout):
         links += pair("gpt_neox.final_layer_norm", "body.norm")
         return links if section.tied else [*links, Link("embed_out.weight", "head.weight")]
 
-    def misfit(self, section: ModelConfig) -> str:
+    def misfit(self, section: LanguageModelConfig) -> str:
         assert isinstance(section, LlamaConfig)
         sizes = {
             "kv_heads": section.key_heads == section.heads,
@@ -201,7 +201,7 @@ def _by_heads(heads: int, tensor: Tensor) -> Tensor:
     return tensor.view(heads, -1, *tensor.shape[1:])
 
 
-def _llama(section: ModelConfig, learner: Learner) -> tuple[LlamaConfig, Llama]:
+def _llama(section: LanguageModelConfig, learner: Learner) -> tuple[LlamaConfig, Llama]:
     assert isinstance(section, LlamaConfig)
     assert isinstance(learner.body, Llama)
     return section, learner.body

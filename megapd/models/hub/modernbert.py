@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from megapd.config import ModelConfig, ModernBertConfig
+from megapd.config import LanguageModelConfig, ModernBertConfig
 from megapd.errors import UserError
 from megapd.models.build import Learner
 from megapd.models.hub.layout import Layout, Link, required
@@ -53,7 +53,7 @@ class ModernBERT(Layout):
             tied=settings.get("tie_word_embeddings", True),
         )
 
-    def settings(self, section: ModelConfig, learner: Learner) -> dict[str, Any]:
+    def settings(self, section: LanguageModelConfig, learner: Learner) -> dict[str, Any]:
         assert isinstance(section, ModernBertConfig)
         assert isinstance(learner.body, ModernBert)
         thetas = {FULL: section.global_theta, SLIDING: section.local_theta}
@@ -73,7 +73,7 @@ class ModernBERT(Layout):
             **dict.fromkeys(("cls_token_id", "sep_token_id")),
         }
 
-    def links(self, section: ModelConfig) -> list[Link]:
+    def links(self, section: LanguageModelConfig) -> list[Link]:
         assert isinstance(section, ModernBertConfig)
         names = {"model.embeddings.tok_embeddings": "body.tokens", "model.embeddings.norm": "body.embedding_norm"}
         links = [Link(f"{theirs}.weight", f"{ours}.weight") for theirs, ours in names.items()]
