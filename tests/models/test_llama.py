@@ -8,13 +8,14 @@ import pytest
 import torch
 import transformers
 
-from megapd.batch import Batch
 from megapd.config import LlamaConfig
 from megapd.errors import UserError
 from megapd.models import build_model, load_hugging_face, save_hugging_face
 from megapd.models.layers import RMSNorm
 from megapd.models.rotary import within_documents
 from megapd_kernels import LossOptions
+
+from .sequences import assert_documents_alone, assert_same, documents, gradients, logits, spread
 
 VOCAB, LENGTH = 90, 12
 IDS = torch.randint(VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(5))
@@ -40,11 +41,7 @@ def theirs(name):
     kind = name.partition("-")[0]
     config = transformers.AutoConfig.for_model(kind, **SIZES, **NONE, **MODELS[name])
     model = transformers.AutoModelForCausalLM.from_config(config)
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
+    return spread(model, 11).eval()
 
 
 def section(family="llama", **options):
@@ -55,21 +52,7 @@ def build(family="llama", seed=0, **options):
     learner = build_model(
         section(family, **options), vocab_size=VOCAB, classes=VOCAB, length=LENGTH, options=LossOptions(), seed=seed
     )
-    generator = torch.Generator().manual_seed(13)
-    with torch.no_grad():
-        for parameter in learner.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return learner
-
-
-def batch(ids=IDS, segments=None):
-    positions = torch.arange(ids.numel())
-    return Batch(ids, segments, positions, ids.flatten(), torch.arange(len(ids)))
-
-
-def logits(learner, ids=IDS, segments=None):
-    with torch.no_grad():
-        return learner(batch(ids, segments), mode="logits").view(*ids.shape, -1)
+    return spread(learner, 13)
 
 
 # --------------------------------------------------------------------------------------------------- transformers, both ways
@@ -84,7 +67,7 @@ def test_their_model_becomes_ours_and_goes_back(tmp_path, name, shards):
     with torch.no_grad():
         wanted = model(IDS).logits
     assert wanted.std() > 0.3
-    torch.testing.assert_close(logits(learner), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(learner, IDS), wanted, atol=1e-5, rtol=1e-5)
     save_hugging_face(learner, own_section, tmp_path / "ours", shard_bytes=1 << 14)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
     assert type(again) is type(model)
@@ -100,7 +83,7 @@ def test_our_model_becomes_theirs(tmp_path, family):
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert model.config.eos_token_id == 1
     with torch.no_grad():
-        torch.testing.assert_close(model(IDS).logits, logits(learner), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(IDS).logits, logits(learner, IDS), atol=1e-5, rtol=1e-5)
 
 
 def test_config_json_in_the_spelling_before_transformers_5(tmp_path):
@@ -116,7 +99,7 @@ def test_config_json_in_the_spelling_before_transformers_5(tmp_path):
         (folder / "config.json").write_text(json.dumps({**tree, **former}))
         _, learner = load_hugging_face(folder)
         with torch.no_grad():
-            torch.testing.assert_close(logits(learner), model(IDS).logits, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(logits(learner, IDS), model(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_norm_eps_that_config_json_leaves_out(tmp_path):
@@ -168,12 +151,12 @@ def test_settings_that_no_architecture_has_together(tmp_path):
 def test_a_token_sees_only_what_came_before(family):
     learner, changed = build(family), IDS.clone()
     changed[:, 7] = (changed[:, 7] + 1) % VOCAB
-    before, after = logits(learner), logits(learner, changed)
+    before, after = logits(learner, IDS), logits(learner, changed)
     assert torch.equal(before[:, :7], after[:, :7])
     assert not torch.equal(before[:, 7:], after[:, 7:])
 
 
-SEGMENTS = torch.tensor([[0] * 5 + [1] * 7, [0] * 12, [0] * 3 + [1] * 4 + [2] * 5])
+SEGMENTS = documents(LENGTH)
 
 
 def test_positions_within_documents():
@@ -187,24 +170,13 @@ def test_documents_do_not_see_each_other(family, restart):
     """With positions that restart, a document is what it would be in a row of its own; without, rotations are relative, so in
     exact arithmetic it is too."""
     learner = build(family, restart_positions=restart)
-    packed = logits(learner, IDS, SEGMENTS)
-    for row, (ids, segments) in enumerate(zip(IDS, SEGMENTS, strict=True)):
-        for document in segments.unique():
-            alone = logits(learner, ids[segments == document][None])
-            torch.testing.assert_close(packed[row][segments == document], alone[0], atol=2e-5, rtol=2e-5)
-
-
-def gradients(learner):
-    loss, _ = learner(batch(segments=SEGMENTS))
-    loss.backward()
-    return [loss.detach(), *(p.grad for p in learner.parameters())]
+    assert_documents_alone(learner, IDS, SEGMENTS, 2e-5)
 
 
 @pytest.mark.parametrize("family", OURS)
 def test_checkpointing_changes_nothing(family):
-    wanted, got = gradients(build(family)), gradients(build(family, activation_checkpointing=True))
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-    assert all(torch.isfinite(g).all() and g.abs().sum() > 0 for g in got)
+    wanted, got = gradients(build(family), IDS, SEGMENTS), gradients(build(family, activation_checkpointing=True), IDS, SEGMENTS)
+    assert_same(got, wanted)
 
 
 @pytest.mark.full
@@ -213,7 +185,7 @@ def test_checkpointing_changes_nothing(family):
 def test_compiled_blocks_equal_plain_ones(family):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    wanted, got = gradients(build(family)), gradients(build(family, compile=True))
+    wanted, got = gradients(build(family), IDS, SEGMENTS), gradients(build(family, compile=True), IDS, SEGMENTS)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "all blocks share one compilation"
@@ -222,8 +194,8 @@ def test_compiled_blocks_equal_plain_ones(family):
 @pytest.mark.parametrize("family", OURS)
 def test_half_precision_is_near(family):
     learner = build(family)
-    wanted = logits(learner)
-    got = logits(learner.bfloat16())
+    wanted = logits(learner, IDS)
+    got = logits(learner.bfloat16(), IDS)
     assert got.dtype == torch.bfloat16
     assert (got.float() - wanted).abs().max() < 0.06 * wanted.abs().max()
 

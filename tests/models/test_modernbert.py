@@ -8,15 +8,16 @@ import pytest
 import torch
 import transformers
 
-from megapd.batch import Batch
 from megapd.config import ModernBertConfig
 from megapd.errors import UserError
 from megapd.models import build_model, load_hugging_face, save_hugging_face
 from megapd_kernels import LossOptions
 
+from .sequences import assert_documents_alone, assert_same, documents, everywhere, gradients, logits, spread
+
 VOCAB, LENGTH = 90, 14
 IDS = torch.randint(VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(5))
-SEGMENTS = torch.tensor([[0] * 5 + [1] * 9, [0] * 14, [0] * 3 + [1] * 4 + [2] * 7])
+SEGMENTS = documents(LENGTH)
 SPECIAL = dict.fromkeys(("pad_token_id", "eos_token_id", "bos_token_id", "cls_token_id", "sep_token_id"))
 
 
@@ -24,11 +25,7 @@ def theirs(**changes):
     sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": VOCAB}
     common = {"max_position_embeddings": 16, "local_attention": 6, **SPECIAL, **sizes}
     model = transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(**{**common, **changes}))
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
+    return spread(model, 11).eval()
 
 
 def section(**options):
@@ -38,20 +35,7 @@ def section(**options):
 
 def build(**options):
     learner = build_model(section(**options), vocab_size=VOCAB, classes=VOCAB, length=LENGTH, options=LossOptions(), seed=0)
-    generator = torch.Generator().manual_seed(13)
-    with torch.no_grad():
-        for parameter in learner.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return learner
-
-
-def batch(ids=IDS, segments=None):
-    return Batch(ids, segments, torch.arange(ids.numel()), ids.flatten(), torch.arange(len(ids)))
-
-
-def logits(learner, ids=IDS, segments=None):
-    with torch.no_grad():
-        return learner(batch(ids, segments), mode="logits").view(*ids.shape, -1)
+    return spread(learner, 13)
 
 
 # --------------------------------------------------------------------------------------------------- transformers, both ways
@@ -65,7 +49,7 @@ def test_their_model_becomes_ours_and_goes_back(tmp_path, changes):
     with torch.no_grad():
         wanted = model(IDS).logits
     assert wanted.std() > 0.3
-    torch.testing.assert_close(logits(learner), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(learner, IDS), wanted, atol=1e-5, rtol=1e-5)
     save_hugging_face(learner, own_section, tmp_path / "ours", shard_bytes=1 << 14)
     again = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "ours").eval()
     assert type(again) is type(model)
@@ -79,7 +63,7 @@ def test_our_model_becomes_theirs(tmp_path, options):
     save_hugging_face(learner, section(**options), tmp_path / "out")
     model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
-        torch.testing.assert_close(model(IDS).logits, logits(learner), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(IDS).logits, logits(learner, IDS), atol=1e-5, rtol=1e-5)
 
 
 def test_config_json_in_the_spelling_before_transformers_5(tmp_path):
@@ -91,7 +75,7 @@ def test_config_json_in_the_spelling_before_transformers_5(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**tree, **former}))
     _, learner = load_hugging_face(tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(logits(learner), model(IDS).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits(learner, IDS), model(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -123,47 +107,36 @@ def test_near_attention_reaches_half_its_window():
         learner.body.blocks[0].attention.out.weight.zero_()
     changed = IDS.clone()
     changed[:, 6] = (changed[:, 6] + 1) % VOCAB
-    moved = (logits(learner) != logits(learner, changed)).any(-1).any(0)
+    moved = (logits(learner, IDS) != logits(learner, changed)).any(-1).any(0)
     assert moved.tolist() == [3 <= place <= 9 for place in range(LENGTH)]
 
 
 @pytest.mark.parametrize("restart", [True, False])
 def test_documents_do_not_see_each_other(restart):
     learner = build(restart_positions=restart)
-    packed = logits(learner, IDS, SEGMENTS)
-    for row, (ids, segments) in enumerate(zip(IDS, SEGMENTS, strict=True)):
-        for document in segments.unique():
-            alone = logits(learner, ids[segments == document][None])
-            torch.testing.assert_close(packed[row][segments == document], alone[0], atol=3e-5, rtol=3e-5)
-
-
-def gradients(learner):
-    loss, _ = learner(batch(segments=SEGMENTS))
-    loss.backward()
-    return [loss.detach(), *(p.grad for p in learner.parameters())]
+    assert_documents_alone(learner, IDS, SEGMENTS, 3e-5)
 
 
 def test_checkpointing_changes_nothing():
-    wanted, got = gradients(build()), gradients(build(activation_checkpointing=True))
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-    assert all(torch.isfinite(g).all() and g.abs().sum() > 0 for g in got)
+    wanted, got = gradients(build(), IDS, SEGMENTS), gradients(build(activation_checkpointing=True), IDS, SEGMENTS)
+    assert_same(got, wanted)
 
 
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo looks at it
 def test_compiled_blocks_equal_plain_ones():
     torch._dynamo.reset()
-    for a, b in zip(gradients(build(compile=True)), gradients(build()), strict=True):
+    for a, b in zip(gradients(build(compile=True), IDS, SEGMENTS), gradients(build(), IDS, SEGMENTS), strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
 
 
 def test_half_precision_is_near():
     learner = build()
-    wanted = logits(learner)
-    got = logits(learner.bfloat16())
+    wanted = logits(learner, IDS)
+    got = logits(learner.bfloat16(), IDS)
     assert got.dtype == torch.bfloat16
     assert (got.float() - wanted).abs().max() < 0.06 * wanted.abs().max()
-    learner(batch())[0].backward()
+    learner(everywhere(IDS))[0].backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in learner.parameters())
 
 
