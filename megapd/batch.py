@@ -25,6 +25,9 @@ class Batch:
     positions   [N] int64, labelled positions, indices into the flattened B * L; increasing
     labels      [N] int64, the class to predict at each
     sample_ids  [B] int64, which sample of the task each row is
+    lengths     [B] int64, tokens of each row, at least 1, or None where all rows are full. What follows them is padding: any ids,
+                nothing labelled, and attention and digests leave it out, so that what a row is does not depend on how far it
+                is padded
     """
 
     ids: Tensor
@@ -32,6 +35,7 @@ class Batch:
     positions: Tensor
     labels: Tensor
     sample_ids: Tensor
+    lengths: Tensor | None = None
 
     @property
     def samples(self) -> int:
@@ -39,6 +43,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
+        """With those that pad."""
         return self.ids.numel()
 
     @property
@@ -61,17 +66,17 @@ class Batch:
     def sample_digests(self) -> NDArray[np.void]:
         """What a teacher is asked about each sample, 16 bytes of blake2b [B]: its ids, document boundaries and labelled positions
         (not the labels). They do not depend on the batch that a sample is part of."""
-        length = self.ids.shape[1]
         rows = [_bytes(tensor.numpy(force=True)) for tensor in (self.ids, self.segments) if tensor is not None]
         positions = _bytes(self.places)
-        prefix = hashlib.blake2b(f"{length} {len(rows)} ".encode(), digest_size=DIGEST_BYTES)
+        lengths = [self.ids.shape[1]] * self.samples if self.lengths is None else self.lengths.tolist()
+        opened = {n: hashlib.blake2b(f"{n} {len(rows)} ".encode(), digest_size=DIGEST_BYTES) for n in set(lengths)}
         digests = []
         ends = [0, *(8 * np.cumsum(self.counts)).tolist()]
-        width = 8 * length
-        for sample, (first, last) in enumerate(pairwise(ends)):
-            digest = prefix.copy()
+        width = 8 * self.ids.shape[1]
+        for sample, (length, (first, last)) in enumerate(zip(lengths, pairwise(ends), strict=True)):
+            digest = opened[length].copy()
             for row in rows:
-                digest.update(row[width * sample : width * (sample + 1)])
+                digest.update(row[width * sample : width * sample + 8 * length])
             digest.update(positions[first:last])
             digests.append(digest.digest())
         return np.frombuffer(b"".join(digests), dtype=f"V{DIGEST_BYTES}")
@@ -92,23 +97,26 @@ class Batch:
             positions=self.positions[first:last] - start * self.ids.shape[1],
             labels=self.labels[first:last],
             sample_ids=self.sample_ids[start:stop],
+            lengths=None if self.lengths is None else self.lengths[start:stop],
         )
 
     @staticmethod
     def concatenate(batches: Sequence[Batch]) -> Batch:
-        """The samples of several batches as one, with their digests where each is known. They must be of one length, all or none
-        with segments."""
-        length = batches[0].ids.shape[1]
+        """The samples of several batches as one, with their digests where each is known. They must be of one width, all or none
+        with segments, all or none with lengths."""
+        width = batches[0].ids.shape[1]
         starts = np.cumsum([0, *(batch.ids.numel() for batch in batches[:-1])]).tolist()
-        assert all(batch.ids.shape[1] == length for batch in batches)
+        assert all(batch.ids.shape[1] == width for batch in batches)
         segments = [batch.segments for batch in batches if batch.segments is not None]
-        assert len(segments) in (0, len(batches))
+        lengths = [batch.lengths for batch in batches if batch.lengths is not None]
+        assert {len(segments), len(lengths)} <= {0, len(batches)}
         joined = Batch(
             ids=torch.cat([batch.ids for batch in batches]),
             segments=torch.cat(segments) if segments else None,
             positions=torch.cat([batch.positions + start for batch, start in zip(batches, starts, strict=True)]),
             labels=torch.cat([batch.labels for batch in batches]),
             sample_ids=torch.cat([batch.sample_ids for batch in batches]),
+            lengths=torch.cat(lengths) if lengths else None,
         )
         if all("sample_digests" in batch.__dict__ for batch in batches):
             joined.__dict__["sample_digests"] = np.concatenate([batch.sample_digests for batch in batches])
@@ -122,6 +130,7 @@ class Batch:
             segments=None if self.segments is None else self.segments.to(device, non_blocking=True),
             positions=self.positions.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
+            lengths=None if self.lengths is None else self.lengths.to(device, non_blocking=True),
         )
         moved.__dict__.update({key: self.__dict__[key] for key in ("counts", "sample_digests", "digest") if key in self.__dict__})
         return moved

@@ -162,6 +162,9 @@ class LanguageModelConfig(ModelConfig):
     tied: bool = Field(True, description="the head shares the embedding's weight")
     activation_checkpointing: bool = Field(False, description="compute activations again in backward, to save their memory")
     compile: bool = Field(False, description="torch.compile each block")
+    attention: Literal["sdpa", "flex"] = Field(
+        "sdpa", description="documents and windows by dense masks; or on a GPU by FlexAttention, which skips what is not seen"
+    )
 
     @property
     def head_width(self) -> int:

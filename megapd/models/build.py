@@ -31,10 +31,11 @@ class Body(nn.Module, ABC):
     plan: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
-    def forward(self, ids: Tensor, segments: Tensor | None = None) -> Tensor:
-        """ids [B, L] int64; segments [B, L] int64, documents that attention stays inside, or None -> hidden [B, R, D].
+    def forward(self, ids: Tensor, segments: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """ids [B, L] int64; segments [B, L] int64, documents that attention stays inside, or None; lengths [B] int64, tokens of
+        each row before padding that no other token sees, or None -> hidden [B, R, D].
 
-        R rows a sample: its L tokens, or one for all.
+        R rows a sample: its L tokens, or one for all. lengths is given by its name, and only of batches that have padding.
         """
 
     @abstractmethod
@@ -138,7 +139,8 @@ class Learner(nn.Module):
         student's entropy, the teacher's, and positions where both have the same largest class. Without a signal the loss is
         the labels' cross entropy.
         """
-        hidden_ND: Tensor = self._labelled(batch, self.body(batch.ids, batch.segments))
+        padded = {} if batch.lengths is None else {"lengths": batch.lengths}
+        hidden_ND: Tensor = self._labelled(batch, self.body(batch.ids, batch.segments, **padded))
         if self.transform is not None:
             hidden_ND = self.transform(hidden_ND)
         if mode == "hidden":

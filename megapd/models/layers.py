@@ -1,4 +1,4 @@
-"""What the families share: blocks, document masks, and layers whose weights collect a gradient from every token, which on a CPU
+"""What the families share: blocks, and layers whose weights collect a gradient from every token, which on a CPU
 in half precision sum it in fp32.
 
 There torch adds the gradient of a layer norm's weights and of an embedding's rows up in bf16, where a sum stops growing once it
@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +31,10 @@ class Block(nn.Module, ABC):
     compiled = False
 
     @abstractmethod
-    def layer(self, x: Tensor, *others: Tensor | None) -> Tensor:
+    def layer(self, x: Tensor, *others: Any) -> Tensor:
         """Hidden states [B, L, D], and what else the family's blocks need -> [B, L, D]."""
 
-    def forward(self, x: Tensor, *others: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, *others: Any) -> Tensor:
         return (_compiled(type(self)) if self.compiled else type(self).layer)(self, x, *others)
 
 
@@ -44,7 +45,7 @@ def _compiled(kind: type[Block]) -> Callable[..., Tensor]:
     return torch.compile(kind.layer)
 
 
-def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *others: Tensor | None, checkpointing: bool) -> Tensor:
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *others: Any, checkpointing: bool) -> Tensor:
     """One after the other; checkpointing: each keeps its input alone, and computes the rest again in backward."""
     for block in blocks:
         if checkpointing and torch.is_grad_enabled():
@@ -53,12 +54,6 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *others: Tensor | None, c
         else:
             x = block(x, *others)
     return x
-
-
-def document_mask(segments_BL: Tensor, causal: bool) -> Tensor:
-    """[B, 1, L, L] bool: True where query and key are of one document and, if causal, the key is not later."""
-    mask_BLL = segments_BL[:, :, None] == segments_BL[:, None, :]
-    return (mask_BLL.tril() if causal else mask_BLL).unsqueeze(1)
 
 
 class LayerNorm(nn.LayerNorm):

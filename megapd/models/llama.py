@@ -12,14 +12,16 @@ and values, E width of a head, R rotated features of it.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megapd.config.families import LlamaConfig
+from megapd.models.attention import Mask, attend, visible
 from megapd.models.build import Body, Parts, check_sizes
-from megapd.models.layers import Block, Embedding, LayerNorm, RMSNorm, document_mask, run_blocks
+from megapd.models.layers import Block, Embedding, LayerNorm, RMSNorm, run_blocks
 from megapd.models.rotary import rotary_table, rotate, within_documents
 
 INIT_STD = 0.02  # of all the families
@@ -43,8 +45,8 @@ class RotaryAttention(nn.Module):
         self.query_norm = None if widths is None else RMSNorm(widths[0], eps=config.norm_eps)
         self.key_norm = None if widths is None else RMSNorm(widths[1], eps=config.norm_eps)
 
-    def forward(self, x_BLD: Tensor, cosine: Tensor, sine: Tensor, mask_B1LL: Tensor | None) -> Tensor:
-        """cosine, sine: [1 or B, 1, L, R]; mask: True where a query (row) may see a key (column); None: up to itself."""
+    def forward(self, x_BLD: Tensor, cosine: Tensor, sine: Tensor, mask: Mask) -> Tensor:
+        """cosine, sine: [1 or B, 1, L, R]; mask: see `attend`."""
         query, key, value = self.query(x_BLD), self.key(x_BLD), self.value(x_BLD)
         if self.query_norm is not None and self.key_norm is not None:
             if self.norms_heads:
@@ -58,9 +60,7 @@ class RotaryAttention(nn.Module):
         shared = self.heads // self.kv_heads
         if shared > 1:
             key_BKLE, value_BKLE = (t.repeat_interleave(shared, dim=1) for t in (key_BKLE, value_BKLE))
-        mixed_BHLE = F.scaled_dot_product_attention(
-            query_BHLE, key_BKLE, value_BKLE, attn_mask=mask_B1LL, is_causal=mask_B1LL is None
-        )
+        mixed_BHLE = attend(query_BHLE, key_BKLE, value_BKLE, mask, causal=True)
         out_BLD: Tensor = self.out(mixed_BHLE.transpose(1, 2).flatten(2))
         return out_BLD
 
@@ -89,7 +89,7 @@ class LlamaBlock(Block):
         self.attention, self.mlp = RotaryAttention(config), MLP(config)
         self.attention_norm, self.mlp_norm = make_norm(config), make_norm(config)
 
-    def layer(self, x: Tensor, *others: Tensor | None) -> Tensor:
+    def layer(self, x: Tensor, *others: Any) -> Tensor:
         """others: cosine, sine and mask, see RotaryAttention."""
         out: Tensor
         if not self.norm_first:
@@ -113,14 +113,15 @@ class Llama(Body):
         super().__init__()
         self.length = length
         self.checkpointing, self.restarts = config.activation_checkpointing, config.restart_positions
-        self.rotated, self.theta = config.rotated, config.rope_theta
+        self.rotated, self.theta, self.flex = config.rotated, config.rope_theta, config.attention == "flex"
         self.tokens = Embedding(vocab_size, config.hidden)
         self.blocks = nn.ModuleList(LlamaBlock(config) for _ in range(config.layers))
         self.norm = make_norm(config)
         self.plan = _plan(config)
 
-    def forward(self, ids_BL: Tensor, segments_BL: Tensor | None = None) -> Tensor:
-        """ids [B, L] int64, segments [B, L] int64 or None -> hidden states [B, L, D] in the weights' dtype.
+    def forward(self, ids_BL: Tensor, segments_BL: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """ids [B, L] int64, segments [B, L] int64 or None, lengths [B] int64 or None -> hidden states [B, L, D] in the weights'
+        dtype.
 
         Segments number the documents of a row: attention stays inside each; positions run on through the row, or restart.
         """
@@ -129,8 +130,8 @@ class Llama(Body):
         if self.restarts and segments_BL is not None:
             positions = within_documents(segments_BL)
         cosine, sine = rotary_table(positions, self.rotated, self.theta, x_BLD.dtype)
-        mask_B1LL = None if segments_BL is None else document_mask(segments_BL, causal=True)
-        x_BLD = run_blocks(self.blocks, x_BLD, cosine, sine, mask_B1LL, checkpointing=self.checkpointing)
+        mask = visible(ids_BL, segments_BL, lengths, causal=True, flex=self.flex)
+        x_BLD = run_blocks(self.blocks, x_BLD, cosine, sine, mask, checkpointing=self.checkpointing)
         normed_BLD: Tensor = self.norm(x_BLD)
         return normed_BLD
 

@@ -16,9 +16,10 @@ class MLP(Body):
         super().__init__()
         self.linear = nn.Linear(dimension, width)
 
-    def forward(self, ids: Tensor, segments: Tensor | None = None) -> Tensor:
-        """ids [B, L] of {0, 1}, L = dimension -> hidden [B, 1, width], one row a sample; segments must be None."""
+    def forward(self, ids: Tensor, segments: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """ids [B, L] of {0, 1}, L = dimension -> hidden [B, 1, width], one row a sample; segments and lengths must be None."""
         assert segments is None, "a row of bits has no documents"
+        assert lengths is None, "a row of bits is never padded"
         # DeepSpeed casts the weights (bf16, fp16); the inputs are integers, which only this layer turns into floats.
         signs = (2 * ids - 1).to(self.linear.weight.dtype)
         return torch.relu(self.linear(signs)).unsqueeze(1)

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import math
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megapd.config.families import ModernBertConfig
+from megapd.models.attention import Mask, attend, visible
 from megapd.models.build import Body, Parts, check_sizes
-from megapd.models.layers import Block, Embedding, LayerNorm, document_mask, run_blocks
+from megapd.models.layers import Block, Embedding, LayerNorm, run_blocks
 from megapd.models.rotary import rotary_table, rotate, within_documents
 
 INIT_STD = 0.02
@@ -36,12 +38,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=False)
         self.out = nn.Linear(config.hidden, config.hidden, bias=False)
 
-    def forward(self, x_BLD: Tensor, cosine: Tensor, sine: Tensor, mask: Tensor | None) -> Tensor:
-        """cosine, sine: [1 or B, 1, L, R]; mask [1 or B, 1, L, L]: True where a query (row) may see a key (column); None: all."""
+    def forward(self, x_BLD: Tensor, cosine: Tensor, sine: Tensor, mask: Mask) -> Tensor:
+        """cosine, sine: [1 or B, 1, L, R]; mask: see `attend`."""
         qkv_BL3HE = self.qkv(x_BLD).unflatten(-1, (3, self.heads, -1))
         q_BHLE, k_BHLE, v_BHLE = qkv_BL3HE.permute(2, 0, 3, 1, 4).unbind(0)
         q_BHLE, k_BHLE = rotate(q_BHLE, cosine, sine), rotate(k_BHLE, cosine, sine)
-        mixed_BHLE = F.scaled_dot_product_attention(q_BHLE, k_BHLE, v_BHLE, attn_mask=mask)
+        mixed_BHLE = attend(q_BHLE, k_BHLE, v_BHLE, mask, causal=False)
         out_BLD: Tensor = self.out(mixed_BHLE.transpose(1, 2).flatten(2))
         return out_BLD
 
@@ -58,7 +60,7 @@ class ModernBertBlock(Block):
         self.gate = nn.Linear(config.hidden, config.ffn_width, bias=False)
         self.down = nn.Linear(config.ffn_width, config.hidden, bias=False)
 
-    def layer(self, x: Tensor, *others: Tensor | None) -> Tensor:
+    def layer(self, x: Tensor, *others: Any) -> Tensor:
         """others: cosine, sine and mask, see Attention."""
         x = x + self.attention(x if self.attention_norm is None else self.attention_norm(x), *others)
         normed = self.mlp_norm(x)
@@ -88,14 +90,15 @@ class ModernBert(Body):
         super().__init__()
         self.length, self.checkpointing, self.restarts = length, config.activation_checkpointing, config.restart_positions
         self.rotated, self.thetas = config.hidden // config.heads, (config.global_theta, config.local_theta)
-        self.reach, self.global_every = config.local_window // 2, config.global_every
+        self.reach, self.global_every, self.flex = config.local_window // 2, config.global_every, config.attention == "flex"
         self.tokens = Embedding(vocab_size, config.hidden)
         self.embedding_norm = make_norm(config)
         self.blocks = nn.ModuleList(ModernBertBlock(config, layer == 0) for layer in range(config.layers))
         self.norm = make_norm(config)
 
-    def forward(self, ids_BL: Tensor, segments_BL: Tensor | None = None) -> Tensor:
-        """ids [B, L] int64, segments [B, L] int64 or None -> hidden states [B, L, D] in the weights' dtype.
+    def forward(self, ids_BL: Tensor, segments_BL: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """ids [B, L] int64, segments [B, L] int64 or None, lengths [B] int64 or None -> hidden states [B, L, D] in the weights'
+        dtype.
 
         Segments number the documents of a row: attention stays inside each; positions run on through the row, or restart. What
         is near is so by its place in the row.
@@ -104,8 +107,8 @@ class ModernBert(Body):
         places = torch.arange(ids_BL.shape[1], device=ids_BL.device)[None]
         positions = within_documents(segments_BL) if self.restarts and segments_BL is not None else places
         tables = [rotary_table(positions, self.rotated, theta, x_BLD.dtype) for theta in self.thetas]
-        seen = None if segments_BL is None else document_mask(segments_BL, causal=False)
-        masks = seen, near(places, self.reach, seen)
+        reaches = (None, self.reach)
+        masks = [visible(ids_BL, segments_BL, lengths, causal=False, reach=reach, flex=self.flex) for reach in reaches]
         for number, block in enumerate(self.blocks):
             kind = int(number % self.global_every != 0)
             x_BLD = run_blocks([block], x_BLD, *tables[kind], masks[kind], checkpointing=self.checkpointing)
@@ -141,17 +144,6 @@ class PredictionTransform(nn.Module):
 
 def make_norm(config: ModernBertConfig) -> LayerNorm:
     return LayerNorm(config.hidden, eps=config.norm_eps, bias=False)
-
-
-def near(places: Tensor, reach: int, seen: Tensor | None) -> Tensor | None:
-    """Where a token is at most `reach` places away and, if given, `seen` is True: [1 or B, 1, L, L] bool; None: everywhere.
-
-    places: 0 .. L - 1 as [1, L].
-    """
-    if places.shape[1] - 1 <= reach:
-        return seen
-    close = (places[:, :, None] - places[:, None, :]).abs() <= reach
-    return close[:, None] if seen is None else close[:, None] & seen
 
 
 def build(section: ModernBertConfig, *, vocab_size: int, classes: int, length: int) -> Parts:

@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from megapd.batch import Batch
 from megapd.errors import UserError
-from megapd.models.layers import document_mask
+from megapd.models.attention import dense_mask, padding_apart, padding_of
 from megapd.models.sharding import allocate, whole_shape
 from megapd.models.weights import stored_tensors
 from megapd.slices import Part, take
@@ -114,6 +114,7 @@ class Pretrained(nn.Module):
         owner, _, leaf = self._head_name.rpartition(".")
         setattr(network.get_submodule(owner), leaf, OutputLayer(output))
         self._mask_form: str | None = None
+        self._hides_padding = False  # not known yet
         text = network.config.get_text_config()
         self.max_length = max_length(text.to_dict())
         self.logit_scale, self.soft_cap = _form(text)
@@ -131,11 +132,11 @@ class Pretrained(nn.Module):
         """mode hidden -> final hidden states [N, D]; logits -> [N, V], or a rank's classes of them; N labelled positions. What
         the head makes of hidden states is not `shaped`: the loss does that, by the teacher's scale and cap.
 
-        Raises UserError for samples longer than the model's positions, and for a batch with segments if the architecture does
-        not keep documents apart: the first such batch is preceded by a few tiny ones that find out.
+        Raises UserError for samples longer than the model's positions, and for a batch with segments or padding if the
+        architecture does not keep documents, or padding, apart: the first such batch is preceded by a few tiny ones that find
+        out.
         """
-        mask = None if batch.segments is None else self._document_mask(batch.segments)
-        hidden = self._run(batch.ids, mask)
+        hidden = self._run(batch.ids, self._mask_of(batch))
         if batch.labelled != batch.tokens:
             hidden = hidden.index_select(0, batch.positions)
         return hidden if mode == "hidden" else self.shaped(self.head(hidden, mode="logits"))
@@ -182,7 +183,36 @@ class Pretrained(nn.Module):
                 module._buffers[name] = buffer.to(now.device)
         return self
 
-    # ------------------------------------------------------------------------------------------------------------ documents
+    # ------------------------------------------------------------------------------------------------ documents and padding
+
+    def _mask_of(self, batch: Batch) -> Tensor | None:
+        if batch.segments is not None:
+            return self._document_mask(padding_apart(batch.segments, batch.lengths))
+        if batch.lengths is None or self.causal:  # padding comes last
+            return None
+        if not self._hides_padding:
+            self._check_padding(batch.ids.device)
+        return (~padding_of(batch.ids, batch.lengths)).long()
+
+    @torch.no_grad()
+    def _check_padding(self, device: torch.device) -> None:
+        """That a change of the padding does not move a bit of the tokens before it."""
+        ids, first = self._probe(device)
+        mask = first.long()[None]
+        found = [self._run(torch.where(first, ids, other), mask)[first] for other in (ids, ids.flip(1))]
+        if not torch.equal(*found):
+            what = f"{self.kind} does not leave the padding of rows of several lengths out"
+            raise UserError(f"teacher.trajectory: {what}; choose another teacher, or corpus.packing: concatenate")
+        self._hides_padding = True
+
+    def _probe(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Ids [1, L] that mean nothing to the model, and which places [L] are the first half's."""
+        length = 2 * PROBE_TOKENS
+        if self.max_length is not None:
+            length = min(length, self.max_length)
+        vocab = self.network.get_input_embeddings().num_embeddings
+        # The highest ids, since special ones are low: a padding token moves the positions of RoBERTa's other tokens.
+        return (-1 - torch.arange(length, device=device))[None] % vocab, torch.arange(length, device=device) < length // 2
 
     def _document_mask(self, segments_BL: Tensor) -> Tensor:
         if self._window is not None and segments_BL.shape[1] > self._window:
@@ -199,7 +229,7 @@ class Pretrained(nn.Module):
         bool [B, 1, L, L] is what scaled dot product attention takes; additive what code that adds it to the scores does;
         0 and 1 [B, L, L] what transformers' BERT turned into an additive one before release 5.
         """
-        seen_B1LL = document_mask(segments_BL, self.causal)
+        seen_B1LL = dense_mask(segments_BL, causal=self.causal)
         if form == "bool":
             return seen_B1LL
         dtype = next(p.dtype for p in self.parameters() if p.is_floating_point())
@@ -221,13 +251,8 @@ class Pretrained(nn.Module):
     def _mask_failure(self, form: str, device: torch.device) -> str | None:
         """Why masks of this form do not do, None if they do: a change in one document must not move a bit of another, and a
         mask that hides nothing must change nothing."""
-        length = 2 * PROBE_TOKENS
-        if self.max_length is not None:
-            length = min(length, self.max_length)
+        ids, first = self._probe(device)
         vocab = self.network.get_input_embeddings().num_embeddings
-        # The highest ids, since special ones are low: a padding token moves the positions of RoBERTa's other tokens.
-        ids = (-1 - torch.arange(length, device=device))[None] % vocab
-        first = torch.arange(length, device=device) < length // 2
         documents = self._mask(torch.where(first, 0, 1)[None], form)
         try:
             plain, open_ = self._run(ids, None), self._run(ids, self._mask(torch.zeros_like(ids), form))

@@ -15,15 +15,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megapd.config import TransformerConfig
+from megapd.models.attention import Mask, attend, visible
 from megapd.models.build import Body, Parts, check_sizes
-from megapd.models.layers import Block, Embedding, LayerNorm, document_mask, run_blocks
+from megapd.models.layers import Block, Embedding, LayerNorm, run_blocks
 
 LAYER_NORM_EPS = {"gpt": 1e-5, "bert": 1e-12}  # the published models' values
 INIT_STD = 0.02  # GPT-2's and BERT's
@@ -41,13 +42,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden, 3 * hidden)
         self.out = nn.Linear(hidden, hidden)
 
-    def forward(self, x_BLD: Tensor, mask_B1LL: Tensor | None) -> Tensor:
-        """mask: True where a query (row) may see a key (column); None: all it can see (causal: up to itself)."""
+    def forward(self, x_BLD: Tensor, mask: Mask) -> Tensor:
+        """mask: see `attend`."""
         qkv_BL3HE = self.qkv(x_BLD).unflatten(-1, (3, self.heads, -1))
         q_BHLE, k_BHLE, v_BHLE = qkv_BL3HE.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed_BHLE = F.scaled_dot_product_attention(
-            q_BHLE, k_BHLE, v_BHLE, attn_mask=mask_B1LL, is_causal=self.causal and mask_B1LL is None
-        )
+        mixed_BHLE = attend(q_BHLE, k_BHLE, v_BHLE, mask, causal=self.causal)
         out_BLD: Tensor = self.out(mixed_BHLE.transpose(1, 2).flatten(2))
         return out_BLD
 
@@ -66,14 +65,14 @@ class TransformerBlock(Block):
         self.down = nn.Linear(config.ffn_width, config.hidden)
         self.ffn_norm = LayerNorm(config.hidden, eps=LAYER_NORM_EPS[config.kind])
 
-    def layer(self, x: Tensor, *others: Tensor | None) -> Tensor:
+    def layer(self, x: Tensor, *others: Any) -> Tensor:
         """others: the mask, see Attention."""
-        x_BLD, (mask_B1LL,) = x, others
+        x_BLD, (mask,) = x, others
         if self.norm_first:
-            x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), mask_B1LL)
+            x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), mask)
             x_BLD = x_BLD + self._feed_forward(self.ffn_norm(x_BLD))
         else:
-            x_BLD = self.attention_norm(x_BLD + self.attention(x_BLD, mask_B1LL))
+            x_BLD = self.attention_norm(x_BLD + self.attention(x_BLD, mask))
             x_BLD = self.ffn_norm(x_BLD + self._feed_forward(x_BLD))
         result: Tensor = x_BLD
         return result
@@ -103,14 +102,16 @@ class Transformer(Body):
     def __init__(self, config: TransformerConfig, vocab_size: int, max_length: int) -> None:
         super().__init__()
         self.causal, self.checkpointing = config.kind == "gpt", config.activation_checkpointing
+        self.flex = config.attention == "flex"
         self.tokens = Embedding(vocab_size, config.hidden)
         self.positions = Embedding(max_length, config.hidden)
         self.types = Embedding(TOKEN_TYPES, config.hidden) if config.kind == "bert" else None
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.layers))
         self.norm = LayerNorm(config.hidden, eps=LAYER_NORM_EPS[config.kind])  # GPT: after the blocks; BERT: before
 
-    def forward(self, ids_BL: Tensor, segments_BL: Tensor | None = None) -> Tensor:
-        """ids [B, L] int64, segments [B, L] int64 or None -> hidden states [B, L, D] in the weights' dtype.
+    def forward(self, ids_BL: Tensor, segments_BL: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """ids [B, L] int64, segments [B, L] int64 or None, lengths [B] int64 or None -> hidden states [B, L, D] in the weights'
+        dtype.
 
         Segments number the documents of a row: attention stays inside each, while positions run on through the row.
         """
@@ -120,8 +121,8 @@ class Transformer(Body):
         if self.types is not None:
             # One row that broadcasts: looked up for each token, its gradient would scatter B * L rows into one.
             x_BLD = self.norm(x_BLD + self.types(ids_BL.new_zeros(1)))
-        mask_B1LL = None if segments_BL is None else document_mask(segments_BL, self.causal)
-        x_BLD = run_blocks(self.blocks, x_BLD, mask_B1LL, checkpointing=self.checkpointing)
+        mask = visible(ids_BL, segments_BL, lengths, causal=self.causal, flex=self.flex)
+        x_BLD = run_blocks(self.blocks, x_BLD, mask, checkpointing=self.checkpointing)
         if self.types is None:
             x_BLD = self.norm(x_BLD)
         return x_BLD

@@ -52,13 +52,17 @@ SPECS = {
 }
 
 
-def make_batch(seed: int, samples: int = 3, segments: bool = False, length: int = LENGTH) -> Batch:
+def make_batch(seed: int, samples: int = 3, segments: bool = False, length: int = LENGTH, padded: bool = False) -> Batch:
     random = np.random.default_rng(seed)
     ids = torch.from_numpy(random.integers(0, VOCABULARY, (samples, length)))
     chosen = np.flatnonzero(random.random(samples * length) < 0.3)
+    lengths = np.maximum(1, length - np.arange(samples)) if padded else None
+    if lengths is not None:
+        chosen = chosen[chosen % length < lengths[chosen // length]]
     labels = torch.from_numpy(random.integers(0, CLASSES, len(chosen)))
     parts = torch.from_numpy(np.sort(random.integers(0, 3, (samples, length)), axis=1)) if segments else None
-    return Batch(ids, parts, torch.from_numpy(chosen), labels, torch.arange(samples))
+    counted = None if lengths is None else torch.from_numpy(lengths)
+    return Batch(ids, parts, torch.from_numpy(chosen), labels, torch.arange(samples), counted)
 
 
 class FakeTrajectory:
@@ -252,7 +256,7 @@ def same(found: Signal, expected: Signal) -> bool:
 
 
 def batches_of(step: int, count: int = 2, segments: bool = False) -> list[Batch]:
-    return [make_batch(100 * step + number, segments=segments) for number in range(count)]
+    return [make_batch(100 * step + number, segments=segments, padded=step % 3 == 2) for number in range(count)]
 
 
 def run_through(

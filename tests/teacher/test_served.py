@@ -87,7 +87,7 @@ def test_the_real_teacher_over_the_wire_answers_as_in_the_process(tmp_path, shar
 
 def test_requests_in_the_smallest_types_come_back_whole():
     for largest, expected in ((255, pa.uint8()), (256, pa.uint16()), (1 << 16, pa.uint32())):
-        batch = make_batch(0, segments=True)
+        batch = make_batch(0, segments=True, padded=True)
         batch.ids[0, 0] = largest
         batch.ids.clamp_(max=largest)
         teacher = FakeTrajectory().checkpoint(10).digest
@@ -96,7 +96,8 @@ def test_requests_in_the_smallest_types_come_back_whole():
         assert record.schema.field("segments").type.value_type == pa.uint8()
         request = asked(record)
         assert (request.step, request.teacher, request.spec) == (10, teacher, SPECS["topk"])
-        for name in ("ids", "segments", "positions"):
+        assert record.schema.field("lengths").type == pa.uint8()
+        for name in ("ids", "segments", "positions", "lengths"):
             assert torch.equal(getattr(request.batch, name), getattr(batch, name))
         assert not request.batch.labels.any()  # they never travel
     assert asked(record).id == asked(encode_request(10, teacher, SPECS["topk"], batch)).id

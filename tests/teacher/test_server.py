@@ -20,6 +20,7 @@ from megapd.teacher.server.dispatch import Dispatcher, Job
 from megapd.teacher.server.flight import TeacherFlight
 from megapd.teacher.server.metrics import Metrics, MetricsServer
 from megapd.teacher.wire.messages import HEAD, stream_bytes
+from megapd.teacher.wire.refusals import Refused
 from megapd.teacher.wire.requests import encode_request
 from tests.teacher.serving import (
     DENSE,
@@ -32,6 +33,7 @@ from tests.teacher.serving import (
     FakeTrajectory,
     Served,
     act,
+    asked,
     configuration,
     exchange,
     head,
@@ -56,6 +58,37 @@ def test_a_request_is_answered(server, client):
     assert same(decode(record, DENSE, DIGESTS[20], batch), server.replica.expected(20, batch, DENSE))
     again = exchange(client, encode_request(20, DIGESTS[20], DENSE, batch))
     assert again.equals(record)  # whatever was asked before
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_rows_of_several_lengths_are_answered_together_where_they_can(segments):
+    dispatcher = Dispatcher(replica := FakeReplica(), Metrics(), limit=8, token_budget=1000)
+    batches = [make_batch(number, segments=segments, padded=number < 2) for number in range(3)]
+    jobs = [Job(20, DIGESTS[20], asked(encode_request(20, DIGESTS[20], DENSE, batch)), lambda: False) for batch in batches]
+    for job in jobs:
+        dispatcher.submit(job)
+    dispatcher.turn(0)
+    dispatcher.turn(0)
+    assert [samples for _, samples in replica.asked] == [6, 3]
+    for job, batch in zip(jobs, batches, strict=True):
+        assert same(job.answer.result(0).signal, replica.expected(20, batch, DENSE))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "told"),
+    [
+        ([0, 1, 1], "rows of 0 to 1 tokens"),
+        ([99, 1, 1], "rows of 1 to 99 tokens"),
+        ([1, 1, 1], "a position in the padding of its row"),
+        ([None, 1, 1], "has nulls"),
+    ],
+)
+def test_lengths_that_cannot_be_are_refused(lengths, told):
+    record = encode_request(20, DIGESTS[20], DENSE, make_batch(0, padded=True))
+    place = record.schema.get_field_index("lengths")
+    changed = record.set_column(place, "lengths", pa.array(lengths, pa.uint8()))
+    with pytest.raises(Refused, match=told):
+        asked(changed.replace_schema_metadata(record.schema.metadata))
 
 
 def test_a_huge_answer_comes_in_parts(server, client, monkeypatch):

@@ -88,7 +88,7 @@ class Job:
         if self.request is None:
             return self.teacher, "head"
         batch = self.request.batch
-        return self.teacher, self.request.spec.parameters, batch.ids.shape[1], batch.segments is None
+        return self.teacher, self.request.spec.parameters, batch.ids.shape[1], batch.segments is None, batch.lengths is None
 
     @property
     def ready(self) -> bool:

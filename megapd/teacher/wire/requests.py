@@ -5,6 +5,7 @@ A request is an Arrow stream (messages.py) of one record batch of one row a samp
     sample     fixed_size_binary[16]    Batch.sample_digests; the teacher computes them again from what it received
     ids        fixed_size_list[L] of uint8, uint16 or uint32, the smallest that fits
     segments   the same, where attention stops at document boundaries
+    lengths    tokens of each row before its padding, the smallest unsigned type that fits, where rows are of several lengths
     positions  list of the sample's labelled positions, increasing, the smallest unsigned type that fits
 
 Its schema's metadata: format, request (an id that a repeated request shares), step and teacher (the checkpoint's step and
@@ -34,6 +35,8 @@ from megapd.teacher.wire.messages import read_record
 from megapd.teacher.wire.refusals import MAX_ANSWER_BYTES, Refused
 
 FORMAT = "megapd-request/1"
+COLUMNS = ("sample", "ids", "segments", "lengths", "positions")
+OPTIONAL = ("segments", "lengths")
 
 # What one request may hold. A micro-batch of 1,024 samples of 2,048 tokens is 2M tokens, 4 MiB as uint16.
 MAX_SAMPLES = 1 << 16
@@ -78,12 +81,16 @@ def encode_request(step: int, teacher: str, spec: SignalSpec, batch: Batch) -> p
     ends = np.zeros(samples + 1, dtype=np.int32)
     np.cumsum(batch.counts, out=ends[1:])
     matrices = [_small(tensor.numpy(force=True).reshape(-1)) for tensor in (batch.ids, batch.segments) if tensor is not None]
+    lengths = [] if batch.lengths is None else [_small(batch.lengths.numpy(force=True))]
     positions = _small(batch.places)
-    schema = _request_schema(length, tuple(matrix.type for matrix in matrices), positions.type)
+    schema = _request_schema(
+        length, tuple(matrix.type for matrix in matrices), tuple(column.type for column in lengths), positions.type
+    )
     sample, *lists, places = schema.types
     columns = [
         pa.Array.from_buffers(sample, samples, [None, pa.py_buffer(batch.sample_digests.tobytes())], 0),
-        *(pa.Array.from_buffers(kind, samples, [None], 0, children=[part]) for kind, part in zip(lists, matrices, strict=True)),
+        *(pa.Array.from_buffers(kind, samples, [None], 0, children=[part]) for kind, part in zip(lists, matrices, strict=False)),
+        *lengths,
         pa.Array.from_buffers(places, samples, [None, pa.py_buffer(ends)], 0, children=[positions]),
     ]
     about = {"format": FORMAT, "request": request_id(teacher, spec, batch), "step": str(step), "teacher": teacher}
@@ -92,10 +99,13 @@ def encode_request(step: int, teacher: str, spec: SignalSpec, batch: Batch) -> p
 
 
 @lru_cache(maxsize=256)
-def _request_schema(length: int, matrices: tuple[pa.DataType, ...], positions: pa.DataType) -> pa.Schema:
+def _request_schema(
+    length: int, matrices: tuple[pa.DataType, ...], lengths: tuple[pa.DataType, ...], positions: pa.DataType
+) -> pa.Schema:
     fields = {
         "sample": pa.binary(DIGEST_BYTES),
         **{name: pa.list_(kind, length) for name, kind in zip(("ids", "segments"), matrices, strict=False)},
+        **dict(zip(("lengths",), lengths, strict=False)),
         "positions": pa.list_(positions),
     }
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields.items()])
@@ -124,7 +134,7 @@ def _decode(record: pa.RecordBatch) -> Request:
     step, teacher = parse_teacher(_text(metadata, b"step"), _text(metadata, b"teacher"))
     spec = SignalSpec.parse(_text(metadata, b"parameters"))
     names = record.schema.names
-    if names not in (["sample", "ids", "positions"], ["sample", "ids", "segments", "positions"]):
+    if names != [name for name in COLUMNS if name in names or name not in OPTIONAL]:
         raise Refused("invalid", f"request: unknown columns {', '.join(names)[:200]}")
     record.validate(full=True)
     samples = record.num_rows
@@ -136,13 +146,17 @@ def _decode(record: pa.RecordBatch) -> Request:
     segments = _matrix(record.column("segments"), "segments") if "segments" in names else None
     if segments is not None and segments.shape != ids.shape:
         raise Refused("invalid", f"request: segments of length {segments.shape[1]}, but ids of length {length}")
+    lengths = _lengths(record.column("lengths"), length) if "lengths" in names else None
     positions, places, counts = _positions(record.column("positions"), length)
+    if lengths is not None and (places >= np.repeat(lengths, counts)).any():
+        raise Refused("invalid", "request: a position in the padding of its row")
     batch = Batch(
         ids=torch.from_numpy(ids),
         segments=None if segments is None else torch.from_numpy(segments),
         positions=torch.from_numpy(positions),
         labels=torch.zeros(len(positions), dtype=torch.int64),
         sample_ids=torch.zeros(samples, dtype=torch.int64),
+        lengths=None if lengths is None else torch.from_numpy(lengths),
     )
     batch.__dict__.update(counts=counts, places=places)
     if _digests(record.column("sample")) != batch.sample_digests.tobytes():
@@ -190,6 +204,16 @@ def _matrix(column: pa.Array, name: str) -> NDArray[np.int64]:
     if tokens > MAX_TOKENS:
         raise Refused("invalid", f"request: {tokens} tokens, {MAX_TOKENS} at most; lower the micro-batch")
     return _values(column, name).reshape(-1, kind.list_size)
+
+
+def _lengths(column: pa.Array, length: int) -> NDArray[np.int64]:
+    """int64 [B], each between 1 and `length`."""
+    if column.type not in _ARROW_TYPES or column.null_count:
+        raise Refused("invalid", f"request: lengths is of type {column.type}, or has nulls")
+    values: NDArray[np.int64] = column.to_numpy().astype(np.int64)
+    if values.min() < 1 or values.max() > length:
+        raise Refused("invalid", f"request: rows of {values.min()} to {values.max()} tokens, in a width of {length}")
+    return values
 
 
 def _positions(column: pa.Array, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
