@@ -12,7 +12,7 @@ from megapd.analysis.timeline import describe_plan
 from megapd.config import Config, dump
 from megapd.models import checkpoint_shape, parameter_count
 from megapd.schedule.resolve import resolve_plan
-from megapd.tasks import Task, build_task
+from megapd.tasks import Task, build_task, tokens_per_sample
 from megapd.teacher.limits import check_teachers
 from megapd.teacher.locate import open_trajectory
 from megapd.teacher.setup import describe_signal, signal_spec
@@ -36,9 +36,9 @@ def dry_run(config: Config) -> str:
     tiling = tile(config.training, ranks)
     learner = build_student(config, task)
     total, without_embeddings = parameter_count(learner)
-    tokens = config.training.global_batch * task.length
-    share = task.labelled_per_sample / task.length
-    per_token = config.model.flops_per_token(classes=task.classes, length=task.length, labelled_share=share)
+    per_sample = tokens_per_sample(task)
+    tokens, share = round(config.training.global_batch * per_sample), task.labelled_per_sample / per_sample
+    per_token = config.model.flops_per_token(classes=task.classes, length=round(per_sample), labelled_share=share)
     lines = [
         dump(config).rstrip(),
         "",

@@ -88,6 +88,9 @@ class CorpusConfig(Section):
     sources: tuple[SourceConfig, ...] = ()
     tokenizer: TokenizerConfig = TokenizerConfig()
     block_length: int = Field(128, ge=8, description="tokens a block")
+    packing: Literal["concatenate", "single"] = Field(
+        "concatenate", description="blocks cut from one stream of documents; or a row a document, padded, long ones in several"
+    )
     heldout_fraction: float = Field(0.01, gt=0.0, lt=0.5, description="share of the documents kept for evaluation")
     seed: int = Field(0, description="chooses the held-out documents")
 

@@ -1,7 +1,8 @@
 """Documents to fixed blocks, and the Arrow IPC file of blocks that megapd.tasks.blocks reads.
 
-The tokens of a split are one stream: each document's ids, then the separator. Blocks are cut from it without regard to documents,
-so no position is padding; in BERT's style each block opens with [CLS], and the rest is the stream's next length - 1 tokens.
+Concatenated, the tokens of a split are one stream: each document's ids, then the separator. Blocks are cut from it without regard
+to documents, so no position is padding. Single, a block holds one document, or a part of one that is longer, and is filled up
+with padding. In BERT's style each block opens with [CLS], and the rest holds length - 1 tokens.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class PackCounts:
     dropped_tokens      the tail that filled no block
     special_tokens      openers and separators in the blocks
     boundaries          neighbours within a block that belong to different documents
+    padding             tokens in the blocks that belong to none
     """
 
     documents: int = 0
@@ -41,6 +43,7 @@ class PackCounts:
     dropped_tokens: int = 0
     special_tokens: int = 0
     boundaries: int = 0
+    padding: int = 0
 
 
 def total(counts: Iterable[PackCounts]) -> PackCounts:
@@ -101,6 +104,55 @@ class Packer:
         """Drop the tail; the final counts."""
         assert self.ready == 0, "take the full blocks first"
         self.counts.dropped_tokens = self.pending
+        return self.counts
+
+
+class RowPacker:
+    """As Packer, but each document has rows of its own: segments are 0, and 1 where a row is padding.
+
+    A separator ends the document's last row, unless that would hold nothing else: then it is dropped.
+    """
+
+    def __init__(self, length: int, separator: int, opener: int | None, padding: int) -> None:
+        self._length, self._separator, self._padding = length, separator, padding
+        self._opened = [] if opener is None else [opener]
+        self._rows: list[NDArray[np.int32]] = []
+        self.counts = PackCounts()
+
+    def add(self, documents: list[NDArray[np.int32]]) -> None:
+        """Append documents' ids, without separators. Empty ones are left out."""
+        content = self._length - len(self._opened)
+        for document in documents:
+            if len(document) == 0:
+                continue
+            dropped = int(len(document) % content == 0)
+            rows = np.append(document, np.int32(self._separator))[: len(document) + 1 - dropped]
+            self._rows += [np.append(self._opened, rows[i : i + content]).astype(np.int32) for i in range(0, len(rows), content)]
+            self.counts.documents += 1
+            self.counts.tokens += len(document) + 1
+            self.counts.dropped_tokens += dropped
+
+    @property
+    def ready(self) -> int:
+        """Rows held."""
+        return len(self._rows)
+
+    def take(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """All rows: ids and segments, [rows, length] each."""
+        ids = np.full((self.ready, self._length), self._padding, dtype=np.int32)
+        segments = np.ones(ids.shape, dtype=np.int64)
+        for number, row in enumerate(self._rows):
+            ids[number, : len(row)], segments[number, : len(row)] = row, 0
+        self._rows = []
+        self.counts.blocks += len(ids)
+        self.counts.padding += int(segments.sum())
+        separators = np.count_nonzero((ids == self._separator) & (segments == 0))
+        self.counts.special_tokens += int(separators) + len(ids) * len(self._opened)
+        return ids, segments
+
+    def close(self) -> PackCounts:
+        """The final counts."""
+        assert self.ready == 0, "take the rows first"
         return self.counts
 
 

@@ -17,14 +17,14 @@ from tqdm import tqdm
 from megapd import __version__
 from megapd import config as settings
 from megapd.corpus import tokenizer as tokenizers
-from megapd.corpus.pack import BlockWriter, PackCounts, Packer, total
+from megapd.corpus.pack import BlockWriter, PackCounts, Packer, RowPacker, total
 from megapd.corpus.sources import TextSource, find_files, fingerprint, names
 from megapd.corpus.tokenizer import CorpusTokenizer
 from megapd.errors import UserError
 from megapd.files import commit_folder, sealed, temporary_folder, write_atomic
 from megapd.hub import HUB
 from megapd.rng import Stream, bits, permute
-from megapd.tasks.blocks import FORMAT, META, read_meta
+from megapd.tasks.blocks import FORMAT, META, ROWS_FORMAT, read_meta
 from megapd.tokenization import open_tokenizer
 
 Told = Callable[[str, int], object]
@@ -63,7 +63,7 @@ def prepare(config: settings.Config, progress: bool = True, told: Told = lambda 
         splits, per_source = _pack(corpus, sources, tokenizer, temporary, progress, told)
         origins = [{"revision": source.revision, "files": known} for source, known in zip(sources, files, strict=True)]
         meta = {
-            "format": FORMAT,
+            "format": FORMAT if corpus.packing == "concatenate" else ROWS_FORMAT,
             "megapd": __version__,
             "config": settings.public_tree(corpus),
             "tokenizer": tokenizer.described(),
@@ -195,10 +195,17 @@ def _pack(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Write both splits; what meta.json says of them, and the counts of each source.
 
-    The training split is one stream of tokens; the held-out one has a stream for each source, whose blocks are its own.
+    The training split has one packer; the held-out one has one for each source, whose blocks are its own.
     """
     length = corpus.block_length
-    train_packer = Packer(length, tokenizer.separator, tokenizer.opener)
+
+    def packer_of() -> Packer | RowPacker:
+        if corpus.packing == "concatenate":
+            return Packer(length, tokenizer.separator, tokenizer.opener)
+        padding = tokenizer.roles.padding
+        return RowPacker(length, tokenizer.separator, tokenizer.opener, tokenizer.separator if padding is None else padding)
+
+    train_packer = packer_of()
     held_counts: list[PackCounts] = []
     per_source: list[dict[str, Any]] = []
     done = 0
@@ -210,7 +217,7 @@ def _pack(
     ):
         for source in sources:
             counts = {"documents": 0, "characters": 0, "tokens": 0}
-            held_packer = Packer(length, tokenizer.separator, tokenizer.opener)
+            held_packer = packer_of()
             for group in _grouped(source, corpus):
                 encoded = tokenizer.encode([text for text, _ in group], cores)
                 for packer, writer, side in ((train_packer, train, False), (held_packer, heldout, True)):

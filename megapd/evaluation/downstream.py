@@ -19,11 +19,9 @@ from torch import Tensor
 from megapd.batch import Batch
 from megapd.config import Config, DownstreamConfig
 from megapd.evaluation.questions import Question, read_questions
-from megapd.tasks import Task
+from megapd.tasks import Task, row_width, to_batch
 from megapd.tasks.tokenizer import CorpusVocabulary, corpus_vocabulary
 from megapd.world import World
-
-LENGTH_STEP = 16  # rows are as long as the longest of their batch, up to a multiple of this: few shapes to compile
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +53,7 @@ class DownstreamTask:
         self._characters = np.array([max(1, len(continuation)) for _, continuation in options])
         encode = _masked_rows if vocabulary.style == "bert" else _causal_rows
         self._rows = encode(options, vocabulary, length)
-        self._masked, self._padding = vocabulary.style == "bert", vocabulary.roles.separator
-        self._longest = max(len(row.ids) for row in self._rows)
+        self._padding, self._longest = vocabulary.roles.separator, max(len(row.ids) for row in self._rows)
         if cut := sum(len(row.ids) == length for row in self._rows):
             log.warning(
                 "evaluation.tasks: %s: %d of %d rows fill %d tokens and may be cut", self.name, cut, len(self._rows), length
@@ -87,20 +84,15 @@ class DownstreamTask:
         return float(np.mean(np.array(chosen) == self._answers))
 
     def _batch(self, rows: Sequence[Row]) -> Batch:
-        """Rows filled up on the right; of a masked model the filling is a document of its own, which nothing attends to."""
-        longest = max((len(row.ids) for row in rows), default=1)
-        length = min(self._longest, -(-longest // LENGTH_STEP) * LENGTH_STEP)
-        ids = np.full((len(rows), length), self._padding, dtype=np.int64)
-        segments = np.ones((len(rows), length), dtype=np.int64)
+        lengths = np.array([len(row.ids) for row in rows], dtype=np.int64)
+        width = row_width(lengths, self._longest)
+        ids = np.full((len(rows), width), self._padding, dtype=np.int64)
         for number, row in enumerate(rows):
-            ids[number, : len(row.ids)], segments[number, : len(row.ids)] = row.ids, 0
+            ids[number, : len(row.ids)] = row.ids
         nothing = np.empty(0, dtype=np.int64)
-        positions = np.concatenate([nothing, *(number * length + row.places for number, row in enumerate(rows))])
+        positions = np.concatenate([nothing, *(number * width + row.places for number, row in enumerate(rows))])
         labels = np.concatenate([nothing, *(row.labels for row in rows)])
-        documents = torch.from_numpy(segments) if self._masked else None
-        return Batch(
-            torch.from_numpy(ids), documents, torch.from_numpy(positions), torch.from_numpy(labels), torch.arange(len(rows))
-        )
+        return to_batch(ids, None, positions, labels, np.arange(len(rows)), lengths)
 
 
 def open_downstream(config: Config, task: Task) -> list[DownstreamTask]:

@@ -12,13 +12,15 @@ from megapd.batch import Batch
 from megapd.config import Config
 from megapd.errors import UserError
 
+WIDTH_STEP = 16  # few widths, and so few shapes to compile
+
 
 class Task(Protocol):
     """Batches as pure functions of (configuration, step): ranks and micro-batches only choose which rows they ask for.
 
     vocab_size           input token ids are in range(vocab_size)
     classes              outputs of the head; labels are in range(classes)
-    length               tokens a sample
+    length               tokens a sample, at most; a task whose rows are shorter has tokens_per_sample, the expected number, too
     labelled_per_sample  expected labelled positions a sample
     data_digest          hexadecimal sha256 of all that batches are made from beside the configuration; a resumed run must agree
     vocabulary_digest    hexadecimal sha256 of what ids and classes mean; teacher and student must agree on it
@@ -40,6 +42,17 @@ class Task(Protocol):
     def heldout(self, rows: range) -> Batch:
         """Held-out samples [rows.start, rows.stop), the same for every seed and step; sample ids are -1 - row."""
         ...
+
+
+def tokens_per_sample(task: Task) -> float:
+    """Expected tokens a sample, without padding: what the task says of itself by this name, else its length."""
+    return float(getattr(task, "tokens_per_sample", task.length))
+
+
+def row_width(lengths: NDArray[np.int64], most: int) -> int:
+    """How far rows of `lengths` are padded: to the longest, up to a multiple of WIDTH_STEP, and at most to `most`."""
+    longest = int(lengths.max(initial=1))
+    return min(most, -(-longest // WIDTH_STEP) * WIDTH_STEP)
 
 
 def build_task(config: Config) -> Task:
@@ -70,7 +83,9 @@ def to_batch(
     positions: NDArray[np.int64],
     labels: NDArray[np.int64],
     sample_ids: NDArray[np.int64],
+    lengths: NDArray[np.int64] | None = None,
 ) -> Batch:
     """The Batch of these arrays, on their memory."""
-    documents = None if segments is None else torch.from_numpy(segments)
-    return Batch(torch.from_numpy(ids), documents, *map(torch.from_numpy, (positions, labels, sample_ids)))
+    documents, counted = (None if each is None else torch.from_numpy(each) for each in (segments, lengths))
+    where, what, which = map(torch.from_numpy, (positions, labels, sample_ids))
+    return Batch(torch.from_numpy(ids), documents, where, what, which, counted)

@@ -28,7 +28,8 @@ from megapd.tokenization.base import MODEL
 
 META = "meta.json"
 FORMAT = 3  # of the folder; raised when older readers would misread it
-READ_FORMATS = (2, FORMAT)  # 2: tokenizer.model alone, whose sha256 is its digest, and roles by their names
+ROWS_FORMAT = 4  # the same, but blocks hold a document each: segment 1 is padding, which format 3 has not
+READ_FORMATS = (2, FORMAT, ROWS_FORMAT)  # 2: tokenizer.model alone, whose sha256 is its digest, and roles by their names
 COLUMNS = ("ids", "segments")
 PAGE_BLOCKS = 512  # whose checks have one digest: 8 KB
 DIGEST_BYTES = 16  # of a page

@@ -11,8 +11,8 @@ from megapd import config as settings
 from megapd.batch import Batch
 from megapd.errors import UserError
 from megapd.rng import Stream, below, bits, permute, scale
-from megapd.tasks import row_numbers, to_batch, training_samples
-from megapd.tasks.blocks import Split, content_digest, read_meta, token_roles
+from megapd.tasks import row_numbers, row_width, to_batch, training_samples
+from megapd.tasks.blocks import ROWS_FORMAT, Split, content_digest, read_meta, token_roles
 
 STYLES = {"mlm": "bert", "clm": "gpt"}
 HELDOUT_SEED = 0  # the held-out masks are the same for every run, whatever its seed
@@ -20,7 +20,8 @@ _LOW_HALF = np.uint64(32)
 
 
 class TextTask:
-    """Sample s is block permute(s mod n) of epoch s div n, n the training blocks; each epoch has a permutation of its own.
+    """Sample s is block permute(s mod n) of epoch s div n, n the training blocks; each epoch has a permutation of its own. Of a
+    corpus packed single, blocks are rows of several lengths.
 
     mlm  every ordinary position is selected with probability mask_rate; of the selected, mask_token_share become the mask token,
          random_token_share a token drawn from the ordinary ones, the rest stay. Special tokens are never selected. All
@@ -47,11 +48,14 @@ class TextTask:
         special[meta["tokenizer"].get("tokens", self.vocab_size) :] = True  # rows that pad the vocabulary stand for nothing
         self._special, self._ordinary = special, np.flatnonzero(~special)
         self._mask_token = token_roles(meta)["mask"]
+        self._rows = meta["format"] == ROWS_FORMAT
+        self.tokens_per_sample = self.length - meta["train"].get("padding", 0) / len(self._train)
         if task.objective == "mlm":
-            self.labelled_per_sample = task.mask_rate * (self.length - meta["train"]["special_tokens"] / len(self._train))
+            special_tokens = meta["train"]["special_tokens"] / len(self._train)
+            self.labelled_per_sample = task.mask_rate * (self.tokens_per_sample - special_tokens)
         else:
             boundaries = meta["train"]["boundaries"] / len(self._train) if task.document_mask else 0.0
-            self.labelled_per_sample = self.length - 1 - boundaries
+            self.labelled_per_sample = self.tokens_per_sample - 1 - boundaries
 
     def batch(self, step: int, rows: range) -> Batch:
         samples = training_samples(step, rows, self._global_batch)
@@ -82,22 +86,36 @@ class TextTask:
     ) -> Batch:
         """rows: blocks of `source` [B]; draws: the index of each row's random numbers [B]."""
         ids = source.ids(rows)
-        segments = source.segments(rows) if self._task.document_mask else None
+        segments = source.segments(rows) if self._task.document_mask or self._rows else None
+        lengths = None
+        if self._rows and segments is not None:  # a document each, so there is nothing else to keep apart
+            lengths, segments = np.count_nonzero(segments == 0, axis=1), None
+            ids = np.ascontiguousarray(ids[:, : row_width(lengths, self.length)])
         if self._task.objective == "mlm":
-            positions, labels = self._mask(ids, draws, seed, select, replace)
+            positions, labels = self._mask(ids, lengths, draws, seed, select, replace)
         else:
-            positions, labels = self._shift(ids, segments)
-        return to_batch(ids, segments, positions, labels, sample_ids)
+            positions, labels = self._shift(ids, segments, lengths)
+        return to_batch(ids, segments, positions, labels, sample_ids, lengths)
 
     def _mask(
-        self, ids: NDArray[np.int64], draws: NDArray[np.int64], seed: int, select: Stream, replace: Stream
+        self,
+        ids: NDArray[np.int64],
+        lengths: NDArray[np.int64] | None,
+        draws: NDArray[np.int64],
+        seed: int,
+        select: Stream,
+        replace: Stream,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Overwrites `ids` [B, L] with its masked version; returns selected positions [N] and the ids they had [N]."""
-        words = bits(seed, select, draws[:, None], np.arange(self.length))
-        positions = np.flatnonzero(below(words, self._task.mask_rate) & ~self._special[ids])
+        places = np.arange(ids.shape[1])
+        words = bits(seed, select, draws[:, None], places)
+        selected = below(words, self._task.mask_rate) & ~self._special[ids]
+        if lengths is not None:
+            selected &= places < lengths[:, None]
+        positions = np.flatnonzero(selected)
         flat = ids.reshape(-1)
         labels = flat[positions]
-        row, column = np.divmod(positions, self.length)
+        row, column = np.divmod(positions, ids.shape[1])
         # One word a selected position: its high half chooses the token, its low half what becomes of the position.
         words = bits(seed, replace, draws[row], column)
         action = words << _LOW_HALF
@@ -108,8 +126,12 @@ class TextTask:
         flat[positions[randomised]] = self._ordinary[scale(words[randomised], len(self._ordinary))]
         return positions, labels
 
-    def _shift(self, ids: NDArray[np.int64], segments: NDArray[np.int64] | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _shift(
+        self, ids: NDArray[np.int64], segments: NDArray[np.int64] | None, lengths: NDArray[np.int64] | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         predicts = np.zeros(ids.shape, dtype=np.bool_)
         predicts[:, :-1] = True if segments is None else segments[:, 1:] == segments[:, :-1]
+        if lengths is not None:
+            predicts &= np.arange(ids.shape[1]) < lengths[:, None] - 1
         positions = np.flatnonzero(predicts)
         return positions, ids.reshape(-1)[positions + 1]

@@ -11,7 +11,7 @@ from megapd.models import Shape, checkpoint_shape, teacher_logit_form
 from megapd.registry import signal_kinds
 from megapd.schedule.plan import Plan
 from megapd.signals import Encoding, SignalSpec, definition_of, negotiate
-from megapd.tasks import Task
+from megapd.tasks import Task, tokens_per_sample
 from megapd.teacher.cache import CachedStream, SignalCache
 from megapd.teacher.engine import Teacher, TeacherOptions
 from megapd.teacher.limits import Demands
@@ -57,7 +57,7 @@ def signal_spec(config: Config, task: Task, plan: Plan, checkpoint: Checkpoint) 
 
 def describe_signal(task: Task, spec: SignalSpec, shape: Shape) -> str:
     """What the signal costs, in bytes a labelled position and a token, beside the other exact kinds."""
-    share = task.labelled_per_sample / task.length
+    share = task.labelled_per_sample / tokens_per_sample(task)
 
     def cost(asked: SignalSpec) -> str:
         size = asked.bytes_per_position(shape.classes, shape.width)

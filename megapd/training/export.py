@@ -17,7 +17,7 @@ from megapd.config import Config, TextConfig
 from megapd.errors import UserError
 from megapd.models import build_model, copy_weights, parameter_count, save_hugging_face
 from megapd.signals import DTYPES
-from megapd.tasks import Task, build_task
+from megapd.tasks import Task, build_task, tokens_per_sample
 from megapd.tasks.blocks import Split, read_meta
 from megapd.tasks.tokenizer import corpus_vocabulary
 from megapd.tokenization import Tokenizer
@@ -104,7 +104,7 @@ def _card(config: Config, task: Task, record: RunRecord | None, step: int, param
     causal = config.model.causal
     lines = ["---", "library_name: transformers", f"pipeline_tag: {'text-generation' if causal else 'fill-mask'}"]
     lines += ["tags: [megapd, progressive-distillation]", "---", "", f"# {config.name}", ""]
-    tokens = step * config.training.global_batch * task.length
+    tokens = round(step * config.training.global_batch * tokens_per_sample(task))
     facts = {
         "model": f"{config.model.kind}, {parameters:,} parameters, {task.vocab_size:,} tokens, {task.length} positions",
         "run": "" if record is None else f"{record.id}, numerics {record.numerics}",

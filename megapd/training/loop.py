@@ -16,6 +16,7 @@ from torch import Tensor
 from megapd.batch import Batch
 from megapd.config import Config
 from megapd.errors import DiskFailed, Diverged
+from megapd.tasks import tokens_per_sample
 from megapd.training.feed import BatchFeed
 from megapd.training.folder import METRICS, numbers, recorded
 from megapd.training.learning_rate import learning_rate
@@ -168,7 +169,7 @@ def step_metrics(run: Run, sums: Tensor, labelled: int, lr: float, source: Sourc
         "lr": lr,
         "grad_norm": run.engine.grad_norm,
         "labelled": labelled,
-        "tokens": run.step * run.config.training.global_batch * run.task.length,
+        "tokens": round(run.step * run.config.training.global_batch * tokens_per_sample(run.task)),
         "nonfinite": run.progress.nonfinite,
         "overflows": run.progress.overflows,
     }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megapd.config import TelemetryConfig
+from megapd.tasks import tokens_per_sample
 from megapd.training.folder import METRICS, MetricsFile, numbers, recorded
 from megapd.training.run import Callback, Run, StepResult, due
 from megapd.training.trackers import Tracker
@@ -25,9 +26,9 @@ class Meter(Callback):
 
     def start(self, run: Run) -> None:
         self._step, self._data, self._teacher = run.start, 0.0, 0.0
-        self._tokens = run.config.training.global_batch * run.task.length
-        share = run.task.labelled_per_sample / run.task.length
-        self._flops = run.config.model.flops_per_token(classes=run.task.classes, length=run.task.length, labelled_share=share)
+        tokens = tokens_per_sample(run.task)
+        self._tokens, share = run.config.training.global_batch * tokens, run.task.labelled_per_sample / tokens
+        self._flops = run.config.model.flops_per_token(classes=run.task.classes, length=round(tokens), labelled_share=share)
         peak = _peak_tflops(run.config.telemetry, run.world.device)
         self._peak_flops = None if peak is None else peak * 1e12 * run.world.size
         lines = recorded(run.config.folder / METRICS, run.start) if run.writes else []

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapd.corpus import pack
-from megapd.corpus.pack import BlockWriter, Packer
+from megapd.corpus.pack import BlockWriter, Packer, RowPacker
 from megapd.tasks.blocks import Blocks
 from tests.corpus.corpora import write_blocks
 
@@ -111,3 +111,40 @@ def test_a_writer_that_fails_leaves_no_readable_file(tmp_path):
         interrupted()
     with pytest.raises(pa.ArrowInvalid):
         pa.ipc.open_file(path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 40), max_size=20),
+    length=st.integers(8, 20),
+    opener=st.sampled_from([None, OPENER]),
+    padding=st.sampled_from([0, SEPARATOR]),
+    chunks=st.integers(1, 7),
+)
+def test_every_document_has_rows_of_its_own(sizes, length, opener, padding, chunks):
+    documents = [np.arange(10 + i, 10 + i + size, dtype=np.int32) for i, size in enumerate(sizes)]
+    packer = RowPacker(length, SEPARATOR, opener, padding)
+    taken = []
+    for first in range(0, len(documents), chunks):
+        packer.add(documents[first : first + chunks])
+        if packer.ready:
+            taken.append(packer.take())
+    counts = packer.close()
+
+    ids = np.concatenate([np.empty((0, length), dtype=np.int64), *(ids for ids, _ in taken)])
+    segments = np.concatenate([np.empty((0, length), dtype=np.int64), *(segments for _, segments in taken)])
+    opened = [] if opener is None else [opener]
+    rows = []
+    for document in documents:
+        left = [*document.tolist(), SEPARATOR] if len(document) else []
+        while left and left != [SEPARATOR]:
+            rows.append(opened + left[: length - len(opened)])
+            left = left[length - len(opened) :]
+    assert ids.tolist() == [row + [padding] * (length - len(row)) for row in rows]
+    assert segments.tolist() == [[0] * len(row) + [1] * (length - len(row)) for row in rows]
+    held = sum(map(len, rows))
+    assert counts.documents == sum(size > 0 for size in sizes)
+    assert counts.tokens == sum(size + 1 for size in sizes if size)
+    assert counts.dropped_tokens == counts.tokens - (held - len(rows) * len(opened))
+    assert (counts.blocks, counts.padding, counts.boundaries) == (len(rows), ids.size - held, 0)
+    assert counts.special_tokens == sum(row.count(SEPARATOR) for row in rows) + len(rows) * len(opened)
