@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megapd.config.families import ModernBertConfig
-from megapd.models.attention import Mask, attend, visible
+from megapd.models.attention import Mask, attend, rotary_table, rotate, visible, within_documents
 from megapd.models.build import Body, Parts, check_sizes
 from megapd.models.layers import Block, Embedding, LayerNorm, run_blocks
-from megapd.models.rotary import rotary_table, rotate, within_documents
 
 INIT_STD = 0.02
 

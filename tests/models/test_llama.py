@@ -11,8 +11,8 @@ import transformers
 from megapd.config import LlamaConfig
 from megapd.errors import UserError
 from megapd.models import build_model, load_hugging_face, save_hugging_face
+from megapd.models.attention import within_documents
 from megapd.models.layers import RMSNorm
-from megapd.models.rotary import within_documents
 from megapd_kernels import LossOptions
 
 from .sequences import assert_documents_alone, assert_same, documents, gradients, logits, spread
