@@ -135,8 +135,8 @@ class TelemetryConfig(Section):
     project: str = Field("megapd", description="of the run's page at wandb")
     progress: bool = Field(True, description="a bar on a terminal, lines elsewhere")
     trackers: tuple[str, ...] = Field(("wandb", "progress"), description="where metrics go beside metrics.jsonl")
-    statistics: bool = Field(
-        False, description="each step: entropies of student and teacher, top-1 agreement; the loss then takes longer"
+    statistics: int = Field(
+        128, ge=0, description="labelled positions a rank on which each line compares student and teacher; 0: none"
     )
     peak_tflops: float | None = Field(None, gt=0.0, description="a device's peak, for the MFU; default: known by its name")
 

@@ -1,6 +1,8 @@
 """The models: bodies, heads with their loss, and how they are built, read, written and sharded."""
 
+from megapd.models.build import STATISTICS as STATISTICS
 from megapd.models.build import Body as Body
+from megapd.models.build import Compared as Compared
 from megapd.models.build import Learner as Learner
 from megapd.models.build import LossHead as LossHead
 from megapd.models.build import Parts as Parts

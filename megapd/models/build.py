@@ -19,7 +19,7 @@ from megapd.config import LanguageModelConfig, ModelConfig
 from megapd.errors import UserError
 from megapd.registry import imported
 from megapd.signals import LossTargets, Signal
-from megapd_kernels import LossOptions, LossResult, linear_distillation_loss
+from megapd_kernels import LossOptions, LossResult, linear_cross_entropy, linear_distillation_loss, softmax_kl
 
 
 class Body(nn.Module, ABC):
@@ -70,6 +70,19 @@ def check_sizes(section: LanguageModelConfig, vocab_size: int, classes: int, len
         )
 
 
+class Compared(NamedTuple):
+    """How many labelled positions of a batch `compare` looks at, and of how many likeliest classes, 0: none."""
+
+    positions: int
+    top: int = 0
+
+
+# What `compare` tells: student and teacher at temperature 1. KL(teacher || student), the teacher's cross entropy, both entropies
+# [nats]; the share of the positions at which both have the same likeliest class; the share of the teacher's `top` classes that
+# are among the student's.
+STATISTICS = ("kl", "teacher_cross_entropy", "entropy", "teacher_entropy", "agreement", "top_agreement")
+
+
 class LossHead(nn.Module):
     """Output layer, weight [V, D] and bias [V] or None, with the loss of its logits.
 
@@ -97,8 +110,10 @@ class LossHead(nn.Module):
         signal: Signal | None = None,
         denominator: float | None = None,
         mode: Literal["loss", "logits"] = "loss",
-    ) -> LossResult | Tensor:
-        """mode loss: hidden [N, D], labels [N] int64 -> LossResult; mode logits: hidden -> logits [N, V] in its dtype.
+        compared: Compared | None = None,
+    ) -> tuple[LossResult, Tensor | None] | Tensor:
+        """mode loss: hidden [N, D], labels [N] int64 -> LossResult, and what `compare` tells if asked for; mode logits: hidden ->
+        logits [N, V] in its dtype.
 
         With a signal the loss is the one `options` describe; without, the labels' cross entropy, whatever alpha says.
         denominator: what the sums are divided by; None: the N positions.
@@ -110,9 +125,65 @@ class LossHead(nn.Module):
             options = dataclasses.replace(options, alpha=1.0)
         elif "temperature" in signal.spec.definition.uses:  # its probabilities have the temperature already
             options = dataclasses.replace(options, teacher_temperature=1.0)
-        return linear_distillation_loss(
+        result = linear_distillation_loss(
             hidden, self.weight, bias=self.bias, labels=labels, denominator=denominator, options=options, **targets
         )
+        assert labels is not None
+        return result, None if compared is None else self._compare(hidden, labels, signal, compared)
+
+    @torch.no_grad()
+    def _compare(self, hidden: Tensor, labels: Tensor, signal: Signal | None, compared: Compared) -> Tensor:
+        """[2, 6] float64: sums of STATISTICS over some positions, evenly spaced, and over how many; 0 of what the signal does
+        not tell. The loss's own pass could tell most, at a cost of half of it again (benchmarks/compared.py)."""
+        count = min(compared.positions, len(labels))
+        rows = torch.arange(count, device=hidden.device) * len(labels) // max(count, 1)
+        hidden, labels = hidden.index_select(0, rows), labels[rows]
+        own, kind = self.options, None if signal is None else signal.spec.definition
+        targets = LossTargets()
+        if signal is not None and kind is not None and kind.lossless:
+            targets = signal.map(lambda tensor: tensor[rows]).targets
+        options = LossOptions(
+            per_token=True,
+            top_k_agreement=compared.top if targets and compared.top < self.weight.shape[0] else 0,
+            common_vocabulary=own.common_vocabulary,
+            logit_scale=own.logit_scale,
+            soft_cap=own.soft_cap,
+            teacher_logit_scale=own.teacher_logit_scale,
+            teacher_soft_cap=own.teacher_soft_cap,
+            product_dtype=own.product_dtype,
+            chunk_bytes=own.chunk_bytes,
+        )
+        result = linear_distillation_loss(hidden, self.weight, bias=self.bias, labels=labels, options=options, **targets)
+        tokens = result.tokens
+        assert tokens is not None
+        found = {"entropy": tokens.entropy}
+        if targets:
+            found |= {"kl": result.divergence, "teacher_entropy": tokens.teacher_entropy, "agreement": tokens.agreement}
+            found["teacher_cross_entropy"] = _teacher_cross_entropy(targets, labels, options, self.weight.shape[0])
+            if options.top_k_agreement:
+                found["top_agreement"] = tokens.top_k_agreement
+        elif signal is not None and kind is not None and (likeliest := kind.likeliest(signal.values[rows])) is not None:
+            found["agreement"] = likeliest == tokens.argmax
+        told = [found[name].sum().double() if name in found else hidden.new_zeros((), dtype=torch.float64) for name in STATISTICS]
+        known = [float(count if name in found else 0) for name in STATISTICS]
+        return torch.stack([torch.stack(told), torch.tensor(known, dtype=torch.float64, device=hidden.device)])
+
+
+def _teacher_cross_entropy(targets: LossTargets, labels: Tensor, options: LossOptions, classes: int) -> Tensor:
+    """The sum over the positions, at temperature 1; of a student with other classes over those that both have."""
+    shaped = dataclasses.replace(
+        options,
+        per_token=False,
+        top_k_agreement=0,
+        common_vocabulary=False,
+        logit_scale=options.teacher_logit_scale,
+        soft_cap=options.teacher_soft_cap,
+    )
+    if (logits := targets.get("teacher_logits")) is not None:
+        return softmax_kl(logits[:, :classes], labels=labels, options=shaped).cross_entropy
+    bias = targets["teacher_bias"]
+    weight, bias = targets["teacher_weight"][:classes], None if bias is None else bias[:classes]
+    return linear_cross_entropy(targets["teacher_hidden"], weight, labels, bias=bias, options=shaped).cross_entropy
 
 
 class Learner(nn.Module):
@@ -131,13 +202,13 @@ class Learner(nn.Module):
         signal: Signal | None = None,
         denominator: float | None = None,
         mode: Literal["loss", "hidden", "logits"] = "loss",
+        compared: Compared | None = None,
     ) -> tuple[Tensor, Tensor] | Tensor:
         """mode loss -> (loss, stats); hidden -> final hidden states [N, D]; logits -> [N, V]; N labelled positions.
 
         loss: scalar, the sum over the positions divided by `denominator` (None: N). stats: detached float64 [3], sums
-        of divergence, cross entropy and correct predictions over the N positions; with options.per_token [6], and of the
-        student's entropy, the teacher's, and positions where both have the same largest class. Without a signal the loss is
-        the labels' cross entropy.
+        of divergence, cross entropy and correct predictions over the N positions; with `compared` [15], followed by sums of
+        STATISTICS and their counts. Without a signal the loss is the labels' cross entropy.
         """
         padded = {} if batch.lengths is None else {"lengths": batch.lengths}
         hidden_ND: Tensor = self._labelled(batch, self.body(batch.ids, batch.segments, **padded))
@@ -148,11 +219,9 @@ class Learner(nn.Module):
         if mode == "logits":
             logits_NV: Tensor = self.head(hidden_ND, mode="logits")
             return logits_NV
-        result = self.head(hidden_ND, batch.labels, signal, denominator)
-        sums = [result.divergence, result.cross_entropy, result.correct]
-        if (tokens := result.tokens) is not None:
-            sums += [tokens.entropy.sum(), tokens.teacher_entropy.sum(), tokens.agreement.sum()]
-        return result.loss, torch.stack([s.detach().to(torch.float64) for s in sums])
+        result, told = self.head(hidden_ND, batch.labels, signal, denominator, compared=compared)
+        sums = torch.stack([s.detach().to(torch.float64) for s in (result.divergence, result.cross_entropy, result.correct)])
+        return result.loss, sums if told is None else torch.cat([sums, told.flatten()])
 
     def _labelled(self, batch: Batch, hidden_BRD: Tensor) -> Tensor:
         """The rows [N, D] that predict; R rows a sample: its tokens, or one for all (mlp)."""

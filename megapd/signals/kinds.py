@@ -86,6 +86,9 @@ class TopK(SignalKind):
             "convention": "tail",
         }
 
+    def likeliest(self, values: Tensor) -> Tensor:
+        return values[:, 0]
+
 
 @signal_kinds.register("sampled")
 class Sampled(SignalKind):
@@ -120,6 +123,9 @@ class Argmax(SignalKind):
 
     def targets(self, answer: Answer, head: Head | None) -> LossTargets:
         return {"teacher_ids": answer.values}
+
+    def likeliest(self, values: Tensor) -> Tensor:
+        return values
 
     def exact(self, teacher_temperature: float, divergence: str) -> bool:
         """Of divergences that weigh classes by the teacher's probabilities alone."""

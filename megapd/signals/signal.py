@@ -126,6 +126,10 @@ class SignalKind(ABC):
     def targets(self, answer: Answer, head: Head | None) -> LossTargets:
         """What the student's head gives its loss; head: with `with_head` alone."""
 
+    def likeliest(self, values: Tensor) -> Tensor | None:
+        """The teacher's likeliest class [N] at each position, of a kind whose values are class ids; None: they do not tell."""
+        return None
+
     def exact(self, teacher_temperature: float, divergence: str) -> bool:
         """Whether the loss is the same as with the teacher's whole distribution."""
         return self.lossless

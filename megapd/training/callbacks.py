@@ -28,18 +28,27 @@ class Guard(Callback):
 
 
 class Evaluation(Callback):
-    """Held-out loss and accuracy and downstream tasks, each evaluation.every steps and at the end."""
+    """Held-out loss and accuracy and downstream tasks, each evaluation.every steps and at the end, and of the step's own batch
+    how many of the teacher's likeliest classes are the student's."""
 
     def __init__(self, tasks: Sequence[DownstreamTask] = ()) -> None:
         self._tasks = tasks
 
+    def start(self, run: Run) -> None:
+        self._every, self._steps = run.config.evaluation.every, run.steps
+
+    def due(self, step: int) -> bool:
+        return due(step, self._every, self._steps)
+
     def after_step(self, run: Run, result: StepResult) -> None:
         settings = run.config.evaluation
-        if due(result.step, settings.every, run.steps):
+        if self.due(result.step):
             micro = settings.micro_batch or run.engine.tiling.micro_batch
             values = held_out(run.task, settings.samples, run.world, micro, run.engine.evaluate)
             for task in self._tasks:
                 values |= task.score(run.engine.label_logprobs, run.world, micro)
+            assert result.metrics is not None
+            values |= {name: value for name, value in result.metrics.items() if name == "top_agreement"}
             for callback in run.callbacks:
                 callback.evaluated(run, result.step, values)
 

@@ -26,7 +26,7 @@ from megapd.batch import Batch
 from megapd.config import OptimizerConfig, TrainingConfig
 from megapd.errors import Diverged, UserError
 from megapd.evaluation import label_logprobs
-from megapd.models import Learner
+from megapd.models import Compared, Learner
 from megapd.models.layers import Block
 from megapd.signals import Signal
 from megapd.tiling import Tiling, tile
@@ -117,13 +117,13 @@ class Engine:
         self.learner: Learner = self.deepspeed.module
         self.grad_norm = math.nan  # of the last update, before clipping
 
-    def accumulate(self, batch: Batch, signal: Signal | None, denominator: int) -> Tensor:
+    def accumulate(self, batch: Batch, signal: Signal | None, denominator: int, compared: Compared | None = None) -> Tensor:
         """Forward and backward of one micro-batch; returns its detached sums, see Learner.forward.
 
         denominator: labelled positions of the whole global batch. Ranks and micro-batches add up to the gradient of the
         global mean, however many there are; DeepSpeed averages over ranks, which the factor world.size undoes.
         """
-        outputs: tuple[Tensor, Tensor] = self.deepspeed(batch, signal, max(denominator, 1))
+        outputs: tuple[Tensor, Tensor] = self.deepspeed(batch, signal, max(denominator, 1), compared=compared)
         loss, stats = outputs
         if signal is not None and signal.doubt is not None:
             loss, stats = loss + signal.doubt, stats + signal.doubt

@@ -16,13 +16,16 @@ from torch import Tensor
 from megapd.batch import Batch
 from megapd.config import Config
 from megapd.errors import DiskFailed, Diverged
+from megapd.models import STATISTICS, Compared
 from megapd.tasks import tokens_per_sample
 from megapd.training.feed import BatchFeed
 from megapd.training.folder import METRICS, numbers, recorded
 from megapd.training.learning_rate import learning_rate
-from megapd.training.run import Callback, Run, StepResult
+from megapd.training.run import Callback, Run, StepResult, due
 from megapd.training.start import start
 from megapd.training.teaching import Source
+
+TOP = 5  # likeliest classes whose agreement evaluations tell
 
 log = logging.getLogger(__name__)
 
@@ -100,16 +103,17 @@ def train_run(run: Run) -> bool:
                 signals, source = teaching.signals(step, batches)
 
             # Forward and backward of each micro-batch, then one update.
-            sums = torch.zeros(6 if config.telemetry.statistics else 3, dtype=torch.float64, device=world.device)
+            wanted = any(callback.due(step + 1) for callback in callbacks)
+            compared = compared_at(run, step + 1) if wanted else None
+            sums = torch.zeros(3 if compared is None else 3 + 2 * len(STATISTICS), dtype=torch.float64, device=world.device)
             for batch, signal in zip(batches, signals, strict=False):
-                sums += engine.accumulate(batch, signal, labelled)
+                sums += engine.accumulate(batch, signal, labelled, compared)
             lr = learning_rate(config.lr, config.optimizer.lr, step, run.steps)
             applied = engine.step(lr)
             count_nonfinite(run, applied, sums, batches if source == "teacher" else None)
             run.progress.step += 1
 
             # What else there is to do.
-            wanted = any(callback.due(run.step) for callback in callbacks)
             metrics = step_metrics(run, sums, labelled, lr, source) if wanted else None
             result = StepResult(run.step, labelled, lr, source, applied, metrics)
             for callback in callbacks:
@@ -123,7 +127,11 @@ def train_run(run: Run) -> bool:
     return finished
 
 
-STATISTICS = ("entropy", "teacher_entropy", "agreement")  # of telemetry.statistics: nats, nats, share of the positions
+def compared_at(run: Run, step: int) -> Compared | None:
+    """What is told of student and teacher at the step that makes `step` in all, of each micro-batch; None: nothing."""
+    positions, evaluates = run.config.telemetry.statistics, due(step, run.config.evaluation.every, run.steps)
+    share = -(-positions // run.engine.tiling.accumulation)
+    return Compared(share, TOP if evaluates else 0) if positions else None
 
 
 def count_nonfinite(run: Run, applied: bool, sums: Tensor, taught: Sequence[Batch] | None = None) -> None:
@@ -137,7 +145,7 @@ def count_nonfinite(run: Run, applied: bool, sums: Tensor, taught: Sequence[Batc
     if applied:
         progress.nonfinite_in_a_row = 0
         return
-    loss_broke = run.world.sum(int(not bool(torch.isfinite(sums).all())))[0] > 0
+    loss_broke = run.world.sum(int(not bool(torch.isfinite(sums[:3]).all())))[0] > 0
     if training.precision == "fp16" and not loss_broke:
         progress.overflows += 1
         return
@@ -156,7 +164,10 @@ def step_metrics(run: Run, sums: Tensor, labelled: int, lr: float, source: Sourc
     """Global means of the step just made, and the run's counts; a collective. sums, of this rank: see Learner.forward."""
     if run.world.size > 1:
         dist.all_reduce(sums)
-    divergence, cross_entropy, correct, *statistics = (sums / max(labelled, 1)).tolist()
+    divergence, cross_entropy, correct = (sums[:3] / max(labelled, 1)).tolist()
+    told = sums[3:].tolist()
+    sides = zip(STATISTICS, told[: len(STATISTICS)], told[len(STATISTICS) :], strict=False)  # none where nothing was asked for
+    statistics = {name: value / count for name, value, count in sides if count}
     loss = run.config.loss
     scale = loss.student_temperature**2 if loss.scale_t2 else 1.0
     mixed = loss.alpha * cross_entropy + (1.0 - loss.alpha) * scale * divergence
@@ -165,7 +176,7 @@ def step_metrics(run: Run, sums: Tensor, labelled: int, lr: float, source: Sourc
         **run.teaching.metrics(run.step - 1, divergence),
         "cross_entropy": cross_entropy,
         "accuracy": correct,
-        **(dict(zip(STATISTICS, statistics, strict=True)) if source != "labels" and statistics else {}),
+        **statistics,
         "lr": lr,
         "grad_norm": run.engine.grad_norm,
         "labelled": labelled,

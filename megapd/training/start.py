@@ -40,9 +40,7 @@ def build_student(config: Config, task: Task, teacher_form: tuple[float, float |
     """teacher_form: scale and soft cap of the teacher's logits, see teacher_logit_form."""
     scale, cap = teacher_form
     try:
-        options = LossOptions(
-            **config.loss.model_dump(), per_token=config.telemetry.statistics, teacher_logit_scale=scale, teacher_soft_cap=cap
-        )
+        options = LossOptions(**config.loss.model_dump(), teacher_logit_scale=scale, teacher_soft_cap=cap)
     except ValueError as error:
         raise UserError(f"loss.{error}") from error
     return build_model(
