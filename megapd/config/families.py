@@ -78,13 +78,14 @@ class LlamaConfig(LanguageModelConfig):
         return 3.0 * (self.layers * (attention + mlp) + labelled_share * 2.0 * self.hidden * classes)
 
     def activations(self, length: int) -> int:
-        """With a fused attention a layer keeps its input, the residual and both norms' results (4 D), queries before and after
-        the rotation and what attention gives (3 H E), keys and values likewise (4 K E), and the MLP's products and what comes
-        of them (3 F or 2 F); checkpointing keeps the inputs and one layer's."""
+        """With a fused attention a layer keeps its input, the residual and both norms' results (4 D); queries, keys and values
+        as attention reads them, repeated where they are shared, and what it gives (4 H E); and the MLP's products and what
+        comes of them (4 F or 2 F). An RMSNorm that is not fused also keeps what it normalised: 2 D, and with those of queries
+        and keys, which keep their input too, 2 (H + K) E."""
         attended, keyed = self.heads * self.width_of_head, self.key_heads * self.width_of_head
-        mlp = (3 if self.mlp == "swiglu" else 2) * self.ffn_width
-        layer = 4 * self.hidden + 3 * attended + 4 * keyed + mlp
-        return length * (layer + self.layers * self.hidden if self.activation_checkpointing else layer * self.layers)
+        norms = (2 * self.hidden if self.norm == "rms" else 0) + (0 if self.qk_norm == "none" else 2 * (attended + keyed))
+        mlp = (4 if self.mlp == "swiglu" else 2) * self.ffn_width
+        return self._kept(length, 4 * self.hidden + 4 * attended + norms + mlp)
 
 
 @models.register("modernbert")
@@ -134,7 +135,5 @@ class ModernBertConfig(LanguageModelConfig):
 
     def activations(self, length: int) -> int:
         """With a fused attention a layer keeps its input, the residual and both norms' results (4 D), queries and keys before and
-        after the rotation, values and what attention gives (6 D), and the MLP's products and what comes of them (4 F);
-        checkpointing keeps the inputs and one layer's."""
-        layer = 10 * self.hidden + 4 * self.ffn_width
-        return length * (layer + self.layers * self.hidden if self.activation_checkpointing else layer * self.layers)
+        after the rotation, values and what attention gives (6 D), and the MLP's products and what comes of them (4 F)."""
+        return self._kept(length, 10 * self.hidden + 4 * self.ffn_width)

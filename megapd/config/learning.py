@@ -173,6 +173,10 @@ class LanguageModelConfig(ModelConfig):
     def head_width(self) -> int:
         return self.hidden
 
+    def _kept(self, length: int, layer: int) -> int:
+        """Activations of a sample, from those of a token and layer: checkpointing keeps the layers' inputs and one layer's."""
+        return length * (layer + self.layers * self.hidden if self.activation_checkpointing else layer * self.layers)
+
 
 @models.register("gpt")
 @models.register("bert")
@@ -211,9 +215,9 @@ class TransformerConfig(LanguageModelConfig):
         return 3.0 * (self.layers * block + labelled_share * head)
 
     def activations(self, length: int) -> int:
-        """Without dropout and with a fused attention: 30 hidden-sized values a token and layer (after arXiv 2205.05198, section
-        4), of which checkpointing keeps one a layer."""
-        return length * self.hidden * (30 + self.layers if self.activation_checkpointing else 30 * self.layers)
+        """With a fused attention a layer keeps its input, the residual and both norms' results (4 D), queries, keys and values,
+        what attention gives (4 D), and the feed-forward layer before and after GELU (2 F)."""
+        return self._kept(length, 8 * self.hidden + 2 * self.ffn_width)
 
 
 class TaskConfig(OpenSection):

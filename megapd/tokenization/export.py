@@ -16,6 +16,7 @@ from megapd.tokenization.roles import Roles
 from megapd.tokenization.sentence_piece import SentencePieceTokenizer
 
 CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json as it is, whatever the version
+NAMES = ("bos", "eos", "pad", "cls", "sep")  # tokens whose ids a config.json tells
 
 
 def transformers_files(tokenizer: Tokenizer, roles: Roles, style: str, length: int | None) -> dict[str, bytes]:
@@ -41,9 +42,10 @@ def transformers_files(tokenizer: Tokenizer, roles: Roles, style: str, length: i
 
 
 def special_ids(tokenizer: Tokenizer, roles: Roles, style: str) -> dict[str, int]:
-    """What config.json of the model says of its special tokens: ids of beginning, end and padding, where there are such."""
+    """What config.json of the model says of its special tokens, where there are such: ids of beginning, end and padding, and
+    BERT's two."""
     named = _named(tokenizer, roles, style)
-    found = {name: tokenizer.id_of(named[f"{name}_token"]) for name in ("bos", "eos", "pad") if f"{name}_token" in named}
+    found = {name: tokenizer.id_of(named[f"{name}_token"]) for name in NAMES if f"{name}_token" in named}
     return {f"{name}_token_id": number for name, number in found.items() if number is not None}
 
 

@@ -287,7 +287,11 @@ def test_a_trained_tokenizer_leaves_for_transformers(tmp_path, kind, style):
         assert masked == [*own.encode(["ka"])[0].tolist(), own.roles.mask, *own.encode(["lo"])[0].tolist()]
     else:
         assert theirs.eos_token_id == own.separator
-    assert special_ids(own.own, own.roles, style)["eos_token_id"] == own.separator
+    ids = special_ids(own.own, own.roles, style)
+    assert ids["eos_token_id"] == own.separator
+    assert (ids.get("cls_token_id"), ids.get("sep_token_id")) == (
+        (own.opener, own.separator) if style == "bert" else (None, None)
+    )
     assert own.digest in digests(tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import transformers
 
 from megapd.cli import main
 from tests.corpus import corpora
@@ -60,3 +61,12 @@ def test_a_resumed_run_is_bitwise_the_same(corpus, tmp_path, family):
     whole = train(corpus, tmp_path, "whole", family)
     train(corpus, tmp_path, "parts", family, "--training.steps=2")
     assert train(corpus, tmp_path, "parts", family) == whole
+
+
+def test_an_exported_modernbert_names_its_special_tokens(corpus, tmp_path):
+    """transformers' own defaults are the published model's ids."""
+    train(corpus, tmp_path, "run", "modernbert")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    config, tokenizer = (auto.from_pretrained(tmp_path / "out") for auto in (transformers.AutoConfig, transformers.AutoTokenizer))
+    assert (config.cls_token_id, config.sep_token_id) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    assert None not in (config.cls_token_id, config.sep_token_id, config.pad_token_id)
