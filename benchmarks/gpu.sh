@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one go of at most 25 minutes: see usage below, or benchmarks/gpu.sh --help.
+# Everything that wants a GPU, in one go of at most 29 minutes: see usage below, or benchmarks/gpu.sh --help.
 set -euo pipefail
 
 usage() {
@@ -11,6 +11,7 @@ Steps, each with its own time limit, its log OUTPUT/gpu-STEP.log and a line in O
   environment   1 min    GPU, driver, versions
   tests         7 min    the tests marked gpu in tests/kernels
   kernels      10 min    benchmarks/kernels_gpu.py; rows are appended to OUTPUT/kernels.csv
+  attention     4 min    the tests marked gpu of tests/models/test_attention.py, then benchmarks/attention.py
   training      7 min    benchmarks/train_gpu.py, where it is there
 
 OUTPUT      folder of results; default benchmarks/results
@@ -28,7 +29,7 @@ fail() {
     exit 2
 }
 
-steps=(environment tests kernels training)
+steps=(environment tests kernels attention training)
 only=""
 places=()
 benchmark_arguments=()
@@ -109,6 +110,12 @@ print("kernels:", megapd_kernels.implementation(torch.device("cuda"), torch.floa
 PYTHON
 }
 
+# shellcheck disable=SC2329 # by bash -c, under timeout
+attention() {
+    "$python" -m pytest -m gpu -o cache_dir="$temporary/cache" tests/models/test_attention.py || return
+    "$python" benchmarks/attention.py --output "$output/attention.json"
+}
+
 failed=0
 # run STEP SECONDS COMMAND...: its output to the log and the terminal, its end to the status file.
 run() {
@@ -127,11 +134,12 @@ run() {
 }
 
 : >"$output/gpu-status.txt"
-export -f environment
-export python
+export -f environment attention
+export python temporary output
 run environment 60 bash -c environment
 run tests 420 "$python" -m pytest -m gpu --durations=10 -o cache_dir="$temporary/cache" tests/kernels
 run kernels 600 "$python" benchmarks/kernels_gpu.py --output "$output/kernels.csv" "${benchmark_arguments[@]}"
+run attention 240 bash -c attention
 if [[ -e benchmarks/train_gpu.py ]]; then
     run training 420 "$python" benchmarks/train_gpu.py --output "$output/train_gpu.json"
 elif [[ " ${steps[*]} " == *" training "* ]]; then
