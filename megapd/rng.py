@@ -39,6 +39,8 @@ class Stream(IntEnum):
     HELDOUT_ORDER = 11
     CHECK = 12
     SAMPLE_ORDER = 13
+    GRAMMAR_TRAIN = 14
+    GRAMMAR_HELDOUT = 15
 
 
 def bits(seed: int, stream: int, index: ArrayLike, counter: ArrayLike = 0) -> Words:
@@ -69,6 +71,11 @@ def scale(words: Words, bound: int) -> NDArray[np.int64]:
     """
     assert 1 <= bound <= 1 << 31
     return (((words >> np.uint64(32)) * np.uint64(bound)) >> np.uint64(32)).astype(np.int64)
+
+
+def choose(words: Words, bounds: NDArray[np.int64]) -> NDArray[np.int64]:
+    """As `scale`, to [0, bound) with a bound for each word."""
+    return (((words >> np.uint64(32)) * bounds.astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
 
 
 def below(words: Words, probability: float) -> NDArray[np.bool_]:

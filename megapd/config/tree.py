@@ -23,7 +23,8 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 from megapd.config import text
 from megapd.config.base import OpenSection, Section, problem, public_tree
 from megapd.config.distillation import LossConfig, ScheduleConfig, SchedulerConfig, TeacherConfig
-from megapd.config.learning import CorpusConfig, MLPConfig, ModelConfig, ParityConfig, TaskConfig
+from megapd.config.learning import CorpusConfig, MLPConfig, ModelConfig
+from megapd.config.tasks import ParityConfig, TaskConfig
 from megapd.errors import UserError
 
 ENV_PREFIX = "MEGAPD_"

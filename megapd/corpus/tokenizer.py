@@ -140,7 +140,8 @@ def existing(section: settings.TokenizerConfig) -> CorpusTokenizer:
 def train(tokenizer: settings.TokenizerConfig, documents: Iterable[str]) -> CorpusTokenizer:
     """Train on the first training_sentences lines of `documents`, held in memory; the same lines give the same bytes.
 
-    Text outside the vocabulary falls back to bytes. Raises UserError if the text is empty or does not fit the vocab_size.
+    Text outside the vocabulary falls back to bytes; of characters it is unknown. Raises UserError if the text is empty or does
+    not fit the vocab_size.
     """
     output = io.BytesIO()
     failures: list[Exception] = []
@@ -150,7 +151,7 @@ def train(tokenizer: settings.TokenizerConfig, documents: Iterable[str]) -> Corp
             model_writer=output,
             model_type=tokenizer.kind,
             vocab_size=tokenizer.trained_size,
-            byte_fallback=True,
+            byte_fallback=tokenizer.kind != "char",
             num_threads=TRAINING_THREADS,
             minloglevel=2,
             **_options(tokenizer),

@@ -10,22 +10,21 @@ from numpy.typing import NDArray
 from megapd import config as settings
 from megapd.batch import Batch
 from megapd.errors import UserError
-from megapd.rng import Stream, below, bits, permute, scale
+from megapd.rng import Stream, bits, permute
 from megapd.tasks import row_numbers, row_width, to_batch, training_samples
 from megapd.tasks.blocks import ROWS_FORMAT, Split, content_digest, read_meta, token_roles
+from megapd.tasks.objectives import Masking, next_tokens
 
 STYLES = {"mlm": "bert", "clm": "gpt"}
 HELDOUT_SEED = 0  # the held-out masks are the same for every run, whatever its seed
-_LOW_HALF = np.uint64(32)
 
 
 class TextTask:
     """Sample s is block permute(s mod n) of epoch s div n, n the training blocks; each epoch has a permutation of its own. Of a
     corpus packed single, blocks are rows of several lengths.
 
-    mlm  every ordinary position is selected with probability mask_rate; of the selected, mask_token_share become the mask token,
-         random_token_share a token drawn from the ordinary ones, the rest stay. Special tokens are never selected. All
-         positions stay visible to attention. Labels are the original ids at the selected positions, of which a row may have none.
+    mlm  see Masking; special tokens are never selected. All positions stay visible to attention. Labels are the original ids at
+         the selected positions, of which a row may have none.
     clm  positions 0 .. L-2 predict the next token; with document_mask, not where the next token begins another document.
     """
 
@@ -46,8 +45,11 @@ class TextTask:
         special = np.zeros(self.vocab_size, dtype=np.bool_)
         special[list(meta["tokenizer"]["special"].values())] = True
         special[meta["tokenizer"].get("tokens", self.vocab_size) :] = True  # rows that pad the vocabulary stand for nothing
-        self._special, self._ordinary = special, np.flatnonzero(~special)
-        self._mask_token = token_roles(meta)["mask"]
+        self._special, self._masking = special, None
+        if task.objective == "mlm":
+            mask_token = token_roles(meta)["mask"]
+            assert mask_token is not None, "style bert has a mask token"
+            self._masking = Masking(task, mask_token, np.flatnonzero(~special))
         self._rows = meta["format"] == ROWS_FORMAT
         self.tokens_per_sample = self.length - meta["train"].get("padding", 0) / len(self._train)
         if task.objective == "mlm":
@@ -61,12 +63,11 @@ class TextTask:
         samples = training_samples(step, rows, self._global_batch)
         epoch, within = np.divmod(samples, len(self._train))
         blocks = permute(within, len(self._train), bits(self._seed, Stream.ORDER, epoch))
-        return self._build(self._train, blocks, samples, samples, self._seed, Stream.SELECT_TRAIN, Stream.REPLACE_TRAIN)
+        return self._build(self._train, blocks, samples, samples, heldout=False)
 
     def heldout(self, rows: range | NDArray[np.int64]) -> Batch:
         numbers = row_numbers(rows, self.heldout_samples) if isinstance(rows, range) else rows
-        streams = (Stream.SELECT_HELDOUT, Stream.REPLACE_HELDOUT)
-        return self._build(self._heldout, numbers, -1 - numbers, numbers, HELDOUT_SEED, *streams)
+        return self._build(self._heldout, numbers, -1 - numbers, numbers, heldout=True)
 
     def heldout_by_source(self, samples: int) -> dict[str, NDArray[np.int64]]:
         """The numbers of the first `samples` held-out samples, by the name of the source that they are of."""
@@ -75,63 +76,23 @@ class TextTask:
         return {name: numbers[owners == place] for place, (name, _) in enumerate(self._heldout.sources)}
 
     def _build(
-        self,
-        source: Split,
-        rows: NDArray[np.int64],
-        sample_ids: NDArray[np.int64],
-        draws: NDArray[np.int64],
-        seed: int,
-        select: Stream,
-        replace: Stream,
+        self, source: Split, rows: NDArray[np.int64], sample_ids: NDArray[np.int64], draws: NDArray[np.int64], *, heldout: bool
     ) -> Batch:
         """rows: blocks of `source` [B]; draws: the index of each row's random numbers [B]."""
         ids = source.ids(rows)
         segments = source.segments(rows) if self._task.document_mask or self._rows else None
-        lengths = None
+        lengths, counted = None, np.ones(1, dtype=np.bool_)
         if self._rows and segments is not None:  # a document each, so there is nothing else to keep apart
             lengths, segments = np.count_nonzero(segments == 0, axis=1), None
             ids = np.ascontiguousarray(ids[:, : row_width(lengths, self.length)])
-        if self._task.objective == "mlm":
-            positions, labels = self._mask(ids, lengths, draws, seed, select, replace)
+            counted = np.arange(ids.shape[1]) < lengths[:, None]
+        if self._masking is not None:
+            seed = HELDOUT_SEED if heldout else self._seed
+            positions, labels = self._masking(ids, ~self._special[ids] & counted, draws, seed, heldout=heldout)
         else:
-            positions, labels = self._shift(ids, segments, lengths)
+            predicts = np.zeros(ids.shape, dtype=np.bool_)
+            predicts[:, :-1] = True if lengths is None else counted[:, 1:]
+            if segments is not None:
+                predicts[:, :-1] &= segments[:, 1:] == segments[:, :-1]
+            positions, labels = next_tokens(ids, predicts)
         return to_batch(ids, segments, positions, labels, sample_ids, lengths)
-
-    def _mask(
-        self,
-        ids: NDArray[np.int64],
-        lengths: NDArray[np.int64] | None,
-        draws: NDArray[np.int64],
-        seed: int,
-        select: Stream,
-        replace: Stream,
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Overwrites `ids` [B, L] with its masked version; returns selected positions [N] and the ids they had [N]."""
-        places = np.arange(ids.shape[1])
-        words = bits(seed, select, draws[:, None], places)
-        selected = below(words, self._task.mask_rate) & ~self._special[ids]
-        if lengths is not None:
-            selected &= places < lengths[:, None]
-        positions = np.flatnonzero(selected)
-        flat = ids.reshape(-1)
-        labels = flat[positions]
-        row, column = np.divmod(positions, ids.shape[1])
-        # One word a selected position: its high half chooses the token, its low half what becomes of the position.
-        words = bits(seed, replace, draws[row], column)
-        action = words << _LOW_HALF
-        masked = below(action, self._task.mask_token_share)
-        randomised = below(action, min(1.0, self._task.mask_token_share + self._task.random_token_share)) & ~masked
-        assert self._mask_token is not None, "style bert has a mask token"
-        flat[positions[masked]] = self._mask_token
-        flat[positions[randomised]] = self._ordinary[scale(words[randomised], len(self._ordinary))]
-        return positions, labels
-
-    def _shift(
-        self, ids: NDArray[np.int64], segments: NDArray[np.int64] | None, lengths: NDArray[np.int64] | None
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        predicts = np.zeros(ids.shape, dtype=np.bool_)
-        predicts[:, :-1] = True if segments is None else segments[:, 1:] == segments[:, :-1]
-        if lengths is not None:
-            predicts &= np.arange(ids.shape[1]) < lengths[:, None] - 1
-        positions = np.flatnonzero(predicts)
-        return positions, ids.reshape(-1)[positions + 1]

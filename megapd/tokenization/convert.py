@@ -11,13 +11,13 @@ from megapd.errors import UserError
 from megapd.tokenization.sentence_piece import SentencePieceTokenizer
 
 BLANK = "▁"
-_UNIGRAM, _BPE = 1, 2  # trainer_spec.model_type of sentencepiece's model
+_UNIGRAM, _BPE, _CHAR = 1, 2, 4  # trainer_spec.model_type of sentencepiece's model
 # Pieces that sentencepiece never makes of text stand in the library's table like any other, and would be found in it.
 _NEVER = -1e6
 
 
 def converted(tokenizer: SentencePieceTokenizer) -> Any:
-    """As a tokenizers.Tokenizer. Raises UserError for models that are neither unigram nor BPE, or say blanks otherwise.
+    """As a tokenizers.Tokenizer. Raises UserError for models of whole words, and those that say blanks otherwise.
 
     The whole text is one word: sentencepiece itself finds the best cut of all of it, not of what is between blanks.
     """
@@ -25,8 +25,8 @@ def converted(tokenizer: SentencePieceTokenizer) -> Any:
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
     kind, norm = proto.trainer_spec.model_type, proto.normalizer_spec
-    if kind not in (_UNIGRAM, _BPE) or proto.trainer_spec.treat_whitespace_as_suffix or not norm.escape_whitespaces:
-        what = "is neither unigram nor BPE with blanks before words"
+    if kind not in (_UNIGRAM, _BPE, _CHAR) or proto.trainer_spec.treat_whitespace_as_suffix or not norm.escape_whitespaces:
+        what = "is neither unigram, BPE nor of characters, with blanks before words"
         raise UserError(
             f"corpus.tokenizer.model: this sentencepiece model {what}, so transformers cannot read it; choose another"
         )
@@ -62,7 +62,7 @@ def _unigram(pieces: list[Any], unknown: int) -> Any:
 
 def _bpe(pieces: list[Any], unknown: int) -> Any:
     """Sentencepiece merges the two neighbours whose union has the best score; so of each piece every cut in two is a merge, and
-    they are ranked by the score of the union."""
+    they are ranked by the score of the union. Of characters there are none."""
     types = type(pieces[0])
     table = {p.piece: i for i, p in enumerate(pieces)}
     score = {p.piece: p.score for p in pieces if p.type == types.NORMAL}

@@ -262,10 +262,10 @@ def test_what_is_no_tokenizer(tmp_path, name, content, message):
 # --------------------------------------------------------------------------------------------------------------- out
 
 
-@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+@pytest.mark.parametrize("kind", ["unigram", "bpe", "char"])
 @pytest.mark.parametrize("style", ["bert", "gpt"])
 def test_a_trained_tokenizer_leaves_for_transformers(tmp_path, kind, style):
-    section = TokenizerConfig(kind=kind, style=style, vocab_size=420)
+    section = TokenizerConfig(kind=kind, style=style, vocab_size=30 if kind == "char" else 420)
     own = train(section, corpora.documents(200))
     files = transformers_files(own.own, own.roles, style, 32)
     for name, data in files.items():
@@ -275,8 +275,9 @@ def test_a_trained_tokenizer_leaves_for_transformers(tmp_path, kind, style):
     many = texts(300)
     got = theirs(many, add_special_tokens=False)["input_ids"]
     assert got == [ids.tolist() for ids in own.encode(many)]
-    assert [theirs.decode(ids) for ids in got[:50]] == [own.decode(np.array(ids)) for ids in got[:50]]
-    if style == "gpt":
+    if kind != "char":  # what is unknown is spelt in another way
+        assert [theirs.decode(ids) for ids in got[:50]] == [own.decode(np.array(ids)) for ids in got[:50]]
+    if style == "gpt" and kind != "char":
         assert [theirs.decode(ids) for ids in got[:50]] == many[:50]
     assert theirs.model_max_length == 32
     if style == "bert":

@@ -126,6 +126,15 @@ def test_more_kinds_of_characters_than_pieces(tmp_path):
     assert [trained.decode(ids) for ids in trained.encode(texts)] == texts
 
 
+def test_characters():
+    """The most frequent ones; others are unknown, and no byte stands for them."""
+    texts = ["aaaa bbb cc d"] * 50
+    own = tokenizers.train(TokenizerConfig(kind="char", vocab_size=16, normalization="nfkc_cf"), [*texts, *"efghijklmnop"])
+    pieces = [own.own.token_of(i) for i in range(own.vocab_size)]
+    assert (own.vocab_size, pieces[:9]) == (16, ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "▁", "a", "b", "c"])
+    assert [pieces[i] for i in own.encode(["Ab c☃d"])[0]] == ["▁", "a", "b", "▁", "c", "[UNK]", "d"]
+
+
 def test_trainer_options_reach_the_trainer():
     texts = ["Straße 2024 <tool> ABBA " + text for text in corpora.documents(80)]
 
