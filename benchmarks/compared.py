@@ -58,8 +58,8 @@ def main() -> None:
         for name, (head.options, compared) in ways.items():
             own = hidden.clone().requires_grad_()
             began = time.perf_counter()
-            result, _ = head(own, labels, signal, compared=compared)
-            result.loss.backward()
+            result = head(own, labels, signal, compared=compared)
+            (result if compared is None else result[0]).loss.backward()
             if number:
                 times[name].append(time.perf_counter() - began)
     ratios = {name: statistics.median(a / b for a, b in zip(own, times["loss"], strict=True)) for name, own in times.items()}

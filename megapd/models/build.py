@@ -71,13 +71,13 @@ def check_sizes(section: LanguageModelConfig, vocab_size: int, classes: int, len
 
 
 class Compared(NamedTuple):
-    """How many labelled positions of a batch `compare` looks at, and of how many likeliest classes, 0: none."""
+    """At how many labelled positions of a batch student and teacher are compared, and by how many likeliest classes, 0: none."""
 
     positions: int
     top: int = 0
 
 
-# What `compare` tells: student and teacher at temperature 1. KL(teacher || student), the teacher's cross entropy, both entropies
+# What is told of student and teacher, at temperature 1: KL(teacher || student), the teacher's cross entropy, both entropies
 # [nats]; the share of the positions at which both have the same likeliest class; the share of the teacher's `top` classes that
 # are among the student's.
 STATISTICS = ("kl", "teacher_cross_entropy", "entropy", "teacher_entropy", "agreement", "top_agreement")
@@ -111,9 +111,9 @@ class LossHead(nn.Module):
         denominator: float | None = None,
         mode: Literal["loss", "logits"] = "loss",
         compared: Compared | None = None,
-    ) -> tuple[LossResult, Tensor | None] | Tensor:
-        """mode loss: hidden [N, D], labels [N] int64 -> LossResult, and what `compare` tells if asked for; mode logits: hidden ->
-        logits [N, V] in its dtype.
+    ) -> LossResult | tuple[LossResult, Tensor] | Tensor:
+        """mode loss: hidden [N, D], labels [N] int64 -> LossResult, with `compared` a pair of it and what `_compare` tells; mode
+        logits: hidden -> logits [N, V] in its dtype.
 
         With a signal the loss is the one `options` describe; without, the labels' cross entropy, whatever alpha says.
         denominator: what the sums are divided by; None: the N positions.
@@ -128,8 +128,10 @@ class LossHead(nn.Module):
         result = linear_distillation_loss(
             hidden, self.weight, bias=self.bias, labels=labels, denominator=denominator, options=options, **targets
         )
+        if compared is None:
+            return result
         assert labels is not None
-        return result, None if compared is None else self._compare(hidden, labels, signal, compared)
+        return result, self._compare(hidden, labels, signal, compared)
 
     @torch.no_grad()
     def _compare(self, hidden: Tensor, labels: Tensor, signal: Signal | None, compared: Compared) -> Tensor:
@@ -219,7 +221,8 @@ class Learner(nn.Module):
         if mode == "logits":
             logits_NV: Tensor = self.head(hidden_ND, mode="logits")
             return logits_NV
-        result, told = self.head(hidden_ND, batch.labels, signal, denominator, compared=compared)
+        found = self.head(hidden_ND, batch.labels, signal, denominator, compared=compared)
+        result, told = (found, None) if compared is None else found
         sums = torch.stack([s.detach().to(torch.float64) for s in (result.divergence, result.cross_entropy, result.correct)])
         return result.loss, sums if told is None else torch.cat([sums, told.flatten()])
 

@@ -47,8 +47,8 @@ class Evaluation(Callback):
             values = held_out(run.task, settings.samples, run.world, micro, run.engine.evaluate)
             for task in self._tasks:
                 values |= task.score(run.engine.label_logprobs, run.world, micro)
-            assert result.metrics is not None
-            values |= {name: value for name, value in result.metrics.items() if name == "top_agreement"}
+            if result.top_agreement is not None:
+                values["top_agreement"] = result.top_agreement
             for callback in run.callbacks:
                 callback.evaluated(run, result.step, values)
 

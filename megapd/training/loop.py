@@ -115,7 +115,8 @@ def train_run(run: Run) -> bool:
 
             # What else there is to do.
             metrics = step_metrics(run, sums, labelled, lr, source) if wanted else None
-            result = StepResult(run.step, labelled, lr, source, applied, metrics)
+            top = None if metrics is None else metrics.pop("top_agreement", None)
+            result = StepResult(run.step, labelled, lr, source, applied, metrics, top)
             for callback in callbacks:
                 callback.after_step(run, result)
         finished = run.step == run.steps

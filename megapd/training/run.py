@@ -70,6 +70,8 @@ class StepResult:
     applied   False: the gradients were not finite, and the update was skipped
     metrics   global means and counts of the step, the same on all ranks, at steps for which a callback is `due`; what a callback
               adds is in the line of metrics.jsonl, if the step has one
+    top_agreement  share of the teacher's likeliest classes that are among the student's, where evaluations are due and signals
+              tell it
     """
 
     step: int
@@ -78,6 +80,7 @@ class StepResult:
     source: Source
     applied: bool
     metrics: dict[str, Any] | None
+    top_agreement: float | None = None
 
 
 class Callback:
