@@ -126,6 +126,10 @@ def _verify(overrides: list[str], source: str, accept: bool, steps: tuple[int, .
     return _run("checkpoints.verify_source", source, steps)
 
 
+def _analyse(overrides: list[str], **options: Any) -> int:
+    return _run("analyse.analyse_checkpoints", overrides, **options)
+
+
 def _suggest(overrides: list[str], **options: Any) -> int:
     return _run("checkpoints.suggest_transition", overrides, **options)
 
@@ -234,6 +238,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--as", dest="name", required=True, metavar="NAME", help="of the new run, which lies beside it")
     sub.add_argument("--at", type=int, metavar="STEP", help="a step that has a checkpoint; default: the newest")
 
+    sub = _verb(verbs, "analyse", _analyse, "curriculum metrics of a teacher's checkpoints, kept with them")
+    text = "a run's folder, a trajectory's, or a published model with its task as settings"
+    sub.add_argument("source", metavar="RUN|TRAJECTORY", help=text)
+    _steps(sub)
+    text = "as context,monomials; default: all that are for the task and cost little"
+    sub.add_argument("--metrics", dest="names", type=_words, default=(), metavar="NAME,NAME", help=text)
+    sub.add_argument("--samples", type=int, help="held-out samples to measure on; default: each metric's own number")
+    sub.add_argument("--l1", action="store_true", help="print total variations as the full L1 norm, as the paper does")
+    sub.add_argument("--output", type=Path, help="PNG; the CSV goes beside; default: plots/curriculum.png in the run's folder")
     sub = _verb(verbs, "evaluate", _evaluate, "held-out loss and accuracy of a run's checkpoints")
     sub.add_argument("folder", type=Path, help="a run's folder: runs/NAME")
     sub = _verb(verbs, "export", _export, "a run's weights, with tokenizer and card, as a folder that transformers reads")
@@ -284,6 +297,10 @@ def _trajectory_verbs(verbs: Verbs) -> None:
 def _steps(sub: argparse.ArgumentParser) -> None:
     text = "of a published model, those that there are, as 0,512,1000; default: the folders or branches that are found"
     sub.add_argument("--steps", type=_numbers, default=(), metavar="STEP,STEP", help=text)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def _numbers(text: str) -> tuple[int, ...]:

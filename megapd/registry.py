@@ -1,4 +1,4 @@
-"""What other packages add to megapd, by name: tasks, models, schedule policies, callbacks, trackers, signal kinds.
+"""What other packages add to megapd, by name: tasks, models, schedule policies, callbacks, trackers, metrics, signal kinds.
 
     from megapd.registry import tasks
 
@@ -86,6 +86,7 @@ models: Registry[type[Any]] = Registry("megapd.models", "model")
 policies: Registry[type[Any]] = Registry("megapd.policies", "schedule policy")
 callbacks: Registry[Callable[..., Any]] = Registry("megapd.callbacks", "callback")
 trackers: Registry[Callable[..., Any]] = Registry("megapd.trackers", "tracker")
+metrics: Registry[type[Any]] = Registry("megapd.metrics", "metric")
 signal_kinds: Registry[type[Any]] = Registry("megapd.signal_kinds", "signal kind")
 
 

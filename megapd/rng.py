@@ -41,6 +41,7 @@ class Stream(IntEnum):
     SAMPLE_ORDER = 13
     GRAMMAR_TRAIN = 14
     GRAMMAR_HELDOUT = 15
+    MONOMIALS = 16
 
 
 def bits(seed: int, stream: int, index: ArrayLike, counter: ArrayLike = 0) -> Words:

@@ -14,7 +14,7 @@ from megapd.batch import Batch
 from megapd.rng import Stream, bits, permute
 from megapd.tasks import row_numbers, row_width, to_batch, training_samples
 from megapd.tasks.grammars import TERMINALS, Draw, Sentences, named_grammar
-from megapd.tasks.objectives import Masking, next_tokens
+from megapd.tasks.objectives import Masking, Rows, next_tokens
 
 
 class GrammarTask:
@@ -64,15 +64,39 @@ class GrammarTask:
         """Those of held-out samples [B]: the same for every run with this task.seed."""
         return self.grammar.grow(numbers, _draw(self._task.seed, Stream.GRAMMAR_HELDOUT), trees=trees)
 
-    def _build(self, grown: Sentences, sample_ids: NDArray[np.int64], draws: NDArray[np.int64], *, heldout: bool) -> Batch:
-        """draws: the index of each row's random numbers [B]."""
+    @property
+    def mask_token(self) -> int | None:
+        """None: nothing is masked."""
+        return None if self._masking is None else self._masking.token
+
+    @property
+    def special(self) -> NDArray[np.bool_]:
+        """[vocab_size], which ids are no terminals."""
+        return np.arange(self.vocab_size) >= TERMINALS
+
+    @property
+    def predicts_at(self) -> int:
+        """Where in its sentence a token lies that a labelled position predicts, less the position's place in its row."""
+        return int(self._masking is None) - int(self._opener is not None)
+
+    def heldout_rows(self, rows: range) -> Rows:
+        """Held-out samples without masks."""
+        return self._opened(self.heldout_sentences(row_numbers(rows, self.heldout_samples), trees=False))
+
+    def _opened(self, grown: Sentences) -> Rows:
         opened = int(self._opener is not None)
         lengths = grown.lengths + opened
         ids = np.zeros((len(lengths), row_width(lengths, self.length)), dtype=np.int64)
-        content = slice(opened, opened + grown.ids.shape[1])
-        ids[:, content] = grown.ids
+        ids[:, opened : opened + grown.ids.shape[1]] = grown.ids
         if self._opener is not None:
             ids[:, 0] = self._opener
+        return Rows(ids, lengths, None)
+
+    def _build(self, grown: Sentences, sample_ids: NDArray[np.int64], draws: NDArray[np.int64], *, heldout: bool) -> Batch:
+        """draws: the index of each row's random numbers [B]."""
+        ids, lengths, _ = self._opened(grown)
+        opened = int(self._opener is not None)
+        content = slice(opened, opened + grown.ids.shape[1])
         predicted = np.zeros(ids.shape, dtype=np.bool_)
         if grown.ends is None:
             predicted[:, content] = np.arange(grown.ids.shape[1]) < grown.lengths[:, None]

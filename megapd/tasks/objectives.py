@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,6 +11,24 @@ from megapd.config import SequenceConfig
 from megapd.rng import Stream, below, bits, scale
 
 _LOW_HALF = np.uint64(32)
+
+
+class Rows(NamedTuple):
+    """Rows of tokens without an objective, as metrics need them.
+
+    ids       [B, L] int64
+    lengths   [B] int64, tokens of each row; padded: whether any is shorter than L
+    segments  [B, L] int64, or None
+    """
+
+    ids: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    segments: NDArray[np.int64] | None
+
+    @property
+    def padded(self) -> bool:
+        return bool((self.lengths < self.ids.shape[1]).any())
+
 
 Targets = tuple[NDArray[np.int64], NDArray[np.int64]]  # positions [N] in the flattened rows, and their labels [N]
 
@@ -20,8 +40,8 @@ class Masking:
     A position's draws depend on the seed, on what keys its row and on its place alone.
     """
 
-    def __init__(self, task: SequenceConfig, mask_token: int, ordinary: NDArray[np.int64]) -> None:
-        self._task, self._mask_token, self._ordinary = task, mask_token, ordinary
+    def __init__(self, task: SequenceConfig, token: int, ordinary: NDArray[np.int64]) -> None:
+        self._task, self.token, self._ordinary = task, token, ordinary
 
     def __call__(
         self, ids: NDArray[np.int64], eligible: NDArray[np.bool_], rows: NDArray[np.int64], seed: int, *, heldout: bool
@@ -40,7 +60,7 @@ class Masking:
         action = words << _LOW_HALF
         masked = below(action, self._task.mask_token_share)
         randomised = below(action, min(1.0, self._task.mask_token_share + self._task.random_token_share)) & ~masked
-        flat[positions[masked]] = self._mask_token
+        flat[positions[masked]] = self.token
         flat[positions[randomised]] = self._ordinary[scale(words[randomised], len(self._ordinary))]
         return positions, labels
 

@@ -13,7 +13,7 @@ from megapd.errors import UserError
 from megapd.rng import Stream, bits, permute
 from megapd.tasks import row_numbers, row_width, to_batch, training_samples
 from megapd.tasks.blocks import ROWS_FORMAT, Split, content_digest, read_meta, token_roles
-from megapd.tasks.objectives import Masking, next_tokens
+from megapd.tasks.objectives import Masking, Rows, next_tokens
 
 STYLES = {"mlm": "bert", "clm": "gpt"}
 HELDOUT_SEED = 0  # the held-out masks are the same for every run, whatever its seed
@@ -45,7 +45,7 @@ class TextTask:
         special = np.zeros(self.vocab_size, dtype=np.bool_)
         special[list(meta["tokenizer"]["special"].values())] = True
         special[meta["tokenizer"].get("tokens", self.vocab_size) :] = True  # rows that pad the vocabulary stand for nothing
-        self._special, self._masking = special, None
+        self.special, self._masking = special, None
         if task.objective == "mlm":
             mask_token = token_roles(meta)["mask"]
             assert mask_token is not None, "style bert has a mask token"
@@ -75,24 +75,36 @@ class TextTask:
         owners = self._heldout.source_of(numbers)
         return {name: numbers[owners == place] for place, (name, _) in enumerate(self._heldout.sources)}
 
+    @property
+    def mask_token(self) -> int | None:
+        """None: nothing is masked."""
+        return None if self._masking is None else self._masking.token
+
+    def heldout_rows(self, rows: range) -> Rows:
+        """Held-out samples as they are stored."""
+        return self._read(self._heldout, row_numbers(rows, self.heldout_samples))
+
+    def _read(self, source: Split, rows: NDArray[np.int64]) -> Rows:
+        ids = source.ids(rows)
+        if self._rows:  # a document each, so there is nothing else to keep apart
+            lengths = np.count_nonzero(source.segments(rows) == 0, axis=1)
+            return Rows(np.ascontiguousarray(ids[:, : row_width(lengths, self.length)]), lengths, None)
+        segments = source.segments(rows) if self._task.document_mask else None
+        return Rows(ids, np.full(len(ids), self.length), segments)
+
     def _build(
         self, source: Split, rows: NDArray[np.int64], sample_ids: NDArray[np.int64], draws: NDArray[np.int64], *, heldout: bool
     ) -> Batch:
         """rows: blocks of `source` [B]; draws: the index of each row's random numbers [B]."""
-        ids = source.ids(rows)
-        segments = source.segments(rows) if self._task.document_mask or self._rows else None
-        lengths, counted = None, np.ones(1, dtype=np.bool_)
-        if self._rows and segments is not None:  # a document each, so there is nothing else to keep apart
-            lengths, segments = np.count_nonzero(segments == 0, axis=1), None
-            ids = np.ascontiguousarray(ids[:, : row_width(lengths, self.length)])
-            counted = np.arange(ids.shape[1]) < lengths[:, None]
+        ids, lengths, segments = self._read(source, rows)
+        counted = np.arange(ids.shape[1]) < lengths[:, None]
         if self._masking is not None:
             seed = HELDOUT_SEED if heldout else self._seed
-            positions, labels = self._masking(ids, ~self._special[ids] & counted, draws, seed, heldout=heldout)
+            positions, labels = self._masking(ids, ~self.special[ids] & counted, draws, seed, heldout=heldout)
         else:
             predicts = np.zeros(ids.shape, dtype=np.bool_)
-            predicts[:, :-1] = True if lengths is None else counted[:, 1:]
+            predicts[:, :-1] = counted[:, 1:]
             if segments is not None:
                 predicts[:, :-1] &= segments[:, 1:] == segments[:, :-1]
             positions, labels = next_tokens(ids, predicts)
-        return to_batch(ids, segments, positions, labels, sample_ids, lengths)
+        return to_batch(ids, segments, positions, labels, sample_ids, lengths if self._rows else None)

@@ -32,6 +32,8 @@ from safetensors import safe_open
 from megapd.errors import RunFailed, UserError
 from megapd.files import parse_finite, sha256_file
 from megapd.trajectory.digests import FileDigests, equal_weights, not_finite, read_digests
+from megapd.trajectory.measured import FILE as MEASURED
+from megapd.trajectory.measured import as_metrics, read_measured
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +66,7 @@ class Checkpoint:
     digest      names the weights (see the module)
     vocabulary  digest of what the token ids and classes mean: teacher and student must agree
     config      the resolved configuration of the teacher's run
-    metrics     the teacher's latest metrics when it was written
+    metrics     the teacher's latest metrics when it was written, and what `megapd analyse` has measured since
     files       name -> sha256 and size of each file beside meta.json
     forms       digests of further forms of its tokenizer: published models may have tokenizer.json and tokenizer.model
     """
@@ -148,7 +150,8 @@ def read_meta(path: Path) -> Checkpoint:
             raise UserError(f"{meta}: damaged, {outside[0]!r} is not the name of a file beside it; restore the checkpoint")
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{meta}: damaged, `files` does not give a sha256 and bytes for each; restore the checkpoint") from error
-    checkpoint = Checkpoint(tree["step"], path, tree["digest"], tree["vocabulary"], tree["config"], tree["metrics"], files)
+    metrics = tree["metrics"] | as_metrics(read_measured(path / MEASURED, tree["digest"]))
+    checkpoint = Checkpoint(tree["step"], path, tree["digest"], tree["vocabulary"], tree["config"], metrics, files)
     if weights_digest(files) != checkpoint.digest or not checkpoint.shards:
         raise UserError(f"{meta}: damaged, digest {checkpoint.digest} is not that of the files listed; restore the checkpoint")
     return checkpoint
