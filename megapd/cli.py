@@ -288,7 +288,9 @@ def _trajectory_verbs(verbs: Verbs) -> None:
     text = "a trajectory's or run's folder, or a student's YAML file"
     sub.add_argument("source", type=Path, metavar="FOLDER|CONFIG", help=text)
     sub.add_argument("--checkpoints", type=int, help="N, the last checkpoint included; default: the configuration's, or 2")
-    sub.add_argument("--metric", choices=("auto", "loss", "degree_1", "m_robust_3"), help="default: the configuration's, or auto")
+    sub.add_argument(
+        "--metric", choices=("auto", "loss", "support", "degree_1", "m_robust_3"), help="default: the configuration's, or auto"
+    )
     text = "measure each checkpoint's loss on held-out samples of the configuration's task; what was measured is kept"
     sub.add_argument("--probe", dest="probe_samples", type=int, default=0, metavar="SAMPLES", help=text)
     sub.add_argument("--output", type=Path, help="PNG of the curve; default: plots/transition.png in the run's folder")

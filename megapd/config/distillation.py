@@ -308,8 +308,9 @@ class TransitionConfig(ScheduleConfig):
     policy: Literal["transition"] = "transition"
     steps: int = Field(ge=1, description="T, student steps a checkpoint")
     checkpoints: int = Field(2, ge=2, description="N, the last checkpoint included")
-    metric: Literal["auto", "loss", "degree_1", "m_robust_3"] = Field(
-        "auto", description="what shows the transition; auto: a curriculum metric where one is recorded, else the loss"
+    metric: Literal["auto", "loss", "support", "degree_1", "m_robust_3"] = Field(
+        "auto",
+        description="what shows the transition; auto: a curriculum metric where `megapd analyse` measured one, else the loss",
     )
 
 

@@ -1,10 +1,16 @@
 """Where a teacher's phase transition lies, from the metrics stored with its checkpoints.
 
 The best single intermediate checkpoint is the middle of the sharp drop of the teacher's loss, which is where the degree-1
-correlation (parity) or the median M_robust of 3-grams (language) peaks (arXiv 2410.05464, sections 3 to 5). Two readings:
+correlation (parity) or the median M_robust of 3-grams (language) peaks (arXiv 2410.05464, sections 3 to 5). Three readings:
 
     peak of a curriculum metric   the checkpoint of its largest value
+    rise of M_robust              where it does not fall again: as the drop of the loss, upside down
     drop of the loss              the checkpoint whose loss is nearest to the middle, in loss, of the steepest drop
+
+Which of parity's correlations shows the transition differs: `support` takes the largest ratio of those inside the support to
+those outside over all degrees below the support's own, which a model that is right shows too. At (50, 5) it is at most 1.6 before
+the transition, 24 to 26 in it and 1.1 after, where degree 1 lies between 0.7 and 7.2; at (40, 4) 28 in it, where degree 1 reaches
+4.8 (benchmarks/curriculum.py). M_robust of small models on small grammars rises in the transition and stays there.
 
 Steepness is -d loss / d ln(step), of the loss itself:
   - over the logarithm of the step, because from random weights a loss falls fastest per step long before anything is learnt:
@@ -23,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -35,7 +41,8 @@ from megapd.errors import UserError
 # What a checkpoint's metrics are read under. The curriculum metrics are recorded by analysis, averaged over what the paper
 # averages over: degree_1, |correlation| of a support bit with the probability of class 1; m_robust_3, the median total variation.
 LOSSES = ("eval/loss", "train/loss")
-PEAKS = {"degree_1": "curriculum/degree_1", "m_robust_3": "curriculum/m_robust_3"}
+PEAKS = {"support": "curriculum/support", "degree_1": "curriculum/degree_1", "m_robust_3": "curriculum/m_robust_3"}
+RISES = ("m_robust_3",)  # if it does not fall again
 
 CORE = 0.25  # share of the whole fall that the steepest part must have
 SHOULDER = 1 / 3  # of the core's slope, that its neighbours need to belong to the drop
@@ -48,15 +55,24 @@ Metrics = Mapping[int, Mapping[str, Any]]  # teacher step -> Checkpoint.metrics
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric over the checkpoints that carry a new value of it: their steps, increasing and positive, and the values."""
+    """One metric over the checkpoints that carry a new value of it: their steps, increasing and positive, and the values.
+
+    rises: its transition is a rise, and so a drop of its negative
+    """
 
     key: str
     steps: tuple[int, ...]
     values: tuple[float, ...]
+    rises: bool = False
+
+    @property
+    def heights(self) -> tuple[float, ...]:
+        """What drops."""
+        return tuple(-value for value in self.values) if self.rises else self.values
 
     def slopes(self) -> list[float]:
-        """Fall per unit of ln(step) from each checkpoint to the next, one fewer than there are."""
-        points = zip(self.steps, self.values, strict=True)
+        """Fall, or rise, per unit of ln(step) from each checkpoint to the next, one fewer than there are."""
+        points = zip(self.steps, self.heights, strict=True)
         return [(value - later) / math.log(after / step) for (step, value), (after, later) in pairwise(points)]
 
 
@@ -92,13 +108,19 @@ def find_transition(schedule: TransitionConfig, metrics: Metrics) -> Found:
     assert metrics
     final = max(metrics)
     if schedule.metric == "auto":
-        for key in PEAKS.values():
+        for name, key in PEAKS.items():
             curve = _curve(metrics, key)
-            if len(curve.steps) >= 3 and _has_peak(curve) and curve.steps[curve.values.index(max(curve.values))] != final:
+            if len(curve.steps) < 3 or not _has_peak(curve):
+                continue
+            if name in RISES and not _falls_again(curve):
+                return _inside_drop(replace(curve, rises=True), schedule.checkpoints - 1, final)
+            if curve.steps[curve.values.index(max(curve.values))] != final:
                 return _around_peak(curve, schedule.checkpoints - 1, final)
     elif schedule.metric != "loss":
         curve = _curve(metrics, PEAKS[schedule.metric])
-        _require(curve, f"record {curve.key} with the teacher's checkpoints, or choose schedule.metric loss")
+        _require(curve, "measure it with `megapd analyse`, or choose schedule.metric loss")
+        if schedule.metric in RISES and not _falls_again(curve):
+            return _inside_drop(replace(curve, rises=True), schedule.checkpoints - 1, final)
         if not _has_peak(curve):
             low, high = min(curve.values), max(curve.values)
             raise UserError(
@@ -145,7 +167,8 @@ def _inside_drop(curve: Curve, count: int, final: int) -> Found:
         later = _after_plateau(curve, last, SHOULDER * slope)
         if later is None:
             warnings.append(
-                f"the drop begins at the first checkpoint, step {curve.steps[0]}: the transition may lie before it; "
+                f"the {'rise' if curve.rises else 'drop'} begins at the first checkpoint, step {curve.steps[0]}: the transition "
+                f"may lie before it; "
                 f"write the teacher's first checkpoints earlier"
             )
         else:
@@ -157,9 +180,10 @@ def _inside_drop(curve: Curve, count: int, final: int) -> Found:
     inside = [place for place in range(first + 1, last + 1) if curve.steps[place] != final]
     top, bottom = curve.values[first], curve.values[last]
     span = f"from {top:.4g} at step {curve.steps[first]} to {bottom:.4g} at step {curve.steps[last]}"
+    drops, drop = ("rises", "rise") if curve.rises else ("drops", "drop")
     if len(inside) < count:
         raise UserError(
-            f"schedule.checkpoints: {curve.key} drops {span}, where {len(inside)} checkpoints lie before the trajectory's last, "
+            f"schedule.checkpoints: {curve.key} {drops} {span}, where {len(inside)} checkpoints lie before the last, "
             f"but {count} are asked for; lower it, train the teacher further, or write its trajectory more often"
         )
     levels = [top + (bottom - top) * number / (count + 1) for number in range(1, count + 1)]
@@ -167,21 +191,21 @@ def _inside_drop(curve: Curve, count: int, final: int) -> Found:
     picks = tuple(curve.steps[inside[place]] for place in chosen)
     if last == first + 1:
         warnings.append(
-            f"the whole drop lies between two neighbours, steps {curve.steps[first]} and {curve.steps[last]}: none is in its "
+            f"the whole {drop} lies between two neighbours, steps {curve.steps[first]} and {curve.steps[last]}: none is in its "
             f"middle; write the teacher's trajectory more often there (trajectory.steps)"
         )
     if last == len(curve.steps) - 1:
-        warnings.append(f"the drop still goes on at the last checkpoint, step {curve.steps[last]}; train the teacher further")
+        warnings.append(f"the {drop} still goes on at the last checkpoint, step {curve.steps[last]}; train the teacher further")
     if curve.steps[last] > GRADUAL * curve.steps[first]:
         warnings.append(
-            f"the drop takes a factor of {curve.steps[last] / curve.steps[first]:.3g} in steps: a gradual descent more than a "
+            f"the {drop} takes a factor of {curve.steps[last] / curve.steps[first]:.3g} in steps: a gradual descent more than a "
             f"transition"
         )
     steepest = max(curve.slopes()[first:last])
     middle = ("its middle is " if count == 1 else "its parts end at ") + ", ".join(f"{level:.4g}" for level in levels)
     named = ", ".join(f"{step} ({value:.4g})" for step, value in zip(curve.steps, curve.values, strict=True) if step in picks)
     why = (
-        f"{curve.key} drops {span}, at most by {steepest:.4g} per unit of ln(step); "
+        f"{curve.key} {drops} {span}, at most by {steepest:.4g} per unit of ln(step); "
         f"{middle}, nearest to which {'is' if count == 1 else 'are'} step {named}"
     )
     return Found(curve, curve.steps[first], curve.steps[last], picks, final, why, tuple(warnings))
@@ -190,12 +214,13 @@ def _inside_drop(curve: Curve, count: int, final: int) -> Found:
 def _drop(curve: Curve, start: int) -> tuple[int, int, float]:
     """The steepest drop from place `start` on, as the places of its two ends and the slope of its steepest part; UserError if the
     loss is flat there."""
-    lowest = np.minimum.accumulate(np.asarray(curve.values[start:]))
+    lowest = np.minimum.accumulate(np.asarray(curve.heights[start:]))
     when = np.log(np.asarray(curve.steps[start:], dtype=np.float64))
     whole = float(lowest[0] - lowest[-1])
     if whole < FLAT * abs(float(lowest[0])):
         raise UserError(
-            f"teacher.trajectory: {curve.key} is flat, it falls from {lowest[0]:.4g} to {lowest[-1]:.4g} at most, by less than "
+            f"teacher.trajectory: {curve.key} is flat, it {'rises' if curve.rises else 'falls'} from {abs(lowest[0]):.4g} to "
+            f"{abs(lowest[-1]):.4g} at most, by less than "
             f"{FLAT:.0%}: the teacher shows no transition; train it further, or choose another schedule.policy"
         )
     best, first, last = -math.inf, 0, 0
@@ -239,6 +264,12 @@ def _after_plateau(curve: Curve, start: int, slope: float) -> tuple[int, int] | 
 def _has_peak(curve: Curve) -> bool:
     low, high = min(curve.values), max(curve.values)
     return high > 0 and high >= PEAK * low
+
+
+def _falls_again(curve: Curve) -> bool:
+    """Whether it falls to half of its top after it."""
+    top = max(curve.values)
+    return min(curve.values[curve.values.index(top) :]) <= top / 2
 
 
 def _around_peak(curve: Curve, count: int, final: int) -> Found:

@@ -198,13 +198,36 @@ def test_a_curriculum_metric_goes_before_the_loss_where_it_peaks():
     }
     assert find_transition(TransitionConfig(steps=1), both).picks == (4000,)
     assert find_transition(TransitionConfig(steps=1, metric="loss"), both).picks == (8000,)
-    for flat in ([0.2, 0.21, 0.2, 0.19, 0.2], [0.01, 0.02, 0.03, 0.04, 0.05]):  # no peak; one still to come
-        values = {s: {"eval/loss": v, "curriculum/m_robust_3": w} for (s, v), w in zip(WIKIPEDIA.items(), flat, strict=True)}
+    for key, flat in (("m_robust_3", [0.2, 0.21, 0.2, 0.19, 0.2]), ("support", [0.01, 0.02, 0.03, 0.04, 0.05])):
+        values = {s: {"eval/loss": v, f"curriculum/{key}": w} for (s, v), w in zip(WIKIPEDIA.items(), flat, strict=True)}
         assert find_transition(TransitionConfig(steps=1), values).picks == (8000,)
-        with pytest.raises(UserError, match=r"curriculum/m_robust_3 (has no peak|peaks at step 120000)"):
-            find_transition(TransitionConfig(steps=1, metric="m_robust_3"), values)
+        with pytest.raises(UserError, match=r"curriculum/(m_robust_3 is flat, it rises|support peaks at step 120000)"):
+            find_transition(TransitionConfig(steps=1, metric=key), values)
     with pytest.raises(UserError, match="curriculum/degree_1"):
         find_transition(TransitionConfig(steps=1, metric="degree_1"), both)
+
+
+def test_a_rise_that_stays():
+    """Of M_robust where it does not fall again: the checkpoint nearest to the middle of the rise."""
+    values = [0.017, 0.02, 0.018, 0.06, 0.163, 0.25, 0.285, 0.28, 0.29]
+    both = {100 * (i + 10): {"eval/loss": 2.7 - 0.01 * i, "curriculum/m_robust_3": v} for i, v in enumerate(values)}
+    for metric in ("auto", "m_robust_3"):
+        found = find_transition(TransitionConfig(steps=1, metric=metric), both)
+        assert (found.first, found.last, found.picks) == (1200, 1600, (1400,))
+        assert "curriculum/m_robust_3 rises from 0.018 at step 1200 to 0.285 at step 1600" in found.why
+        assert found.value(1400) == 0.163
+        assert max(found.curve.slopes()) > 0
+
+
+def test_the_support_goes_before_other_metrics():
+    steps = (450, 525, 600, 675, 1500)
+    support, first = (3.5, 28.0, 23.0, 7.6, 1.2), (4.0, 1.0, 5.0, 1.0, 1.0)
+    values = {
+        s: {"curriculum/support": a, "curriculum/degree_1": b, "eval/loss": 0.7 - s * 1e-5}
+        for s, a, b in zip(steps, support, first, strict=True)
+    }
+    assert find_transition(TransitionConfig(steps=1), values).picks == (525,)
+    assert find_transition(TransitionConfig(steps=1, metric="degree_1"), values).picks == (600,)
 
 
 # ------------------------------------------------------------------------------------------------------------ the schedule

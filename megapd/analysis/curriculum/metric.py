@@ -30,7 +30,7 @@ class Metric(ABC):
 
     @abstractmethod
     def __init__(self, task: Task, samples: int | None) -> None:
-        """samples: held-out samples to measure on; None: the metric's own number. UserError where the task has fewer."""
+        """samples: held-out samples to measure on, of which the task has so many; None: the metric's own number."""
 
     @abstractmethod
     def measure(self, model: Model) -> dict[str, float]:

@@ -19,7 +19,7 @@ from megapd.files import write_atomic
 Found = Mapping[int, Mapping[str, float]]  # teacher step -> numbers by name
 
 _SPREAD = re.compile(r"_(mean|sd|p\d+)$")  # beside a median: in the CSV alone
-_NUMBERED = re.compile(r"_(\d+)(_out)?$")  # a curve of a panel
+_NUMBERED = re.compile(r"_(\d+)")  # a curve of a panel
 _DISTANCES = ("m_robust", "m_close")
 
 
@@ -66,7 +66,7 @@ def write_report(found: Found, output: Path) -> list[Path]:
 
 
 def save_picture(found: Found, output: Path) -> Path:
-    """A panel a group; what is measured outside of the support is dashed."""
+    """A panel a group."""
     groups = panels(found)
     figure, axes = new_figure(len(groups))
     for panel, (group, names) in zip(axes, groups.items(), strict=True):
@@ -74,8 +74,7 @@ def save_picture(found: Found, output: Path) -> Path:
             steps, values = np.array([(step, values[name]) for step, values in found.items() if name in values]).T
             numbered = _NUMBERED.search(name)
             colour = PALETTE[int(numbered[1]) % len(PALETTE)] if numbered else PALETTE[0]
-            style = "--" if name.endswith("_out") else "-"
-            panel.plot(steps, values, style, color=colour, linewidth=1.4, marker="o", markersize=2.5, label=name)
+            panel.plot(steps, values, color=colour, linewidth=1.4, marker="o", markersize=2.5, label=name)
         label_axes(panel, group, "teacher's steps")
         panel.legend(frameon=False, fontsize=7)
     return save(figure, output)

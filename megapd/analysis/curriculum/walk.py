@@ -30,6 +30,8 @@ def metrics_of(task: Task, names: Iterable[str] = (), samples: int | None = None
     """The metrics of those names, or all that are for such a task, ready to measure. UserError for one that is not."""
     for name in OWN:  # registered where they are defined
         import_module(f"megapd.analysis.curriculum.{name}")
+    if samples is not None and not 1 <= samples <= task.heldout_samples:
+        raise UserError(f"--samples: {samples} asked for, the task holds out {task.heldout_samples}; ask for fewer")
     asked = tuple(names)
     found: dict[str, Metric] = {}
     for name in asked or metrics.names():
