@@ -238,6 +238,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--as", dest="name", required=True, metavar="NAME", help="of the new run, which lies beside it")
     sub.add_argument("--at", type=int, metavar="STEP", help="a step that has a checkpoint; default: the newest")
 
+    _reading_verbs(verbs)
+    text = "sparse parity: progressive distillation against one-shot and labels"
+    sub = _verb(verbs, "demo", "demo.run_demo", text, overrides=False)
+    sub.add_argument("--folder", type=Path, default=Path("runs/demo"))
+    return parser
+
+
+def _reading_verbs(verbs: Verbs) -> None:
     sub = _verb(verbs, "analyse", _analyse, "curriculum metrics of a teacher's checkpoints, kept with them")
     text = "a run's folder, a trajectory's, or a published model with its task as settings"
     sub.add_argument("source", metavar="RUN|TRAJECTORY", help=text)
@@ -258,10 +266,6 @@ def _parser() -> argparse.ArgumentParser:
     sub = _verb(verbs, "plot", "plot.plot", "loss and accuracy against steps, several runs overlaid", overrides=False)
     sub.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="runs' folders")
     sub.add_argument("--output", type=Path, help="PNG; the CSV behind it goes beside; default: plots/curves.png of the first run")
-    text = "sparse parity: progressive distillation against one-shot and labels"
-    sub = _verb(verbs, "demo", "demo.run_demo", text, overrides=False)
-    sub.add_argument("--folder", type=Path, default=Path("runs/demo"))
-    return parser
 
 
 def _trajectory_verbs(verbs: Verbs) -> None:

@@ -183,8 +183,8 @@ def _inside_drop(curve: Curve, count: int, final: int) -> Found:
     drops, drop = ("rises", "rise") if curve.rises else ("drops", "drop")
     if len(inside) < count:
         raise UserError(
-            f"schedule.checkpoints: {curve.key} {drops} {span}, where {len(inside)} checkpoints lie before the last, "
-            f"but {count} are asked for; lower it, train the teacher further, or write its trajectory more often"
+            f"schedule.checkpoints: {curve.key} {drops} {span}, where {len(inside)} checkpoints lie before the trajectory's "
+            f"last, but {count} are asked for; lower it, train the teacher further, or write its trajectory more often"
         )
     levels = [top + (bottom - top) * number / (count + 1) for number in range(1, count + 1)]
     chosen = nearest_increasing(lambda i, j: abs(curve.values[inside[j]] - levels[i]), count, len(inside))
