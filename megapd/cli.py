@@ -239,10 +239,22 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--at", type=int, metavar="STEP", help="a step that has a checkpoint; default: the newest")
 
     _reading_verbs(verbs)
+    _experiment_verbs(verbs)
     text = "sparse parity: progressive distillation against one-shot and labels"
     sub = _verb(verbs, "demo", "demo.run_demo", text, overrides=False)
     sub.add_argument("--folder", type=Path, default=Path("runs/demo"))
     return parser
+
+
+def _experiment_verbs(verbs: Verbs) -> None:
+    text = "a grid of runs: methods, seeds, settings; what is there already is not made again"
+    sub = _verb(verbs, "sweep", "sweep.sweep_runs", text, overrides=False)
+    sub.add_argument("path", type=Path, metavar="FILE", help="YAML of a sweep")
+    sub.add_argument("--jobs", type=int, help="runs at once; default: as many as cores")
+    text = "what a sweep says: methods at their best settings, and their differences by pairs of seeds"
+    sub = _verb(verbs, "table", "sweep.show_table", text, overrides=False)
+    sub.add_argument("path", type=Path, metavar="FILE", help="YAML of a sweep that was made")
+    sub.add_argument("--output", type=Path, help="PNG of the curves; default: curves.png in the sweep's folder")
 
 
 def _reading_verbs(verbs: Verbs) -> None:

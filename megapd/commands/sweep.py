@@ -1,0 +1,46 @@
+"""`megapd sweep` and `megapd table`: a grid of runs, and what it says."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megapd.experiments import load_sweep
+from megapd.experiments.results import figure, rows_of, table
+from megapd.experiments.runner import run_sweep
+from megapd.files import write_atomic
+
+
+def sweep_runs(path: Path, jobs: int | None) -> int:
+    """Make what is missing, then print the table."""
+    sweep = load_sweep(path)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with tqdm(unit=" steps", unit_scale=True, file=sys.stderr, dynamic_ncols=True) as bar:
+
+        def told(done: int, total: int, running: str) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+            bar.set_postfix_str(running)
+
+        run_sweep(sweep, jobs or cores, told)
+    return show_table(path, None)
+
+
+def show_table(path: Path, output: Path | None) -> int:
+    """Print the table, and write all runs as CSV and the curves as PNG into the sweep's folder."""
+    sweep = load_sweep(path)
+    print(table(sweep))
+    picture = figure(sweep, output or sweep.folder / "curves.png")
+    numbers = picture.with_suffix(".csv")
+    text, rows = io.StringIO(), list(rows_of(sweep))
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(numbers, text.getvalue())
+    print(f"{picture}\n{numbers}")
+    return 0
