@@ -1,5 +1,9 @@
 """The examples do what they say."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from examples import minimal, own_task
@@ -27,3 +31,12 @@ def test_a_task_of_ones_own(tmp_path, capsys):
     assert teacher.startswith("teacher  150 steps, held-out accuracy ")
     assert float(teacher.split()[-1]) > 0.95
     assert float(student.split()[-1]) > 0.95
+
+
+def test_a_metric_of_ones_own_through_a_sweep(tmp_path):
+    script = Path(own_task.__file__).with_name("own_metric.py")
+    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "progressive - labels:" in done.stdout
+    certainty = [float(line.split()[-1]) for line in done.stdout.splitlines() if "certainty" in line]
+    assert len(certainty) == 3
+    assert 0.2 < certainty[0] < certainty[-1] <= 1

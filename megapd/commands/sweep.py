@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from megapd.files import write_atomic
 def sweep_runs(path: Path, jobs: int | None) -> int:
     """Make what is missing, then print the table."""
     sweep = load_sweep(path)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # its processes end with it, each with a checkpoint
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also under nohup
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with tqdm(unit=" steps", unit_scale=True, file=sys.stderr, dynamic_ncols=True) as bar:
 

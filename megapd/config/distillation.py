@@ -223,13 +223,14 @@ class EqualConfig(ScheduleConfig):
 
 @policies.register("matched")
 class MatchedConfig(ScheduleConfig):
-    """Student step s in [iR, (i+1)R) is taught by the teacher's step (i+1) * R * speed, capped at the last."""
+    """Student step s in [iR, (i+1)R) is taught by the teacher's step max(1, i + 1 - lag) * R * speed, capped at the last."""
 
     builder = "megapd.schedule.policies:matched"
 
     policy: Literal["matched"] = "matched"
     refresh: int = Field(ge=1, description="R, student steps between rotations")
     speed: float = Field(1.0, gt=0.0, description="teacher steps a student step")
+    lag: int = Field(0, ge=0, description="intervals that the teacher's checkpoint is behind the student's; 1: one it has passed")
 
 
 class RangeConfig(Section):
@@ -268,6 +269,7 @@ class FollowConfig(ScheduleConfig):
     policy: Literal["follow"] = "follow"
     refresh: int = Field(ge=1, description="R, student steps between rotations")
     speed: float = Field(1.0, gt=0.0, description="teacher steps a student step")
+    lag: int = Field(0, ge=0, description="intervals that the teacher's checkpoint is behind the student's; 1: one it has passed")
     last: int = Field(ge=1, description="the last step of the teacher run, whose checkpoint ends the trajectory")
     timeout_seconds: float = Field(3600.0, gt=0.0, description="longest wait for one checkpoint")
 

@@ -17,8 +17,10 @@ from typing import NamedTuple, TextIO
 import yaml
 
 from megapd.analysis.plots import METRICS, read_metrics
+from megapd.config import load
 from megapd.errors import RunFailed, UserError
 from megapd.experiments.spec import Cell, Sweep, students_of, teachers_of
+from megapd.experiments.worker import make
 from megapd.files import write_atomic
 
 DONE = "done.json"  # in a run's folder: how it ended, and how long it took
@@ -46,21 +48,28 @@ def run_sweep(sweep: Sweep, jobs: int, told: Callable[[int, int, str], object] =
     """Teachers first, then students; what was made before, by this sweep or another into the same folder, is left as it is, and a
     run that was stopped goes on from its checkpoint.
 
-    jobs: runs at once. told: now and then, with student and teacher steps made, those of the whole sweep, and what is running. A
-    student that diverges is on record as such. Raises UserError for settings that a run refuses, RunFailed for a teacher that
-    diverges and a process that dies.
+    jobs: runs at once; 0: one after the other in this process, which knows tasks that no package brings. told: now and then,
+    with student and teacher steps made, those of the whole sweep, and what is running. A student that diverges is on record as
+    such. Raises UserError for settings that a run refuses, RunFailed for a teacher that diverges and a process that dies.
     """
     teachers = {cell.address: cell for cell in teachers_of(sweep).values()}
     students = {cell.address: cell for cell in students_of(sweep)}
     sweep.folder.mkdir(parents=True, exist_ok=True)
     total = sum(cell.steps for cell in (*teachers.values(), *students.values()))
     workers = _Workers(sweep)
+
+    def tell() -> None:
+        told(_steps(sweep, (*teachers.values(), *students.values())), total, workers.running)
+
     try:
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(max(1, jobs)) as pool:
             for stage in (teachers, students):
-                made = {address for address in stage if ended(sweep.folder / address) is not None}
-                futures = {pool.submit(workers.run, cell): cell for address, cell in stage.items() if address not in made}
-                _watch(futures, lambda: told(_steps(sweep, (*teachers.values(), *students.values())), total, workers.running))
+                missing = [cell for cell in stage.values() if ended(sweep.folder / cell.address) is None]
+                if jobs:
+                    _watch([pool.submit(workers.run, cell) for cell in missing], tell)
+                for cell in () if jobs else missing:
+                    workers.run(cell, here=True)
+                    tell()
                 for address in stage:
                     found = ended(sweep.folder / address)
                     assert found is not None
@@ -115,7 +124,8 @@ class _Workers:
         with self._lock:
             return ", ".join(self._running)
 
-    def run(self, cell: Cell) -> None:
+    def run(self, cell: Cell, *, here: bool = False) -> None:
+        """here: in this process."""
         folder = self._sweep.folder / cell.address
         config = self._sweep.folder / f"{cell.address}.yaml"
         write_atomic(config, yaml.safe_dump(cell.tree, sort_keys=False))
@@ -124,7 +134,7 @@ class _Workers:
             self._running[name] = None
         began = time.monotonic()
         try:
-            kind, error = self._ask(str(config.resolve()))
+            kind, error = make(load(config)) if here else self._ask(str(config.resolve()))
         finally:
             with self._lock:
                 del self._running[name]

@@ -15,7 +15,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from megapd.config import load
+from megapd.config import Config, load
 from megapd.errors import RunFailed, UserError
 from megapd.training import train
 
@@ -26,13 +26,18 @@ def main() -> None:
         config = load(Path(json.loads(line)))
         config.folder.mkdir(parents=True, exist_ok=True)
         with (config.folder / "run.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
-            try:
-                answer = ("finished", "") if train(config).finished else ("stopped", "by a signal")
-            except UserError as error:
-                answer = ("mistake", str(error))
-            except RunFailed as error:
-                answer = ("failed", str(error))
+            answer = make(config)
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def make(config: Config) -> tuple[str, str]:
+    """Make a run to its end, in this process: (kind, error), see above."""
+    try:
+        return ("finished", "") if train(config).finished else ("stopped", "by a signal")
+    except UserError as error:
+        return "mistake", str(error)
+    except RunFailed as error:
+        return "failed", str(error)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ steps its teacher had done. With R = refresh, N = checkpoints, T = steps of the 
 
     one_shot    L, or the checkpoint named, for the whole run
     equal       the checkpoint nearest to L * (i + 1) / N for s in [iT, (i + 1)T); L from NT on: (N, T)-progressive
-    matched     min((i + 1) * R * speed, L) for s in [iR, (i + 1)R)
+    matched     min(max(1, i + 1 - lag) * R * speed, L) for s in [iR, (i + 1)R): lag 0 is the authors' grammar trainer, 1 their
+                parity script
     explicit    the checkpoint of the range that s lies in
     follow      as `matched`, for a teacher that is still training and will end at L = schedule.last
     geometric   the checkpoint nearest in ratio to F * (L / F)^(i / (N - 1)) for s in [iT, (i + 1)T), F the first checkpoint or
@@ -219,11 +220,12 @@ def follow(schedule: FollowConfig, there: tuple[int, ...], steps: int) -> Resolv
 
 
 def _lockstep(schedule: MatchedConfig | FollowConfig, there: tuple[int, ...], last: int, steps: int) -> Resolved:
-    """(iR, min((i + 1) * R * speed, last)) until the last is reached or the run ends; exact in the decimal digits of `speed`."""
+    """(iR, min(max(1, i + 1 - lag) * R * speed, last)) until the last is reached or the run ends; exact in the decimal digits of
+    `speed`."""
     pace = schedule.refresh * Fraction(repr(schedule.speed))
     pieces: Pieces = []
     for start in range(0, steps, schedule.refresh):
-        wanted = min((len(pieces) + 1) * pace, Fraction(last))
+        wanted = min(max(1, len(pieces) + 1 - schedule.lag) * pace, Fraction(last))
         if wanted.denominator != 1:
             raise UserError(
                 f"schedule.speed: student step {start} would need the teacher's step {float(wanted):g}, which is not whole; "

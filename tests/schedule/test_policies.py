@@ -141,6 +141,17 @@ def test_matched_is_the_authors_rule(tenths, speed, periods, steps):
     assert follow.warnings == plan.warnings
 
 
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_matched_with_a_lag_is_behind(lag):
+    """With one interval it is the authors' parity script: [iR, (i+1)R) by iR, the first interval by R."""
+    there, steps = range(10, 101, 10), 95
+    expected = [10 * max(1, s // 10 + 1 - lag) for s in range(steps)]
+    plan = plan_of(MatchedConfig(refresh=10, lag=lag), [0, *there], steps)
+    assert taught(plan) == expected
+    assert taught(plan_of(FollowConfig(refresh=10, last=100, lag=lag), None, steps)) == expected
+    assert taught(plan_of(MatchedConfig(refresh=10, lag=lag), [0, 10, 20, 30], steps))[-1] == 30
+
+
 def test_matched_is_capped_at_a_last_checkpoint_off_the_grid():
     plan = plan_of(MatchedConfig(refresh=10), [10, 20, 25], 60)
     assert plan.rotations() == [(0, 10), (10, 20), (20, 25)]
