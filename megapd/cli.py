@@ -251,6 +251,10 @@ def _experiment_verbs(verbs: Verbs) -> None:
     sub = _verb(verbs, "sweep", "sweep.sweep_runs", text, overrides=False)
     sub.add_argument("path", type=Path, metavar="FILE", help="YAML of a sweep")
     sub.add_argument("--jobs", type=int, help="runs at once; default: as many as cores")
+    sub = _verb(verbs, "reproduce", "sweep.reproduce", "an experiment of the paper, with its numbers beside", overrides=False)
+    sub.add_argument("name", metavar="NAME", help="parity, grammar")
+    sub.add_argument("--scale", default="small", metavar="SCALE", help="small: minutes on two cores; tune: learning rates for it")
+    sub.add_argument("--jobs", type=int, help="runs at once; default: as many as cores")
     text = "what a sweep says: methods at their best settings, and their differences by pairs of seeds"
     sub = _verb(verbs, "table", "sweep.show_table", text, overrides=False)
     sub.add_argument("path", type=Path, metavar="FILE", help="YAML of a sweep that was made")

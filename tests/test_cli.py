@@ -48,7 +48,7 @@ def leaves(parser):
 
 def test_every_verb_fits_its_function():
     verbs = leaves(cli._parser())
-    assert len(verbs) == 25
+    assert len(verbs) == 26
     for verb in verbs:
         options = {action.dest for action in verb._actions} - {"help"}
         function = verb.get_default("function")

@@ -7,11 +7,14 @@ import io
 import os
 import signal
 import sys
+from importlib import resources
 from pathlib import Path
 
 from tqdm import tqdm
 
+from megapd.errors import UserError
 from megapd.experiments import load_sweep
+from megapd.experiments.report import report
 from megapd.experiments.results import figure, rows_of, table
 from megapd.experiments.runner import run_sweep
 from megapd.files import write_atomic
@@ -32,6 +35,22 @@ def sweep_runs(path: Path, jobs: int | None) -> int:
 
         run_sweep(sweep, jobs or cores, told)
     return show_table(path, None)
+
+
+def reproduce(name: str, scale: str, jobs: int | None) -> int:
+    """Make a sweep of megapd.configs.sweeps, and write report.md beside its table."""
+    sweeps = resources.files("megapd.configs") / "sweeps"
+    shipped = sorted(file.name.removesuffix(".yaml") for file in sweeps.iterdir() if file.name.endswith(".yaml"))
+    wanted = f"{name}_{scale}"
+    if wanted not in shipped:
+        raise UserError(f"reproduce: there is no {wanted}; there are {', '.join(shipped)}, as NAME and --scale")
+    with resources.as_file(sweeps / f"{wanted}.yaml") as path:
+        sweep_runs(path, jobs)
+        sweep = load_sweep(path)
+    text = report(sweep, f"megapd reproduce {name} --scale {scale}", Path("curves.png"))
+    write_atomic(sweep.folder / "report.md", text)
+    print(sweep.folder / "report.md")
+    return 0
 
 
 def show_table(path: Path, output: Path | None) -> int:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -61,8 +62,8 @@ def run_sweep(sweep: Sweep, jobs: int, told: Callable[[int, int, str], object] =
     def tell() -> None:
         told(_steps(sweep, (*teachers.values(), *students.values())), total, workers.running)
 
-    try:
-        with ThreadPoolExecutor(max(1, jobs)) as pool:
+    with closing(workers), ThreadPoolExecutor(max(1, jobs)) as pool:
+        try:
             for stage in (teachers, students):
                 missing = [cell for cell in stage.values() if ended(sweep.folder / cell.address) is None]
                 if jobs:
@@ -76,8 +77,8 @@ def run_sweep(sweep: Sweep, jobs: int, told: Callable[[int, int, str], object] =
                     if found.error and stage is teachers:
                         (sweep.folder / address / DONE).unlink()
                         raise RunFailed(f"teacher {sweep.folder / address}: {found.error}")
-    finally:
-        workers.close()
+        finally:
+            workers.end()  # before the pool waits for its threads, which wait for them
 
 
 def _watch(futures: Iterable[Future[None]], tell: Callable[[], object]) -> None:
@@ -118,6 +119,7 @@ class _Workers:
     def __init__(self, sweep: Sweep) -> None:
         self._sweep, self._own = sweep, threading.local()
         self._lock, self._workers, self._running = threading.Lock(), list[_Worker](), dict[str, None]()
+        self._ending = False
 
     @property
     def running(self) -> str:
@@ -155,7 +157,7 @@ class _Workers:
             worker.process.stdin.write(json.dumps(config) + "\n")
             worker.process.stdin.flush()
             answer = worker.answers.readline()
-        except BrokenPipeError:
+        except (BrokenPipeError, ValueError):  # it is gone, or `end` has closed its stdin
             answer = ""
         if not answer:
             code = worker.process.wait()
@@ -166,8 +168,10 @@ class _Workers:
     def _start(self) -> _Worker:
         # One thread a run: the same sums in the same order on any machine. No variable lays settings over the cells' own.
         environment = {key: value for key, value in os.environ.items() if not key.startswith("MEGAPD_")}
-        reading, writing = os.pipe()
-        with (self._sweep.folder / "sweep.log").open("a") as log, os.fdopen(writing):
+        with self._lock, (self._sweep.folder / "sweep.log").open("a") as log:
+            if self._ending:
+                raise RunFailed("the sweep is ending")
+            reading, writing = os.pipe()
             process = subprocess.Popen(
                 [sys.executable, "-m", "megapd.experiments.worker", str(writing)],
                 stdin=subprocess.PIPE,
@@ -177,18 +181,24 @@ class _Workers:
                 env={**environment, "OMP_NUM_THREADS": "1"},
                 pass_fds=(writing,),
             )
-        worker = _Worker(process, os.fdopen(reading))
-        with self._lock:
+            os.close(writing)
+            worker = _Worker(process, os.fdopen(reading))
             self._workers.append(worker)
         return worker
 
-    def close(self) -> None:
-        """End the processes: those between two runs at once, others with a checkpoint."""
+    def end(self) -> None:
+        """The processes end: those between two runs at once, others with a checkpoint."""
         with self._lock:
-            workers = list(self._workers)
-        for worker in workers:
-            if worker.process.poll() is None:
-                worker.process.terminate()
-        for worker in workers:
-            worker.process.communicate()
+            self._ending = True
+        for worker in self._workers:
+            assert worker.process.stdin is not None
+            with suppress(BrokenPipeError):
+                worker.process.stdin.close()  # a run that the signal stops is its last
+            worker.process.terminate()
+        for worker in self._workers:
+            worker.process.wait()
+
+    def close(self) -> None:
+        """After `end`, when no thread reads any more."""
+        for worker in self._workers:
             worker.answers.close()

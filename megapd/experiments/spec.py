@@ -56,6 +56,8 @@ class Sweep(Section):
     grid: dict[str, list[Any]] = Field({})
     metric: Literal["accuracy", "loss"] = Field("accuracy", description="held out; what methods are compared by, at the end")
     threshold: float | None = Field(None, description="of the metric: steps to reach it are told too")
+    title: str = Field("", description="of its report")
+    paper: str = Field("", description="what the paper has in its place, for its report")
 
     @model_validator(mode="after")
     def _teachers_for_all(self) -> Sweep:

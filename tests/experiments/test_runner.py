@@ -6,6 +6,8 @@ import csv
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -170,5 +172,51 @@ def _worker_of(pid, parent):
             owner = int(file.read().rpartition(")")[2].split()[1])
         with open(f"/proc/{pid}/cmdline") as file:
             return owner == parent and "megapd.experiments.worker" in file.read()
+    except OSError:
+        return False
+
+
+def test_a_shipped_experiment_is_reproduced(tmp_path, monkeypatch, capsys):
+    """What the verb does beside the sweep: find it, and report."""
+    (tmp_path / "sweeps").mkdir()
+    text = {**SWEEP, "output": str(tmp_path / "out"), "title": "Tiny", "paper": "nothing like it", "grid": {}}
+    (tmp_path / "sweeps" / "tiny_small.yaml").write_text(yaml.safe_dump(text, sort_keys=False))
+    monkeypatch.setattr("megapd.commands.sweep.resources.files", lambda package: tmp_path)
+    assert main(["reproduce", "tiny"]) == 0
+    told = (tmp_path / "out" / "report.md").read_text()
+    assert told.startswith("## Tiny")
+    assert "`megapd reproduce tiny --scale small` (8 runs" in told
+    assert "teacher seeds 0, 1, student seeds 10, 11" in told
+    assert "The paper: nothing like it" in told
+    assert table(load_sweep(tmp_path / "sweeps" / "tiny_small.yaml")) in told
+    capsys.readouterr()
+    assert main(["reproduce", "tiny", "--scale", "paper"]) == 2
+    assert "there is no tiny_paper; there are tiny_small" in capsys.readouterr().err
+
+
+def test_the_command_ends_its_processes(tmp_path):
+    """SIGTERM, as a scheduler sends it, also where SIGINT is ignored, as under nohup."""
+    base = {**SWEEP["base"], "training": {"steps": 100_000, "global_batch": 32}}
+    path = write(tmp_path, base=base, methods={"labels": {}}, teacher=None, grid={})
+    command = [sys.executable, "-m", "megapd", "sweep", str(path), "--jobs", "2"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, **quiet, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    deadline = time.monotonic() + 90
+    while len(list((tmp_path / "out").rglob("metrics.jsonl"))) < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    workers = [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and _worker_of(int(entry), process.pid)]
+    assert len(workers) == 2
+    process.terminate()
+    assert process.wait(60) != 0
+    assert not [pid for pid in workers if _alive(pid)]
+    assert len(list((tmp_path / "out").rglob("checkpoints/step_*"))) == 2
+
+
+def _alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -117,3 +119,14 @@ def test_no_file(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(UserError, match="no YAML of a sweep"):
         load_sweep(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs/sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_sweeps_are_sweeps(path):
+    made = load_sweep(path)
+    cells = [*teachers_of(made).values(), *students_of(made)]
+    assert len({cell.address for cell in cells}) > 3
+    assert made.threshold is not None
+    for cell in cells:
+        build = cell.tree["schedule"]
+        assert build is None or cell.teacher is not None
