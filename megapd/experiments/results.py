@@ -66,11 +66,11 @@ def teacher_curves(sweep: Sweep) -> list[Result]:
 
 
 def choose(sweep: Sweep) -> list[Chosen]:
-    """Each method at the point of the grid with the best mean of the metric at the end, diverged runs counting as worst."""
-    rising = sweep.metric == "accuracy"
+    """Each method at its best point of the grid: with a threshold where most runs arrive, of those where they do so earliest by
+    the mean, and then, or without, by the mean of the metric at the end. Diverged runs count as worst."""
     chosen = []
     for method, points in collect(sweep).items():
-        best = max(points, key=lambda point: _mean(points[point], rising))
+        best = max(points, key=lambda point: _merit(sweep, points[point]))
         tried = {name: values for name, values in sweep.grid.items() if len(values) > 1}
         edges = [name for name, value in best if name in tried and value in (tried[name][0], tried[name][-1])]
         chosen.append(Chosen(method, best, points[best], ", ".join(edges)))
@@ -86,14 +86,14 @@ def table(sweep: Sweep) -> str:
     for column in ("method", *names, "runs", f"median {sweep.metric}", "mean", "sd", *to):
         rows.add_column(column, justify="left" if column == "method" else "right")
     for each in chosen:
-        finals = np.array([result.final for result in each.results])
-        spread = np.nanstd(finals, ddof=min(1, len(finals) - 1))
-        numbers = [f"{value:.4f}" for value in (np.nanmedian(finals), np.nanmean(finals), spread)]
+        finals = np.array([result.final for result in each.results if not result.failed])
+        spread = finals.std(ddof=1) if len(finals) > 1 else 0.0
+        numbers = [f"{value:.4f}" for value in (np.median(finals), finals.mean(), spread)] if len(finals) else ["-"] * 3
         if sweep.threshold is not None:
             steps = arrivals(_reached(sweep, each))
             numbers += [_steps(steps.median), f"{_steps(steps.least)}-{_steps(steps.most)}", f"{steps.arrived} of {steps.of}"]
         point = dict(each.point)
-        rows.add_row(each.method, *(str(point[name]) for name in names), str(len(finals)), *numbers)
+        rows.add_row(each.method, *(str(point[name]) for name in names), str(len(each.results)), *numbers)
     against = [_against(sweep, chosen[0], other) for other in chosen[1:]]
     notes = [f"{each.method}: its best {each.edge} lies at the edge of the grid; widen it" for each in chosen if each.edge]
     failed = [(each.method, sum(result.failed for result in each.results)) for each in chosen]
@@ -153,10 +153,15 @@ def _steps(value: float) -> str:
     return f"{value:,.0f}" if math.isfinite(value) else "never"
 
 
-def _mean(results: tuple[Result, ...], rising: bool) -> float:
-    """The larger, the better."""
+def _merit(sweep: Sweep, results: tuple[Result, ...]) -> tuple[float, float, float]:
+    """Runs that arrived, less their mean steps, the mean of the metric at the end: the larger, the better."""
+    rising = sweep.metric == "accuracy"
     values = [result.final for result in results]
-    return -math.inf if any(map(math.isnan, values)) else float(np.mean(values)) * (1.0 if rising else -1.0)
+    final = -math.inf if any(map(math.isnan, values)) else float(np.mean(values)) * (1.0 if rising else -1.0)
+    if sweep.threshold is None:
+        return 0, 0.0, final
+    steps = [step for result in results if (step := result.reached(sweep.threshold, rising=rising)) is not None]
+    return len(steps), -float(np.mean(steps)) if steps else 0.0, final
 
 
 def _band(axes: Any, results: list[Result] | tuple[Result, ...], name: str, colour: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
 from megapd.analysis.curriculum.metric import Metric, Model
@@ -9,15 +11,13 @@ from megapd.registry import metrics
 from megapd.tasks import Task
 from megapd.tasks.grammar import GrammarTask
 
-SAMPLES = 512
 ROWS = 64
 
 
-@metrics.register("boundaries")
-class Boundaries(Metric):
-    """boundary_L: accuracy at held-out predicted tokens that end a symbol of level L and none above; boundary_0: none at all."""
+class TreeMetric(Metric):
+    """A metric of the trees of a grammar's sentences, on `samples` of them unless told otherwise."""
 
-    convention = "each token counts for the highest level that ends with it"
+    samples: ClassVar[int]
 
     @classmethod
     def lacks(cls, task: Task) -> str:
@@ -25,8 +25,16 @@ class Boundaries(Metric):
 
     def __init__(self, task: Task, samples: int | None) -> None:
         assert isinstance(task, GrammarTask)
-        self._task, self._samples = task, min(SAMPLES, task.heldout_samples) if samples is None else samples
+        self._task, self._samples = task, min(self.samples, task.heldout_samples) if samples is None else samples
         self.settings = {"samples": self._samples, "version": 1}
+
+
+@metrics.register("boundaries")
+class Boundaries(TreeMetric):
+    """boundary_L: accuracy at held-out predicted tokens that end a symbol of level L and none above; boundary_0: none at all."""
+
+    convention = "each token counts for the highest level that ends with it"
+    samples = 512
 
     def measure(self, model: Model) -> dict[str, float]:
         depth = self._task.grammar.depth

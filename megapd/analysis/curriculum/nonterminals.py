@@ -13,32 +13,27 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megapd.analysis.curriculum.metric import Metric, Model
+from megapd.analysis.curriculum.boundaries import TreeMetric
+from megapd.analysis.curriculum.metric import Model
 from megapd.models import Learner
 from megapd.registry import metrics
 from megapd.tasks import Task, to_batch
-from megapd.tasks.grammar import GrammarTask
 
 HEADS, WIDTH = 16, 64  # attention matrices; of a position's vector in each
 EPOCHS, BATCH, RATE = 4, 64, 1e-2  # the paper's
-SAMPLES = 2048  # of which a quarter is held back; the paper trains on 10,240 and judges on 4,096
 ROWS = 64
 
 
 @metrics.register("nonterminals")
-class Nonterminals(Metric):
+class Nonterminals(TreeMetric):
     """nonterminal_L: accuracy of the symbol of level L at all tokens of sentences that the probe was not trained on."""
 
     convention = "a token's weights over the sentence sum to 1 (the released code's softmax runs over the other axis)"
-
-    @classmethod
-    def lacks(cls, task: Task) -> str:
-        return "" if isinstance(task, GrammarTask) else "trees: it is for task.kind grammar"
+    samples = 2048  # of which a quarter is held back; the paper trains on 10,240 and judges on 4,096
 
     def __init__(self, task: Task, samples: int | None) -> None:
-        assert isinstance(task, GrammarTask)
-        self._task, self._samples = task, min(SAMPLES, task.heldout_samples) if samples is None else samples
-        self.settings = {"samples": self._samples, "heads": HEADS, "epochs": EPOCHS, "version": 1}
+        super().__init__(task, samples)
+        self.settings |= {"heads": HEADS, "epochs": EPOCHS}
 
     def measure(self, model: Model) -> dict[str, float]:
         hidden, symbols, counted = self._states(model)
