@@ -33,7 +33,10 @@ def report(sweep: Sweep, command: str, picture: Path) -> str:
         f"![curves]({picture})",
         "",
     ]
-    return "\n".join([*lines, f"The paper: {sweep.paper}", ""] if sweep.paper else lines)
+    lines += [
+        part for told in (sweep.finding, sweep.paper and f"The paper: {sweep.paper}") if told for part in (told.strip(), "")
+    ]
+    return "\n".join(lines)
 
 
 def _listed(seeds: tuple[int, ...]) -> str:

@@ -58,6 +58,7 @@ class Sweep(Section):
     threshold: float | None = Field(None, description="of the metric: steps to reach it are told too")
     title: str = Field("", description="of its report")
     paper: str = Field("", description="what the paper has in its place, for its report")
+    finding: str = Field("", description="what the table says, in words, for its report")
 
     @model_validator(mode="after")
     def _teachers_for_all(self) -> Sweep:
