@@ -258,7 +258,7 @@ def _experiment_verbs(verbs: Verbs) -> None:
     text = "what a sweep says: methods at their best settings, and their differences by pairs of seeds"
     sub = _verb(verbs, "table", "sweep.show_table", text, overrides=False)
     sub.add_argument("path", type=Path, metavar="FILE", help="YAML of a sweep that was made")
-    sub.add_argument("--output", type=Path, help="PNG of the curves; default: curves.png in the sweep's folder")
+    sub.add_argument("--output", type=Path, help="PNG of the curves; default: NAME.png in the sweep's folder")
 
 
 def _reading_verbs(verbs: Verbs) -> None:

@@ -38,7 +38,7 @@ def sweep_runs(path: Path, jobs: int | None) -> int:
 
 
 def reproduce(name: str, scale: str, jobs: int | None) -> int:
-    """Make a sweep of megapd.configs.sweeps, and write report.md beside its table."""
+    """Make a sweep of megapd.configs.sweeps, and write NAME.md beside its table."""
     sweeps = resources.files("megapd.configs") / "sweeps"
     shipped = sorted(file.name.removesuffix(".yaml") for file in sweeps.iterdir() if file.name.endswith(".yaml"))
     wanted = f"{name}_{scale}"
@@ -47,9 +47,9 @@ def reproduce(name: str, scale: str, jobs: int | None) -> int:
     with resources.as_file(sweeps / f"{wanted}.yaml") as path:
         sweep_runs(path, jobs)
         sweep = load_sweep(path)
-    text = report(sweep, f"megapd reproduce {name} --scale {scale}", Path("curves.png"))
-    write_atomic(sweep.folder / "report.md", text)
-    print(sweep.folder / "report.md")
+    target = sweep.folder / f"{sweep.name}.md"
+    write_atomic(target, report(sweep, f"megapd reproduce {name} --scale {scale}", Path(f"{sweep.name}.png")))
+    print(target)
     return 0
 
 
@@ -57,7 +57,7 @@ def show_table(path: Path, output: Path | None) -> int:
     """Print the table, and write all runs as CSV and the curves as PNG into the sweep's folder."""
     sweep = load_sweep(path)
     print(table(sweep))
-    picture = figure(sweep, output or sweep.folder / "curves.png")
+    picture = figure(sweep, output or sweep.folder / f"{sweep.name}.png")
     numbers = picture.with_suffix(".csv")
     text, rows = io.StringIO(), list(rows_of(sweep))
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")

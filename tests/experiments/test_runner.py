@@ -104,7 +104,7 @@ def test_the_table(made, capsys):
     assert "progressive - labels:" in told
     assert "95 % between" in told
     assert "at 0.6 first in" in told
-    with (sweep.folder / "curves.csv").open() as file:
+    with (sweep.folder / "tiny.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 16
     assert {row["optimizer.lr"] for row in rows} == {"0.003", "0.03"}
@@ -115,7 +115,7 @@ def test_the_table(made, capsys):
     assert best.results[0].final == last["accuracy"]
     assert best.results[0].reached(0.0, rising=True) == 5
     assert best.results[0].reached(1.1, rising=True) is None
-    assert (sweep.folder / "curves.png").stat().st_size > 10_000
+    assert (sweep.folder / "tiny.png").stat().st_size > 10_000
 
 
 def test_a_run_that_diverges_is_on_record_and_no_pair(tmp_path):
@@ -183,7 +183,7 @@ def test_a_shipped_experiment_is_reproduced(tmp_path, monkeypatch, capsys):
     (tmp_path / "sweeps" / "tiny_small.yaml").write_text(yaml.safe_dump(text, sort_keys=False))
     monkeypatch.setattr("megapd.commands.sweep.resources.files", lambda package: tmp_path)
     assert main(["reproduce", "tiny"]) == 0
-    told = (tmp_path / "out" / "report.md").read_text()
+    told = (tmp_path / "out" / "tiny.md").read_text()
     assert told.startswith("## Tiny")
     assert "`megapd reproduce tiny --scale small` (8 runs" in told
     assert "teacher seeds 0, 1, student seeds 10, 11" in told
