@@ -220,8 +220,9 @@ def test_noise_and_phase_transitions_are_not_flagged(seed, noise, jump):
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10_000), place=st.integers(2, 18))
+@given(seed=st.integers(0, 10_000), place=st.integers(2, 17))
 def test_a_checkpoint_of_the_end_in_the_middle_is_flagged_alone(seed, place):
+    """Two places before the drop either of the two could be the odd one: of low, high, low, low the noise decides (1 in 40)."""
     losses = curve(seed=seed)
     losses[place] = losses[place][0], losses[-1][1]
     assert [step for step, _ in unruly(losses)] == [100 * place]
