@@ -97,13 +97,16 @@ class TextTask:
     ) -> Batch:
         """rows: blocks of `source` [B]; draws: the index of each row's random numbers [B]."""
         ids, lengths, segments = self._read(source, rows)
-        counted = np.arange(ids.shape[1]) < lengths[:, None]
+        counted = np.arange(ids.shape[1]) < lengths[:, None] if self._rows else None
         if self._masking is not None:
             seed = HELDOUT_SEED if heldout else self._seed
-            positions, labels = self._masking(ids, ~self.special[ids] & counted, draws, seed, heldout=heldout)
+            eligible = ~self.special[ids]
+            if counted is not None:
+                eligible &= counted
+            positions, labels = self._masking(ids, eligible, draws, seed, heldout=heldout)
         else:
             predicts = np.zeros(ids.shape, dtype=np.bool_)
-            predicts[:, :-1] = counted[:, 1:]
+            predicts[:, :-1] = True if counted is None else counted[:, 1:]
             if segments is not None:
                 predicts[:, :-1] &= segments[:, 1:] == segments[:, :-1]
             positions, labels = next_tokens(ids, predicts)
