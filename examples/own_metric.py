@@ -48,8 +48,8 @@ SWEEP = {
 class Certainty(Metric):
     """certainty: the mean probability of the likeliest class at held-out positions."""
 
-    def __init__(self, task: Task, samples: int | None) -> None:
-        self.task, self.settings = task, {"samples": samples or 256, "version": 1}
+    def __init__(self, task: Task, samples: int) -> None:
+        self.task, self.settings = task, {"samples": samples, "version": 1}
 
     def measure(self, model: Model) -> dict[str, float]:
         batch = self.task.heldout(range(self.settings["samples"]))

@@ -241,6 +241,11 @@ def parse_finite(text: bytes | str) -> Any:
         raise ValueError("nested too deep") from error
 
 
+def machine_cores() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine_cache(kind: str) -> Path:
     """Where what this machine found out of `kind` is kept: XDG_CACHE_HOME/megapd/KIND, by default beneath ~/.cache."""
     return Path(os.environ.get(CACHE) or Path.home() / ".cache") / "megapd" / kind

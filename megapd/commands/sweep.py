@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import signal
 import sys
 from importlib import resources
@@ -17,7 +16,7 @@ from megapd.experiments import load_sweep
 from megapd.experiments.report import report
 from megapd.experiments.results import figure, rows_of, table
 from megapd.experiments.runner import run_sweep
-from megapd.files import write_atomic
+from megapd.files import machine_cores, write_atomic
 
 
 def sweep_runs(path: Path, jobs: int | None) -> int:
@@ -25,7 +24,6 @@ def sweep_runs(path: Path, jobs: int | None) -> int:
     sweep = load_sweep(path)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # its processes end with it, each with a checkpoint
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also under nohup
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with tqdm(unit=" steps", unit_scale=True, file=sys.stderr, dynamic_ncols=True) as bar:
 
         def told(done: int, total: int, running: str) -> None:
@@ -33,7 +31,7 @@ def sweep_runs(path: Path, jobs: int | None) -> int:
             bar.update(done - bar.n)
             bar.set_postfix_str(running)
 
-        run_sweep(sweep, jobs or cores, told)
+        run_sweep(sweep, jobs or machine_cores(), told)
     return show_table(path, None)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from megapd.corpus.pack import BlockWriter, PackCounts, Packer, RowPacker, total
 from megapd.corpus.sources import TextSource, find_files, fingerprint, names
 from megapd.corpus.tokenizer import CorpusTokenizer
 from megapd.errors import UserError
-from megapd.files import commit_folder, sealed, temporary_folder, write_atomic
+from megapd.files import commit_folder, machine_cores, sealed, temporary_folder, write_atomic
 from megapd.hub import HUB
 from megapd.rng import Stream, bits, permute
 from megapd.tasks.blocks import FORMAT, META, ROWS_FORMAT, read_meta
@@ -209,7 +208,7 @@ def _pack(
     held_counts: list[PackCounts] = []
     per_source: list[dict[str, Any]] = []
     done = 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # that it may run on
+    cores = machine_cores()
     with (
         BlockWriter(folder / "train.arrow", length, tokenizer.vocab_size) as train,
         BlockWriter(folder / "heldout.arrow", length, tokenizer.vocab_size) as heldout,

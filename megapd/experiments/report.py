@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 from datetime import date
 from pathlib import Path
 
 from megapd.experiments.results import table
-from megapd.experiments.runner import DONE
+from megapd.experiments.runner import ended
 from megapd.experiments.spec import Sweep, students_of, teachers_of
 
 
 def report(sweep: Sweep, command: str, picture: Path) -> str:
     """command: that makes the sweep. picture: of its curves, named relative to where the text goes."""
     runs = {cell.address for cell in (*teachers_of(sweep).values(), *students_of(sweep))}
-    seconds = sum(json.loads((sweep.folder / run / DONE).read_text())["seconds"] for run in runs)
+    endings = [ended(sweep.folder / run) for run in runs]
+    assert None not in endings, "report what is made"
+    seconds = sum(how.seconds for how in endings if how is not None)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("megapd", "torch", "deepspeed"))
     seeds = f"teacher seeds {_listed(sweep.teacher_seeds)}, student seeds {_listed(sweep.student_seeds)}"
     made = f"{len(runs)} runs, {seconds / 3600:.1f} hours of one thread each; {platform.machine()}, {os.cpu_count()} cores"

@@ -7,7 +7,6 @@ checkpoint, limits of the teacher, pieces of the run.
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import socket
 import tempfile
@@ -23,6 +22,7 @@ from megapd.config import Config
 from megapd.corpus import verify
 from megapd.errors import UserError
 from megapd.evaluation import check_samples
+from megapd.files import machine_cores
 from megapd.models import parameter_count
 from megapd.network import host_of
 from megapd.schedule.changes import FILE as CHANGES
@@ -106,7 +106,7 @@ def ranks(world: World) -> str:
 
 
 def threads(world: World) -> str:
-    mine = (socket.gethostname(), torch.get_num_threads(), len(os.sched_getaffinity(0)))
+    mine = (socket.gethostname(), torch.get_num_threads(), machine_cores())
     everybody = world.gather(mine) if world.size > 1 else [mine]
     for host, _, cores in everybody:
         wanted = sum(count for name, count, _ in everybody if name == host)

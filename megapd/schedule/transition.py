@@ -161,13 +161,14 @@ def _require(curve: Curve, fix: str) -> None:
 
 def _inside_drop(curve: Curve, count: int, final: int) -> Found:
     warnings = []
+    drops, drop = ("rises", "rise") if curve.rises else ("drops", "drop")
     first, last, slope = _drop(curve, 0)
     if first == 0:
         # The first descent, from random weights, comes before any plateau. A transition follows one.
         later = _after_plateau(curve, last, SHOULDER * slope)
         if later is None:
             warnings.append(
-                f"the {'rise' if curve.rises else 'drop'} begins at the first checkpoint, step {curve.steps[0]}: the transition "
+                f"the {drop} begins at the first checkpoint, step {curve.steps[0]}: the transition "
                 f"may lie before it; "
                 f"write the teacher's first checkpoints earlier"
             )
@@ -180,7 +181,6 @@ def _inside_drop(curve: Curve, count: int, final: int) -> Found:
     inside = [place for place in range(first + 1, last + 1) if curve.steps[place] != final]
     top, bottom = curve.values[first], curve.values[last]
     span = f"from {top:.4g} at step {curve.steps[first]} to {bottom:.4g} at step {curve.steps[last]}"
-    drops, drop = ("rises", "rise") if curve.rises else ("drops", "drop")
     if len(inside) < count:
         raise UserError(
             f"schedule.checkpoints: {curve.key} {drops} {span}, where {len(inside)} checkpoints lie before the trajectory's "

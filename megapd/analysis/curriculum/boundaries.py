@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import numpy as np
 
 from megapd.analysis.curriculum.metric import Metric, Model
@@ -15,17 +13,15 @@ ROWS = 64
 
 
 class TreeMetric(Metric):
-    """A metric of the trees of a grammar's sentences, on `samples` of them unless told otherwise."""
-
-    samples: ClassVar[int]
+    """A metric of the trees of a grammar's sentences."""
 
     @classmethod
     def lacks(cls, task: Task) -> str:
         return "" if isinstance(task, GrammarTask) else "trees: it is for task.kind grammar"
 
-    def __init__(self, task: Task, samples: int | None) -> None:
+    def __init__(self, task: Task, samples: int) -> None:
         assert isinstance(task, GrammarTask)
-        self._task, self._samples = task, min(self.samples, task.heldout_samples) if samples is None else samples
+        self._task, self._samples = task, samples
         self.settings = {"samples": self._samples, "version": 1}
 
 

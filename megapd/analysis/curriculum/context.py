@@ -24,7 +24,6 @@ from megapd.tasks import Task, to_batch
 from megapd.tasks.objectives import Rows
 
 WINDOWS = {2: (-1, 0), 3: (-1, 1), 4: (-2, 1), 5: (-2, 2)}  # first and last offset from i; cut off at the row's ends
-SAMPLES = 256
 SPACING = 30  # the paper's positions: 30, 60, ..; of shorter rows their middle
 ROWS = 64  # a forward pass
 
@@ -42,12 +41,12 @@ class Context(Metric):
     def lacks(cls, task: Task) -> str:
         return "" if getattr(task, "mask_token", None) is not None else "a mask token: it is for masked prediction"
 
-    def __init__(self, task: Task, samples: int | None) -> None:
-        self._task, count = task, min(SAMPLES, task.heldout_samples) if samples is None else samples
-        rows: Rows = task.heldout_rows(range(count))  # type: ignore[attr-defined]
-        self._rows, self._mask, self._special = rows, task.mask_token, task.special  # type: ignore[attr-defined]
-        self._places = [_positions(self._free(row)) for row in range(len(rows.ids))]
-        self.settings = {"samples": count, "spacing": SPACING, "windows": sorted(WINDOWS), "version": 1}
+    def __init__(self, task: Task, samples: int) -> None:
+        rows: Rows = task.heldout_rows(range(samples))  # type: ignore[attr-defined]
+        self._rows, self._mask, special = rows, task.mask_token, task.special  # type: ignore[attr-defined]
+        counted = (ids[:length] for ids, length in zip(rows.ids, rows.lengths.tolist(), strict=True))
+        self._free = [np.flatnonzero(~special[ids]) for ids in counted]  # places of each row that may be masked
+        self.settings = {"samples": samples, "spacing": SPACING, "windows": sorted(WINDOWS), "version": 1}
 
     def measure(self, model: Model) -> dict[str, float]:
         robust: dict[int, list[Tensor]] = {window: [] for window in WINDOWS}
@@ -57,7 +56,7 @@ class Context(Metric):
             for window, (first, last) in WINDOWS.items():
                 inside = [self._window(row, place, first, last) for row, place in zip(rows, places, strict=True)]
                 outside = [
-                    np.append(np.setdiff1d(self._free(row), near), place)
+                    np.append(np.setdiff1d(self._free[row], near), place)
                     for row, place, near in zip(rows, places, inside, strict=True)
                 ]
                 robust[window].append(_distance(alone, self._probabilities(model, rows, inside, places)))
@@ -68,17 +67,12 @@ class Context(Metric):
                 found |= _summary(f"{name}_{window}", torch.cat(parts).numpy())
         return found
 
-    def _free(self, row: int) -> NDArray[np.int64]:
-        """Places of a row that may be masked."""
-        length = int(self._rows.lengths[row])
-        return np.flatnonzero(~self._special[self._rows.ids[row, :length]])
-
     def _window(self, row: int, place: int, first: int, last: int) -> NDArray[np.int64]:
-        free = self._free(row)
+        free = self._free[row]
         return free[(free >= place + first) & (free <= place + last)]
 
     def _chunks(self) -> Iterator[tuple[list[int], list[int]]]:
-        pairs = [(row, int(place)) for row, places in enumerate(self._places) for place in places]
+        pairs = [(row, int(place)) for row, free in enumerate(self._free) for place in _positions(free)]
         for start in range(0, len(pairs), ROWS):
             part = pairs[start : start + ROWS]
             yield [row for row, _ in part], [place for _, place in part]

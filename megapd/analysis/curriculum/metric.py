@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -16,10 +16,12 @@ Model = Callable[..., Tensor]  # (batch, mode="logits") -> [N, V]; mode "hidden"
 class Metric(ABC):
     """Made once for a task.
 
+    samples     held-out samples that it is measured on, where nobody asks for another number
     settings    all that the numbers depend on beside the weights and the task; numbers under other settings are measured again
     convention  which of several definitions the numbers follow, for whoever reads them
     """
 
+    samples: ClassVar[int] = 256
     settings: dict[str, Any]
     convention: str = ""
 
@@ -29,8 +31,8 @@ class Metric(ABC):
         return ""
 
     @abstractmethod
-    def __init__(self, task: Task, samples: int | None) -> None:
-        """samples: held-out samples to measure on, of which the task has so many; None: the metric's own number."""
+    def __init__(self, task: Task, samples: int) -> None:
+        """samples: held-out samples to measure on, of which the task has so many."""
 
     @abstractmethod
     def measure(self, model: Model) -> dict[str, float]:

@@ -19,7 +19,6 @@ from megapd.registry import metrics
 from megapd.rng import Stream, bits, permute
 from megapd.tasks import Task
 
-SAMPLES = 20_000
 CHUNK = 4096
 MOST_DEGREE = 5
 OTHERS = 100
@@ -31,13 +30,14 @@ class Monomials(Metric):
     correlation shows; support, the largest ratio of the two over the degrees below the support's own."""
 
     convention = "p is centred; an absent correlation shows as `floor`, sqrt(2 / pi) sd(p) / sqrt(samples), on the average"
+    samples = 20_000
 
     @classmethod
     def lacks(cls, task: Task) -> str:
         return "" if hasattr(task, "supports") else "a hidden support: it is for parity"
 
-    def __init__(self, task: Task, samples: int | None) -> None:
-        self._task, self._samples = task, min(SAMPLES, task.heldout_samples) if samples is None else samples
+    def __init__(self, task: Task, samples: int) -> None:
+        self._task, self._samples = task, samples
         support = sorted(int(i) for i in task.supports[0])  # type: ignore[attr-defined]
         self._own = {degree: list(combinations(support, degree)) for degree in range(1, min(MOST_DEGREE, len(support)) + 1)}
         self._others = {degree: _others(task.length, support, degree) for degree in self._own}

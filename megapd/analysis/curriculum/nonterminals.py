@@ -31,7 +31,7 @@ class Nonterminals(TreeMetric):
     convention = "a token's weights over the sentence sum to 1 (the released code's softmax runs over the other axis)"
     samples = 2048  # of which a quarter is held back; the paper trains on 10,240 and judges on 4,096
 
-    def __init__(self, task: Task, samples: int | None) -> None:
+    def __init__(self, task: Task, samples: int) -> None:
         super().__init__(task, samples)
         self.settings |= {"heads": HEADS, "epochs": EPOCHS}
 

@@ -38,7 +38,7 @@ def metrics_of(task: Task, names: Iterable[str] = (), samples: int | None = None
         kind: type[Metric] = metrics.get(name)
         if not (lacks := kind.lacks(task)):
             if asked or name not in COSTLY:
-                found[name] = kind(task, samples)
+                found[name] = kind(task, min(kind.samples, task.heldout_samples) if samples is None else samples)
         elif asked:
             raise UserError(f"--metrics: {name}: the task lacks {lacks}; leave it out")
     if not found:
